@@ -1,0 +1,47 @@
+# `make run` and `make test` do everything, from a clean clone on; the rest is for those who change the code.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+OLDEST := .venv-oldest
+READY := .installed
+
+.DEFAULT_GOAL := help
+.PHONY: help run test check bench proof lint types wheel oldest clean
+
+help: ## say what there is
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+run: $(VENV)/$(READY) ## a shift at the till on a real buffer: receipts, a SIGKILL, delivery, the status
+	@$(BIN)/python -m kkt_buffer demo
+
+test: $(VENV)/$(READY) ## all tests, with coverage
+	$(BIN)/python -m pytest --cov --cov-report=term
+
+check: lint types test wheel oldest ## everything that CI runs
+	@echo "make check: all good"
+
+bench: $(VENV)/$(READY) ## speed, side by side with plain sqlite3
+	$(BIN)/python tests/bench/bench.py
+
+lint: $(VENV)/$(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/$(READY)
+	$(BIN)/mypy
+
+wheel: $(VENV)/$(READY) ## build the wheel, install it into an empty environment and use it there
+	sh .ci/wheel.sh $(BIN)/python
+
+oldest: $(OLDEST)/$(READY) ## the tests on the oldest SQLAlchemy that we support
+	$(OLDEST)/bin/python -m pytest -q -m "not slow"
+
+clean: ## remove what the other targets made
+	rm -rf $(VENV) $(OLDEST) dist .coverage* .mypy_cache .pytest_cache .ruff_cache .hypothesis
+
+$(VENV)/$(READY): pyproject.toml .ci/constraints.txt .ci/venv.sh
+	sh .ci/venv.sh $(PYTHON) $(VENV) .ci/constraints.txt
+
+$(OLDEST)/$(READY): pyproject.toml .ci/constraints.txt .ci/constraints-oldest.txt .ci/venv.sh
+	sh .ci/venv.sh $(PYTHON) $(OLDEST) .ci/constraints-oldest.txt

@@ -1,0 +1,56 @@
+"""
+The offline buffer of fiscal receipts of a cash-register (ККТ) adapter.
+
+A receipt that the buffer acknowledged is never lost, never duplicated and never stuck. The operations are methods of
+`ReceiptRepository`; `kkt_buffer.buffer` has them as functions over one default buffer.
+"""
+
+from kkt_buffer.engine import create_buffer_engine
+from kkt_buffer.errors import (
+    BufferBusyError,
+    BufferDamagedError,
+    BufferFullError,
+    BufferStorageError,
+    ClockDriftError,
+    DuplicateReceiptError,
+    InvalidConfigError,
+    InvalidDocumentError,
+    InvalidTransitionError,
+    ReceiptBufferError,
+    ReceiptNotFoundError,
+    SchemaError,
+)
+from kkt_buffer.hlc import HybridLogicalClock, HybridTimestamp
+from kkt_buffer.migrate import check, current, upgrade
+from kkt_buffer.models import Base, BufferEvent, ConfigEntry, DeadLetter, EventType, Receipt, ReceiptStatus
+from kkt_buffer.repository import BufferStatus, ReceiptRepository
+
+__all__ = [
+    "Base",
+    "BufferBusyError",
+    "BufferDamagedError",
+    "BufferEvent",
+    "BufferFullError",
+    "BufferStatus",
+    "BufferStorageError",
+    "ClockDriftError",
+    "ConfigEntry",
+    "DeadLetter",
+    "DuplicateReceiptError",
+    "EventType",
+    "HybridLogicalClock",
+    "HybridTimestamp",
+    "InvalidConfigError",
+    "InvalidDocumentError",
+    "InvalidTransitionError",
+    "Receipt",
+    "ReceiptBufferError",
+    "ReceiptNotFoundError",
+    "ReceiptRepository",
+    "ReceiptStatus",
+    "SchemaError",
+    "check",
+    "create_buffer_engine",
+    "current",
+    "upgrade",
+]

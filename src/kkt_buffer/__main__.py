@@ -1,0 +1,111 @@
+"""
+The command line: `python -m kkt_buffer demo | upgrade PATH | status PATH`.
+
+Exit status 0 for done, 1 for an error that is told in one line, 2 for a command that is not understood.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from kkt_buffer import demo
+from kkt_buffer.engine import create_buffer_engine
+from kkt_buffer.errors import ReceiptBufferError
+from kkt_buffer.migrate import current, require, upgrade
+from kkt_buffer.repository import ReceiptRepository
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit status."""
+    arguments = _parser().parse_args(argv)
+    try:
+        arguments.run(arguments)
+    except (ReceiptBufferError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m kkt_buffer", description="The offline buffer of fiscal receipts.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    command = commands.add_parser("demo", help="play a shift on a real buffer, with a kill in the middle")
+    command.add_argument("path", nargs="?", type=Path, default=Path("data/demo.db"), help="default: %(default)s")
+    command.set_defaults(run=_demo)
+
+    command = commands.add_parser("upgrade", help="make the buffer, or bring it to the schema of this release")
+    command.add_argument("path")
+    command.set_defaults(run=_upgrade)
+
+    command = commands.add_parser("status", help="show how full the buffer is; changes nothing")
+    command.add_argument("path")
+    command.add_argument("--json", action="store_true", help="print it as JSON, times as Unix seconds")
+    command.set_defaults(run=_status)
+    return parser
+
+
+def _demo(arguments: argparse.Namespace) -> None:
+    demo.run(arguments.path)
+    _print_status(_read_status(arguments.path))
+
+
+def _upgrade(arguments: argparse.Namespace) -> None:
+    engine = create_buffer_engine(arguments.path)
+    try:
+        before = current(engine)
+        upgrade(engine)
+        print(f"{arguments.path}: schema {current(engine)} (was {before or 'none'})")
+    finally:
+        engine.dispose()
+
+
+def _status(arguments: argparse.Namespace) -> None:
+    status = _read_status(arguments.path)
+    if arguments.json:
+        print(json.dumps(status, ensure_ascii=False))
+    else:
+        _print_status(status)
+
+
+def _read_status(path: str | Path) -> dict[str, Any]:
+    engine = create_buffer_engine(path, read_only=True)
+    try:
+        require(engine)
+        status = ReceiptRepository(engine).get_buffer_status()
+        return {"path": str(path), "schema": current(engine), **asdict(status)}
+    finally:
+        engine.dispose()
+
+
+def _print_status(status: dict[str, Any]) -> None:
+    rows = {
+        "buffer": status["path"],
+        "schema": status["schema"],
+        "pending": f"{status['pending']}",
+        "syncing": f"{status['syncing']}",
+        "synced": f"{status['synced']}",
+        "failed": f"{status['failed']}  ({status['dlq_size']} dead letters are open)",
+        "total": f"{status['total_receipts']}",
+        "full": f"{status['percent_full']:.2f} %  ({status['pending'] + status['syncing']} of {status['capacity']})",
+        "oldest undelivered": _moment(status["oldest_undelivered_at"]),
+        "deliver before": _moment(status["deadline_at"]),
+    }
+    width = max(map(len, rows))
+    for name, value in rows.items():
+        print(f"{name:<{width}} | {value}")
+
+
+def _moment(seconds: int | None) -> str:
+    if seconds is None:
+        return "nothing waits"
+    return datetime.fromtimestamp(seconds, UTC).astimezone().strftime("%Y-%m-%d %H:%M:%S %z")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

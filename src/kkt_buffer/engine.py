@@ -1,0 +1,481 @@
+"""
+`create_buffer_engine`: an SQLAlchemy engine whose every connection is durable, or is refused.
+
+PRAGMAs are applied and read back on connect. BEGIN is ours: IMMEDIATE for writes, behind the write gate, DEFERRED for
+reads. A `GuardedConnection` sees to it that nothing is acknowledged that is not on disk.
+"""
+
+import contextlib
+import importlib
+import importlib.util
+import logging
+import os
+import sqlite3
+import sys
+import threading
+import uuid
+import weakref
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from urllib.parse import quote
+
+from sqlalchemy import URL, Connection, Engine, ExceptionContext, QueuePool, create_engine, event, make_url
+
+from kkt_buffer.errors import BufferBusyError, BufferDamagedError, BufferStorageError
+
+logger = logging.getLogger(__name__)
+
+BUSY_TIMEOUT_SECONDS = 10.0
+SQLITE_MINIMUM = (3, 38, 0)  # unixepoch() in our triggers
+
+# Execution option: with True, BEGIN DEFERRED, which locks nobody and must not write.
+READ_ONLY = "kkt_buffer_read_only"
+
+
+class Pragma(NamedTuple):
+    """A setting, what it reads as once it holds, and why we want it."""
+
+    name: str
+    value: str | int
+    reads: str | int
+    reason: str
+
+
+WAL = Pragma("journal_mode", "WAL", "wal", "readers and the writer do not block each other; one sync per commit")
+MEMORY = Pragma("journal_mode", "MEMORY", "memory", "the only mode that a database in memory has")
+DURABLE = (
+    Pragma("synchronous", "FULL", 2, "a commit is on disk before it is acknowledged"),
+    Pragma("fullfsync", 1, 1, "on macOS a plain fsync stops at the drive's cache"),
+    Pragma("checkpoint_fullfsync", 1, 1, "the same, for checkpoints"),
+    Pragma("wal_autocheckpoint", 100, 100, "a short WAL, so that a restart is quick"),
+    Pragma("journal_size_limit", 1 << 20, 1 << 20, "a WAL that grew under a long reader shrinks again (bytes)"),
+)
+COMMON = (
+    Pragma("foreign_keys", 1, 1, "a dead letter belongs to a receipt"),
+    Pragma("recursive_triggers", 1, 1, "REPLACE counts as the deletion that it is"),
+    Pragma("cell_size_check", 1, 1, "a damaged page is noticed when it is read"),
+    Pragma("cache_size", -64000, -64000, "64 MB at most for each connection"),
+)
+QUERY_ONLY = Pragma("query_only", 1, 1, "a monitor must not write")
+
+
+class _Fault(NamedTuple):
+    error: type[BufferStorageError]
+    happened: str
+    advice: str
+
+
+# By primary result code, https://www.sqlite.org/rescode.html
+_FAULTS = {
+    3: _Fault(BufferStorageError, "access to the file was denied", "Check its owner and permissions."),
+    5: _Fault(BufferBusyError, "another program has kept it locked", "Try again; close other programs that use it."),
+    6: _Fault(BufferBusyError, "another connection has kept it locked", "Try again."),
+    8: _Fault(BufferStorageError, "it is read-only here", "Check permissions and mount, or use a writing engine."),
+    10: _Fault(BufferStorageError, "the disk reported an error", "Check the disk; try again."),
+    11: _Fault(BufferDamagedError, "SQLite found it damaged", "Stop, keep a copy of all its files, restore a backup."),
+    13: _Fault(BufferStorageError, "the disk is full", "Make room and try again; no restart is needed."),
+    14: _Fault(BufferStorageError, "the file cannot be opened", "Check that folder and file exist and can be written."),
+    26: _Fault(BufferDamagedError, "the file is not an SQLite database", "Check the path; the file was left as it is."),
+}
+
+
+def create_buffer_engine(
+    path_or_url: str | os.PathLike[str] | URL,
+    *,
+    read_only: bool = False,
+    busy_timeout: float = BUSY_TIMEOUT_SECONDS,
+    **engine_options: Any,  # noqa: ANN401 (passed on to create_engine)
+) -> Engine:
+    """
+    Open an engine on a buffer: a path, an SQLite URL, or `":memory:"`.
+
+    A missing file is created, owner-only, with its folders; the schema is not (see `kkt_buffer.upgrade`). An engine
+    in memory is shared by all threads of this process and is gone with `dispose()`. With `read_only`, the file must
+    exist, and every write is refused. `busy_timeout` is how many seconds a writer waits for its turn. Other options
+    go to `sqlalchemy.create_engine`.
+
+    The engine may be used after a fork, unless a connection was in use at that moment: then every use of it in the
+    child raises `BufferStorageError`.
+
+    Raises `BufferStorageError` if the path cannot be used or SQLite is too old, `BufferDamagedError` if the file is
+    no SQLite database, `ValueError` for a URL of another kind.
+    """
+    if sys.platform == "win32":
+        raise BufferStorageError("kkt-buffer runs on Linux and macOS; Windows has no flock. Nothing was opened.")
+    driver = _driver()
+    path = _path(path_or_url)
+    if path is None and read_only:
+        raise ValueError("read_only: an in-memory buffer that nobody can write would stay empty")
+    database = _Database(driver, path, read_only=read_only, busy_timeout=busy_timeout)
+    url = URL.create("sqlite+pysqlite", database=":memory:" if path is None else str(path))
+    if "poolclass" not in engine_options:
+        # As many connections as there are threads at work; a few stay open between their uses.
+        engine_options = {"pool_size": 8, "max_overflow": -1, "pool_use_lifo": True} | engine_options
+    engine = create_engine(url, **({"poolclass": QueuePool} | engine_options), creator=database.connect, module=driver)
+    event.listen(engine, "connect", database.configure)
+    event.listen(engine, "begin", database.begin)
+    event.listen(engine, "handle_error", database.explain)
+    event.listen(engine, "engine_disposed", database.disposed)
+    database.engine = weakref.ref(engine)
+    _databases.add(database)
+    try:
+        with engine.connect():
+            pass
+    except BaseException:
+        engine.dispose()
+        raise
+    return engine
+
+
+def _path(path_or_url: str | os.PathLike[str] | URL) -> Path | None:
+    """The file that is meant, without symbolic links (SQLite puts the WAL beside the real one); None is memory."""
+    if isinstance(path_or_url, str) and "://" in path_or_url:
+        path_or_url = make_url(path_or_url)
+    if isinstance(path_or_url, URL):
+        url = path_or_url
+        if url.get_backend_name() != "sqlite" or url.get_driver_name() != "pysqlite" or url.query:
+            raise ValueError(
+                f"path_or_url: expected a path or a URL like sqlite:////var/lib/shop/buffer.db, got {url!r}"
+            )
+        path_or_url = url.database or ":memory:"
+    name = os.fspath(path_or_url)
+    if not isinstance(name, str) or not name.strip() or "\0" in name:
+        raise ValueError(f"path_or_url: expected the path of a file, got {name!r}")
+    return None if name == ":memory:" else Path(os.path.realpath(name))
+
+
+def _driver() -> ModuleType:
+    """
+    The driver of the `sqlite` extra where it is installed, else the standard one.
+
+    One for the whole process: two SQLite libraries in one process would cancel each other's locks.
+    """
+    driver = importlib.import_module("pysqlite3" if importlib.util.find_spec("pysqlite3") else "sqlite3")
+    version = driver.sqlite_version_info
+    if version < SQLITE_MINIMUM:
+        raise BufferStorageError(
+            f"SQLite {driver.sqlite_version} is too old, {'.'.join(map(str, SQLITE_MINIMUM))} is needed. "
+            "Nothing was opened. Install kkt-buffer[sqlite], which brings its own."
+        )
+    if _has_wal_reset_bug(version):
+        _warn_once(
+            f"SQLite {driver.sqlite_version} has the WAL-reset bug (fixed in 3.51.3, 3.50.7 and 3.44.6): let no other "
+            "program write to the buffer or checkpoint it. kkt-buffer[sqlite] brings a fixed SQLite."
+        )
+    return driver
+
+
+def _has_wal_reset_bug(version: tuple[int, int, int]) -> bool:
+    fixed = version >= (3, 51, 3) or (3, 50, 7) <= version < (3, 51) or (3, 44, 6) <= version < (3, 45)
+    return not fixed
+
+
+_warned: set[str] = set()
+
+
+def _warn_once(message: str) -> None:
+    if message not in _warned:
+        _warned.add(message)
+        logger.warning(message)
+
+
+class GuardedConnection(sqlite3.Connection if TYPE_CHECKING else object):  # type: ignore[misc]
+    """
+    A driver connection that is true to what it acknowledges. Mixed into the driver's own class.
+
+    A write transaction holds the write gate from BEGIN to its end. COMMIT is refused when SQLite has rolled back by
+    itself, when the files were replaced, and in a forked child.
+    """
+
+    database: "_Database"
+    files: tuple[tuple[str, tuple[int, int]], ...] = ()
+    pid = 0
+    in_write = False
+    in_begun = False
+
+    def begin(self, *, write: bool) -> None:
+        """Begin a transaction; a write takes the gate first."""
+        self._refuse_child()
+        if write:
+            self.database.gate.acquire()
+            self.in_write = True
+        try:
+            self._refuse_replaced("Nothing was written.")
+            self.execute("BEGIN IMMEDIATE" if write else "BEGIN")
+            self.in_begun = True
+        except BaseException:
+            self._finish()
+            raise
+
+    def commit(self) -> None:
+        """Commit what `begin` began, or raise if it is not there any more."""
+        self._refuse_child()
+        if self.in_begun and not self.in_transaction:
+            raise BufferStorageError(
+                f"{self.database}: SQLite had to roll the transaction back (see the error before this one). "
+                "Nothing of it was stored; what was acknowledged before is safe. Try again."
+            )
+        super().commit()
+        if self.in_write:
+            self._refuse_replaced("The last transaction may be lost.")
+        self._finish()
+
+    def rollback(self) -> None:
+        """Roll back, and let the next writer in."""
+        if self.pid == os.getpid():
+            try:
+                super().rollback()
+            finally:
+                self._finish()
+
+    def close(self) -> None:
+        """Close. The last connection of a file checkpoints it, so this too happens behind the gate."""
+        if self.pid != os.getpid():
+            return  # closing would write to the shared memory of the parent's WAL
+        with contextlib.ExitStack() as stack:
+            if self.files and not self.database.read_only:
+                with contextlib.suppress(BufferBusyError):
+                    stack.enter_context(self.database.gate.held())
+            super().close()
+        self.database.connections.discard(self)
+
+    def _finish(self) -> None:
+        self.in_begun = False
+        if self.in_write:
+            self.in_write = False
+            self.database.gate.release()
+
+    def _refuse_child(self) -> None:
+        if self.pid != os.getpid():
+            raise self.database.forked()
+
+    def _refuse_replaced(self, consequence: str) -> None:
+        for name, identity in self.files:
+            if _identity(name) != identity:
+                raise BufferStorageError(
+                    f"{name} was deleted or replaced while it was in use. {consequence} Stop every program that uses "
+                    "the buffer, put the right files in place, and start again."
+                )
+
+
+def _identity(name: str) -> tuple[int, int] | None:
+    try:
+        status = os.stat(name)  # noqa: PTH116 (four times in every transaction)
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino
+
+
+class _Database:
+    """What the connections of one engine share: the file that they all must have open, and the gate before it."""
+
+    def __init__(self, driver: ModuleType, path: Path | None, *, read_only: bool, busy_timeout: float) -> None:
+        from kkt_buffer.gate import WriteGate  # noqa: PLC0415 (needs fcntl, which Windows has not)
+
+        self.path = path
+        self.read_only = read_only
+        self.busy_timeout = busy_timeout
+        self.engine: Callable[[], Engine | None] = lambda: None
+        self.connections: weakref.WeakSet[GuardedConnection] = weakref.WeakSet()
+        self.inherited = False
+        self._driver = driver
+        self._class = type("Connection", (GuardedConnection, driver.Connection), {})
+        self.gate: WriteGate = WriteGate(None if path is None else Path(f"{path}-gate"), busy_timeout)
+        self._anchor: sqlite3.Connection | None = None
+        if path is None:
+            # The memdb VFS has real locks between connections; the database lives as long as one is open.
+            self._target = f"file:/kkt-buffer-{uuid.uuid4()}?vfs=memdb"
+            self._anchor = self._open()
+            self.identity = None
+            return
+        # mode=rw: SQLite itself must never create the file, least of all one that was there a moment ago.
+        self._target = f"file:{quote(str(path))}?mode={'ro' if read_only else 'rw'}"
+        with self._explained():
+            if path.is_dir():
+                raise BufferStorageError(f"{path} is a folder; give the path of a file in it. Nothing was opened.")
+            if read_only:
+                path.stat()
+            else:
+                self._create(path)
+        self.identity = _identity(str(path))
+
+    def __str__(self) -> str:
+        return "the in-memory buffer" if self.path is None else str(self.path)
+
+    def connect(self) -> GuardedConnection:
+        """Open one connection. For `create_engine(creator=…)`."""
+        with _fork_lock:
+            if self.inherited or self.identity in _inherited_files:
+                raise self.forked()
+            with self._explained():
+                connection = cast("GuardedConnection", self._open(factory=self._class))
+            connection.database = self
+            connection.pid = os.getpid()
+            self.connections.add(connection)
+        return connection
+
+    def configure(self, connection: GuardedConnection, _record: object) -> None:
+        """Apply the PRAGMAs and read them back. For the pool's `connect` event."""
+        with self._explained():
+            for pragma in self._journal(connection):
+                self._set(connection, pragma)
+            # The first read opens the WAL; from now on it must stay the file that it is.
+            connection.execute("SELECT COUNT(*) FROM sqlite_master").fetchone()
+        if self.path is not None:
+            names = (str(self.path), f"{self.path}-wal")
+            connection.files = tuple((name, identity) for name in names if (identity := _identity(name)))
+            if not connection.files or connection.files[0][1] != self.identity:
+                raise BufferStorageError(
+                    f"{self.path} was deleted or replaced since this engine was made. Nothing was written. Stop every "
+                    "program that uses the buffer, put the right files in place, and start again."
+                )
+
+    def _journal(self, connection: GuardedConnection) -> tuple[Pragma, ...]:
+        if self.path is None:
+            return (MEMORY, *COMMON)
+        if self.read_only:
+            return (WAL._replace(value=""), QUERY_ONLY, *COMMON)
+        if connection.execute("PRAGMA journal_mode").fetchone()[0] != WAL.reads:
+            # The change needs the file for itself, and SQLite does not wait for that.
+            with self.gate.held():
+                self._set(connection, WAL)
+        return (WAL, *DURABLE, *COMMON)
+
+    def _set(self, connection: GuardedConnection, pragma: Pragma) -> None:
+        if pragma.value != "":
+            connection.execute(f"PRAGMA {pragma.name} = {pragma.value}").fetchone()
+        found = connection.execute(f"PRAGMA {pragma.name}").fetchone()[0]
+        if found != pragma.reads:
+            raise BufferStorageError(
+                f"{self}: PRAGMA {pragma.name} is {found!r} where {pragma.reads!r} is needed ({pragma.reason}). The "
+                "buffer was not used. Put it on a local disk: a network or read-only mount cannot keep a receipt safe."
+            )
+
+    def begin(self, connection: Connection) -> None:
+        """Begin in the way that the transaction needs. For the engine's `begin` event."""
+        write = not (self.read_only or connection.get_execution_options().get(READ_ONLY, False))
+        driver_connection = cast("GuardedConnection", connection.connection.dbapi_connection)
+        with self._explained():
+            driver_connection.begin(write=write)
+
+    def explain(self, context: ExceptionContext) -> BaseException | None:
+        """Turn what the driver says of the file into a `BufferStorageError`. For the `handle_error` event."""
+        return self._translated(context.original_exception)
+
+    def disposed(self, _engine: Engine) -> None:
+        """Let go of the lock file, or of a database in memory. For the `engine_disposed` event."""
+        if not _forking():
+            self.gate.close()
+            if self._anchor is not None:
+                self._anchor.close()
+
+    def forked(self) -> BufferStorageError:
+        """The error of a child process that may not use what its parent had open."""
+        return BufferStorageError(
+            f"{self} was in use in the parent process at the moment of the fork, and SQLite cannot go on in the child. "
+            "Nothing was written here; the parent is not affected. Open the buffer after the fork, or call "
+            "close_buffer_db() (or engine.dispose()) before it."
+        )
+
+    def _open(self, **options: Any) -> sqlite3.Connection:  # noqa: ANN401 (the driver's own options)
+        if hasattr(self._driver, "LEGACY_TRANSACTION_CONTROL"):
+            # The new autocommit=False opens transactions by itself, which makes BEGIN IMMEDIATE impossible.
+            options["autocommit"] = self._driver.LEGACY_TRANSACTION_CONTROL
+        connection: sqlite3.Connection = self._driver.connect(
+            self._target, uri=True, isolation_level=None, check_same_thread=False, timeout=self.busy_timeout, **options
+        )
+        return connection
+
+    def _create(self, path: Path) -> None:
+        """Create the file, owner-only, so that not even a power cut can take its name away."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with self.gate.held():
+            with contextlib.suppress(FileExistsError):
+                # Exclusively: opening a file that SQLite has open, and closing it, would cancel SQLite's locks.
+                os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
+            if path.stat().st_size == 0:
+                for folder in path.parents:
+                    _sync_folder(folder)
+
+    @contextlib.contextmanager
+    def _explained(self) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, self._driver.Error) as error:
+            explained = self._translated(error)
+            if explained is None:
+                raise
+            raise explained from error
+
+    def _translated(self, error: BaseException | None) -> BufferStorageError | None:
+        if isinstance(error, OSError):
+            return BufferStorageError(
+                f"{self} cannot be used: {error.strerror or error}. Nothing was written. Check that the folder exists "
+                "and that this user may read and write it."
+            )
+        fault = _FAULTS.get(getattr(error, "sqlite_errorcode", 0) & 0xFF)
+        if fault is None:
+            return None
+        return fault.error(
+            f"{self}: {fault.happened} ({error}). The present transaction is not acknowledged; what was acknowledged "
+            f"before it is not affected. {fault.advice}"
+        )
+
+
+def _sync_folder(folder: Path) -> None:
+    with contextlib.suppress(PermissionError):  # a folder above ours that we may pass but not read
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+# A connection must not be carried over a fork (https://www.sqlite.org/howtocorrupt.html, section 2.6): SQLite in the
+# child believes in locks that only the parent has. So idle connections are closed before a fork, and where one is in
+# use, the child is refused. No connection is opened between the two.
+_databases: weakref.WeakSet[_Database] = weakref.WeakSet()
+_inherited_files: set[tuple[int, int] | None] = set()
+_inherited_connections: list[GuardedConnection] = []
+_fork_lock = threading.RLock()
+_fork_depth = 0
+
+
+def _forking() -> bool:
+    return _fork_depth > 0
+
+
+def _before_fork() -> None:
+    global _fork_depth  # noqa: PLW0603 (a fork is an event of the process)
+    _fork_lock.acquire()
+    _fork_depth += 1
+    for database in list(_databases):
+        if (engine := database.engine()) is not None:
+            engine.dispose()
+
+
+def _after_fork_in_parent() -> None:
+    global _fork_depth  # noqa: PLW0603
+    _fork_depth -= 1
+    _fork_lock.release()
+
+
+def _after_fork_in_child() -> None:
+    import ctypes  # noqa: PLC0415 (slow to import, and few processes fork)
+
+    for database in list(_databases):
+        database.gate.forget()
+        if database.connections:
+            _inherited_files.add(database.identity)
+            for connection in database.connections:
+                _inherited_connections.append(connection)
+                # Never to be freed, not even at exit: that would close it.
+                ctypes.pythonapi.Py_IncRef(ctypes.py_object(connection))
+        if database.path is None or database.connections:
+            database.inherited = True
+    _after_fork_in_parent()
+
+
+os.register_at_fork(before=_before_fork, after_in_parent=_after_fork_in_parent, after_in_child=_after_fork_in_child)

@@ -1,0 +1,114 @@
+"""
+Hybrid logical clock: timestamps that never go back, whatever the system clock does.
+
+The algorithm is that of Kulkarni, Demirbas et al., "Logical Physical Clocks and Consistent Snapshots in Globally
+Distributed Databases" (2014). Standard library only. The clock of a buffer is its database: the repository calls
+`successor` on the last stored timestamp, inside the write transaction, and never uses the process-wide clock below.
+"""
+
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from kkt_buffer.errors import ClockDriftError
+
+MAX_DRIFT_SECONDS = 3600
+
+
+@dataclass(frozen=True, slots=True)
+class HybridTimestamp:
+    """
+    A moment: Unix seconds, a counter for what happened within the same second, the operator's time once known.
+
+    Ordered by `server_time` (else `local_time`), then `logical_counter`.
+    """
+
+    local_time: int
+    logical_counter: int
+    server_time: int | None = None
+
+    def _key(self) -> tuple[int, int]:
+        return (self.local_time if self.server_time is None else self.server_time, self.logical_counter)
+
+    def __lt__(self, other: "HybridTimestamp") -> bool:
+        return self._key() < other._key()
+
+    def __le__(self, other: "HybridTimestamp") -> bool:
+        return self._key() <= other._key()
+
+    def __gt__(self, other: "HybridTimestamp") -> bool:
+        return self._key() > other._key()
+
+    def __ge__(self, other: "HybridTimestamp") -> bool:
+        return self._key() >= other._key()
+
+
+def successor(last: HybridTimestamp | None, wall: int) -> HybridTimestamp:
+    """The timestamp of an event at wall time `wall` (Unix seconds) that follows `last`: greater than `last`, always."""
+    if last is None or wall > last.local_time:
+        return HybridTimestamp(wall, 0)
+    return HybridTimestamp(last.local_time, last.logical_counter + 1)
+
+
+class HybridLogicalClock:
+    """
+    A clock for one process; safe for threads.
+
+    `last` is where it goes on from, `now` the wall clock (Unix seconds), `max_drift` how many seconds a remote
+    timestamp may be ahead of the wall clock.
+    """
+
+    def __init__(
+        self,
+        last: HybridTimestamp | None = None,
+        *,
+        now: Callable[[], float] = time.time,
+        max_drift: int = MAX_DRIFT_SECONDS,
+    ) -> None:
+        self._last = last and replace(last, server_time=None)
+        self._now = now
+        self._max_drift = max_drift
+        self._lock = threading.Lock()
+
+    def now(self) -> HybridTimestamp:
+        """A timestamp for a local or a send event: greater than every one before it."""
+        with self._lock:
+            self._last = successor(self._last, int(self._now()))
+            return self._last
+
+    def update(self, remote: HybridTimestamp) -> HybridTimestamp:
+        """
+        A timestamp for the receipt of `remote`: greater than `remote` and than every one of ours before it.
+
+        Raises `ClockDriftError` when `remote` is more than `max_drift` ahead of the wall clock; the clock stays.
+        """
+        with self._lock:
+            wall = int(self._now())
+            ahead = remote.local_time - wall
+            if ahead > self._max_drift:
+                raise ClockDriftError(ahead, self._max_drift)
+            seen = replace(remote, server_time=None)
+            last = seen if self._last is None else max(self._last, seen)
+            self._last = successor(last, wall)
+            return self._last
+
+
+_process_clock = HybridLogicalClock()
+
+
+def generate_hlc() -> HybridTimestamp:
+    """`HybridLogicalClock.now` on the process-wide clock, for the caller's own events."""
+    return _process_clock.now()
+
+
+def update_hlc_on_receive(remote: HybridTimestamp) -> HybridTimestamp:
+    """`HybridLogicalClock.update` on the process-wide clock, for the caller's own events."""
+    return _process_clock.update(remote)
+
+
+def assign_server_time(hlc: HybridTimestamp, server_time: int) -> HybridTimestamp:
+    """The same timestamp with the operator's time (Unix seconds, not negative)."""
+    if server_time < 0:
+        raise ValueError(f"server_time must be Unix seconds, 0 or more, got {server_time}")
+    return replace(hlc, server_time=server_time)
