@@ -62,7 +62,7 @@ def _migrate(engine: Engine) -> None:
                 logger.warning("foreign keys were violated before the migration: %s", sorted(before, key=str))
             with warnings.catch_warnings():
                 for index in EXPRESSION_INDEXES:
-                    warnings.filterwarnings("ignore", f"(?s).*expression-based index '?{index}'?", UserWarning)
+                    warnings.filterwarnings("ignore", f"(?s).*expression-based index '?{index}'?", Warning)
                 context.run_migrations()
             broken = _violations(connection) - before
             if broken:

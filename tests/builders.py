@@ -1,0 +1,82 @@
+"""What tests are made of: receipts, a clock to turn by hand, programs to run beside us."""
+
+import json
+import subprocess
+import sys
+import textwrap
+import uuid
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from kkt_buffer import Receipt, ReceiptRepository, ReceiptStatus
+
+NOON = 1_772_366_400  # 2026-03-01 12:00 UTC
+
+
+@dataclass
+class Clock:
+    """A wall clock that stands still until a test moves it."""
+
+    seconds: float = NOON
+
+    def __call__(self) -> float:
+        return self.seconds
+
+
+def a_document(**fields: Any) -> dict[str, Any]:
+    """A small ФФД 1.2 document."""
+    return {"code": 3, "fiscalDocumentFormatVer": 4, "totalSum": 6490, "user": 'ООО "Ромашка"', **fields}
+
+
+def new_receipt(**fields: Any) -> dict[str, Any]:
+    """What `insert_receipt` takes."""
+    return {"pos_id": "till-1", "fiscal_doc": json.dumps(a_document(), ensure_ascii=False), **fields}
+
+
+def a_receipt(repository: ReceiptRepository, status: str = "pending", **fields: Any) -> Receipt:
+    """A stored receipt, brought to `status` in the way that a service would."""
+    receipt_id = repository.insert_receipt(new_receipt(**fields))
+    if status == ReceiptStatus.FAILED:
+        repository.move_to_dlq(receipt_id, "rejected")
+    elif status == ReceiptStatus.SYNCED:
+        repository.mark_synced(receipt_id, NOON + 5)
+    elif status != ReceiptStatus.PENDING:
+        repository.update_receipt_status(receipt_id, status)
+    receipt = repository.get_receipt_by_id(receipt_id)
+    assert receipt is not None
+    return receipt
+
+
+def an_id() -> str:
+    return str(uuid.uuid4())
+
+
+def run_python(program: str, *arguments: object, **options: Any) -> subprocess.CompletedProcess[str]:
+    """Run a program in a fresh interpreter, and fail with what it printed if it fails."""
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(program), *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+        **options,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done
+
+
+def start_python(program: str, *arguments: object, **options: Any) -> subprocess.Popen[str]:
+    """Start a program in a fresh interpreter; what it prints is read from `stdout`."""
+    return subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(program), *map(str, arguments)],
+        stdout=subprocess.PIPE,
+        text=True,
+        **options,
+    )
+
+
+def everything(path: Path) -> list[str]:
+    """All that a database holds, as SQL, read by a process of its own."""
+    program = "import sqlite3, sys; print(*sqlite3.connect(sys.argv[1]).iterdump(), sep='\\n')"
+    return run_python(program, path).stdout.splitlines()

@@ -1,0 +1,58 @@
+"""The databases that tests work on: each one was made by the migrations."""
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from builders import Clock
+from sqlalchemy import Engine
+
+from kkt_buffer import ReceiptRepository, create_buffer_engine, upgrade
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def engine() -> Iterator[Engine]:
+    """A migrated buffer in memory, for what needs no file."""
+    engine = create_buffer_engine(":memory:")
+    upgrade(engine)
+    yield engine
+    engine.dispose()
+
+
+@pytest.fixture
+def repository(engine: Engine, clock: Clock) -> ReceiptRepository:
+    return ReceiptRepository(engine, now=clock)
+
+
+@pytest.fixture(scope="session")
+def migrated_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A migrated buffer that nobody has open, to be copied."""
+    path = tmp_path_factory.mktemp("migrated") / "buffer.db"
+    engine = create_buffer_engine(path)
+    upgrade(engine)
+    engine.dispose()
+    return path
+
+
+@pytest.fixture
+def path(migrated_file: Path, tmp_path: Path) -> Path:
+    """A migrated, empty buffer on disk."""
+    return Path(shutil.copy(migrated_file, tmp_path / "buffer.db"))
+
+
+@pytest.fixture
+def file_engine(path: Path) -> Iterator[Engine]:
+    engine = create_buffer_engine(path)
+    yield engine
+    engine.dispose()
+
+
+@pytest.fixture
+def file_repository(file_engine: Engine, clock: Clock) -> ReceiptRepository:
+    return ReceiptRepository(file_engine, now=clock)
