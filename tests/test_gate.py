@@ -1,0 +1,183 @@
+"""The queue of the writers."""
+
+import os
+import threading
+
+import pytest
+from builders import run_python, start_python
+
+from kkt_buffer import BufferBusyError
+from kkt_buffer.gate import WriteGate
+
+HOLD = """
+import sys
+from pathlib import Path
+from kkt_buffer.gate import WriteGate
+
+gate = WriteGate(Path(sys.argv[1]), 60)
+gate.acquire()
+print("held", flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.fixture
+def lock_file(tmp_path):
+    return tmp_path / "buffer.db-gate"
+
+
+@pytest.fixture
+def gate(lock_file):
+    gate = WriteGate(lock_file, 60)
+    yield gate
+    gate.close()
+
+
+def in_thread(function):
+    """Run in a thread, and return what it returned or raised."""
+    results = []
+
+    def run():
+        try:
+            results.append(function())
+        except BufferBusyError as error:
+            results.append(error)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    return results[0]
+
+
+class TestThreads:
+    def test_one_at_a_time(self, gate):
+        """Whoever has the gate is alone."""
+        inside, seen = [], []
+
+        def work():
+            for _ in range(200):
+                with gate.held():
+                    inside.append(1)
+                    seen.append(len(inside))
+                    inside.pop()
+
+        threads = [threading.Thread(target=work) for _ in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert [1] * 1600 == seen
+
+    def test_timeout(self, lock_file):
+        """A writer that waited in vain is told so, and can come again."""
+        gate = WriteGate(lock_file, 0.05)
+        gate.acquire()
+        assert "another thread of this process has kept the write lock" in str(in_thread(gate.acquire))
+        gate.release()
+        assert in_thread(lambda: gate.acquire() or gate.release()) is None
+        gate.close()
+
+    def test_own_thread(self, gate):
+        """A second write transaction in the same thread would wait for ever: refused at once."""
+        with gate.held(), pytest.raises(BufferBusyError, match="inside a write transaction of this engine already"):
+            gate.acquire()
+
+    def test_held_inside(self, gate):
+        """A block inside a write transaction uses the gate that is held anyway, and leaves it held."""
+        with gate.held():
+            with gate.held():
+                assert gate.is_mine
+            assert gate.is_mine
+        assert not gate.is_mine
+
+    def test_without_file(self):
+        """A database in memory needs no file."""
+        gate = WriteGate(None, 60)
+        with gate.held():
+            assert gate.is_mine
+        gate.close()
+
+
+class TestProcesses:
+    def test_waits(self, lock_file):
+        """The gate keeps out other processes, until its holder is gone, however it went."""
+        with start_python(HOLD, lock_file, stdin=-1) as holder:
+            assert holder.stdout.readline() == "held\n"
+            gate = WriteGate(lock_file, 0.05)
+            with pytest.raises(BufferBusyError, match="another process has kept the write lock .* for 0.05 s"):
+                gate.acquire()
+            patient = WriteGate(lock_file, 60)
+            threading.Timer(0.2, holder.kill).start()
+            with patient.held():
+                assert patient.is_mine
+        # The helper that waited for the impatient one has given its turn on.
+        with gate.held():
+            assert gate.is_mine
+        gate.close()
+        patient.close()
+
+    def test_late_turn(self, lock_file, monkeypatch):
+        """A turn that comes in the moment of giving up is taken, not lost."""
+        gate = WriteGate(lock_file, 0.0)
+        with start_python(HOLD, lock_file, stdin=-1) as holder:
+            assert holder.stdout.readline() == "held\n"
+
+            class Late(__import__("concurrent.futures").futures.Future):
+                def cancel(self):
+                    holder.kill()
+                    self._came = threading.Event()
+                    self.add_done_callback(lambda _: self._came.set())
+                    self._came.wait()
+                    return super().cancel()
+
+            monkeypatch.setattr("kkt_buffer.gate.Future", Late)
+            gate.acquire()
+            assert gate.is_mine
+            gate.release()
+        gate.close()
+
+    def test_owner_only(self, gate, lock_file):
+        with gate.held():
+            assert lock_file.stat().st_mode & 0o777 == 0o600
+
+    def test_no_folder(self, tmp_path):
+        """Without a lock file there is no gate, and the next attempt is not blocked by the failed one."""
+        gate = WriteGate(tmp_path / "missing" / "buffer.db-gate", 60)
+        with pytest.raises(FileNotFoundError):
+            gate.acquire()
+        (tmp_path / "missing").mkdir()
+        with gate.held():
+            assert gate.is_mine
+        gate.close()
+
+    def test_close_while_held(self, gate):
+        """Closing does not take the lock away from who holds it."""
+        with gate.held():
+            gate.close()
+            assert in_thread(lambda: run_python(TRY, gate._path).stdout) == "busy\n"
+        assert run_python(TRY, gate._path).stdout == "free\n"
+
+    def test_forget(self, gate):
+        """A forked child starts with a gate of its own."""
+        gate.acquire()
+        descriptor = os.dup(gate._descriptor)  # as the parent has it
+        gate.forget()
+        assert not gate.is_mine
+        assert run_python(TRY, gate._path).stdout == "busy\n"
+        os.close(descriptor)
+        with gate.held():
+            assert gate.is_mine
+
+
+TRY = """
+import sys
+from pathlib import Path
+from kkt_buffer import BufferBusyError
+from kkt_buffer.gate import WriteGate
+
+try:
+    WriteGate(Path(sys.argv[1]), 0).acquire()
+    print("free")
+except BufferBusyError:
+    print("busy")
+"""
