@@ -116,6 +116,7 @@ def create_buffer_engine(
     engine = create_engine(url, **({"poolclass": QueuePool} | engine_options), creator=database.connect, module=driver)
     event.listen(engine, "connect", database.configure)
     event.listen(engine, "begin", database.begin)
+    event.listen(engine, "savepoint", database.join)
     event.listen(engine, "handle_error", database.explain)
     event.listen(engine, "engine_disposed", database.disposed)
     database.engine = weakref.ref(engine)
@@ -197,7 +198,7 @@ class GuardedConnection(sqlite3.Connection if TYPE_CHECKING else object):  # typ
 
     def begin(self, *, write: bool) -> None:
         """Begin a transaction; a write takes the gate first."""
-        self._refuse_child()
+        self.refuse_child()
         if write:
             self.database.gate.acquire()
             self.in_write = True
@@ -211,7 +212,7 @@ class GuardedConnection(sqlite3.Connection if TYPE_CHECKING else object):  # typ
 
     def commit(self) -> None:
         """Commit what `begin` began, or raise if it is not there any more."""
-        self._refuse_child()
+        self.refuse_child()
         if self.in_begun and not self.in_transaction:
             raise BufferStorageError(
                 f"{self.database}: SQLite had to roll the transaction back (see the error before this one). "
@@ -247,7 +248,8 @@ class GuardedConnection(sqlite3.Connection if TYPE_CHECKING else object):  # typ
             self.in_write = False
             self.database.gate.release()
 
-    def _refuse_child(self) -> None:
+    def refuse_child(self) -> None:
+        """Raise if this is not the process that opened the connection."""
         if self.pid != os.getpid():
             raise self.database.forked()
 
@@ -292,6 +294,8 @@ class _Database:
             return
         # mode=rw: SQLite itself must never create the file, least of all one that was there a moment ago.
         self._target = f"file:{quote(str(path))}?mode={'ro' if read_only else 'rw'}"
+        if _identity(str(path)) in _inherited_files:
+            raise self.forked()
         with self._explained():
             if path.is_dir():
                 raise BufferStorageError(f"{path} is a folder; give the path of a file in it. Nothing was opened.")
@@ -360,16 +364,19 @@ class _Database:
         with self._explained():
             driver_connection.begin(write=write)
 
+    def join(self, connection: Connection, _name: str) -> None:
+        """Refuse to go on with the parent's transaction in a forked child. For the engine's `savepoint` event."""
+        cast("GuardedConnection", connection.connection.dbapi_connection).refuse_child()
+
     def explain(self, context: ExceptionContext) -> BaseException | None:
         """Turn what the driver says of the file into a `BufferStorageError`. For the `handle_error` event."""
         return self._translated(context.original_exception)
 
     def disposed(self, _engine: Engine) -> None:
         """Let go of the lock file, or of a database in memory. For the `engine_disposed` event."""
-        if not _forking():
-            self.gate.close()
-            if self._anchor is not None:
-                self._anchor.close()
+        self.gate.close()
+        if self._anchor is not None:
+            self._anchor.close()
 
     def forked(self) -> BufferStorageError:
         """The error of a child process that may not use what its parent had open."""
@@ -438,28 +445,15 @@ def _sync_folder(folder: Path) -> None:
 # use, the child is refused. No connection is opened between the two.
 _databases: weakref.WeakSet[_Database] = weakref.WeakSet()
 _inherited_files: set[tuple[int, int] | None] = set()
-_inherited_connections: list[GuardedConnection] = []
 _fork_lock = threading.RLock()
-_fork_depth = 0
-
-
-def _forking() -> bool:
-    return _fork_depth > 0
 
 
 def _before_fork() -> None:
-    global _fork_depth  # noqa: PLW0603 (a fork is an event of the process)
     _fork_lock.acquire()
-    _fork_depth += 1
     for database in list(_databases):
         if (engine := database.engine()) is not None:
-            engine.dispose()
-
-
-def _after_fork_in_parent() -> None:
-    global _fork_depth  # noqa: PLW0603
-    _fork_depth -= 1
-    _fork_lock.release()
+            # Not engine.dispose(), which would forget the connections that are in use.
+            engine.pool.dispose()
 
 
 def _after_fork_in_child() -> None:
@@ -467,15 +461,13 @@ def _after_fork_in_child() -> None:
 
     for database in list(_databases):
         database.gate.forget()
-        if database.connections:
+        database.inherited = database.path is None or bool(database.connections)
+        if database.identity is not None and database.connections:
             _inherited_files.add(database.identity)
-            for connection in database.connections:
-                _inherited_connections.append(connection)
-                # Never to be freed, not even at exit: that would close it.
-                ctypes.pythonapi.Py_IncRef(ctypes.py_object(connection))
-        if database.path is None or database.connections:
-            database.inherited = True
-    _after_fork_in_parent()
+        for connection in database.connections:
+            # Never to be freed, not even at exit: that would close it.
+            ctypes.pythonapi.Py_IncRef(ctypes.py_object(connection))
+    _fork_lock.release()
 
 
-os.register_at_fork(before=_before_fork, after_in_parent=_after_fork_in_parent, after_in_child=_after_fork_in_child)
+os.register_at_fork(before=_before_fork, after_in_parent=_fork_lock.release, after_in_child=_after_fork_in_child)

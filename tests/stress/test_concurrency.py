@@ -1,0 +1,220 @@
+"""Threads and processes on one file: nothing lost, nothing doubled, nothing out of order, never one too many."""
+
+import contextlib
+import threading
+
+import pytest
+from builders import new_receipt, run_python, start_python
+
+from kkt_buffer import BufferFullError, ReceiptRepository, create_buffer_engine
+
+THREADS = 16
+PROCESSES = 4
+
+# Four threads insert until the buffer is full or enough is done, and print each id once it is acknowledged. The wall
+# clock of every process is another one, and jumps.
+TILL = """
+import random, sys, threading, time
+from kkt_buffer import BufferFullError, ReceiptRepository, create_buffer_engine
+
+path, threads, each, seed = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
+chance = random.Random(seed)
+repository = ReceiptRepository(create_buffer_engine(path), now=lambda: time.time() + chance.choice((-3600, 0, 0, 7)))
+sys.stdin.readline()
+
+def work():
+    for number in range(each):
+        try:
+            receipt_id = repository.insert_receipt({"pos_id": f"till-{seed}", "fiscal_doc": {"n": number}})
+        except BufferFullError:
+            return
+        print(receipt_id, flush=True)
+
+workers = [threading.Thread(target=work) for _ in range(threads)]
+for worker in workers:
+    worker.start()
+for worker in workers:
+    worker.join()
+"""
+
+
+def sell(path, threads, each):
+    """Let the processes insert at the same time; return the ids that they acknowledged."""
+    with contextlib.ExitStack() as stack:
+        tills = [
+            stack.enter_context(start_python(TILL, path, threads, each, seed, stdin=-1)) for seed in range(PROCESSES)
+        ]
+        for till in tills:
+            till.stdin.write("go\n")
+            till.stdin.flush()
+        acknowledged = [line.strip() for till in tills for line in till.stdout]
+        assert [0] * PROCESSES == [till.wait() for till in tills]
+    return acknowledged
+
+
+def stored(path):
+    """Ids and timestamps in the order of commits (rowid), read by a process of its own."""
+    program = """
+        import sqlite3, sys
+        rows = sqlite3.connect(sys.argv[1]).execute(
+            "SELECT id, hlc_local_time, hlc_logical_counter FROM receipts ORDER BY rowid")
+        print(*("|".join(map(str, row)) for row in rows), sep="\\n")
+    """
+    lines = run_python(program, path).stdout.split()
+    rows = [line.split("|") for line in lines]
+    return [row[0] for row in rows], [(int(row[1]), int(row[2])) for row in rows]
+
+
+def assert_all_there(path, acknowledged):
+    ids, stamps = stored(path)
+    assert sorted(acknowledged) == sorted(ids)
+    assert len(ids) == len(set(ids))
+    assert sorted(set(stamps)) == stamps
+
+
+@pytest.mark.slow
+class TestProcesses:
+    def test_nothing_lost(self, path):
+        """Four processes of four threads each: every acknowledged receipt is there, once, and HLC follows commits."""
+        ReceiptRepository(create_buffer_engine(path)).set_config("buffer_capacity", 10_000)
+        acknowledged = sell(path, threads=4, each=25)
+        assert len(acknowledged) == PROCESSES * 4 * 25
+        assert_all_there(path, acknowledged)
+
+    def test_last_places(self, path):
+        """Racing for the last places, they fill the buffer to the last one and not beyond."""
+        acknowledged = sell(path, threads=4, each=25)
+        assert len(acknowledged) == 200
+        assert_all_there(path, acknowledged)
+
+    def test_same_receipt(self, path):
+        """The same receipt sent by all of them at once is stored once."""
+        program = """
+            import sys
+            from kkt_buffer import ReceiptRepository, create_buffer_engine
+            repository = ReceiptRepository(create_buffer_engine(sys.argv[1]))
+            sys.stdin.readline()
+            for number in range(50):
+                own = f"123e4567-e89b-42d3-a456-{number:012}"
+                print(repository.insert_receipt({"id": own, "pos_id": "t", "fiscal_doc": "{}"}, exist_ok=True))
+        """
+        with contextlib.ExitStack() as stack:
+            tills = [stack.enter_context(start_python(program, path, stdin=-1)) for _ in range(PROCESSES)]
+            for till in tills:
+                till.stdin.write("go\n")
+                till.stdin.flush()
+            said = [till.stdout.read().split() for till in tills]
+        assert [said[0]] * PROCESSES == said
+        assert said[0] == stored(path)[0]
+
+    def test_start_together(self, tmp_path):
+        """Six processes that open one new buffer at once all succeed."""
+        program = """
+            import sys
+            from kkt_buffer import buffer
+            sys.stdin.readline()
+            buffer.init_buffer_db(sys.argv[1])
+            print(buffer.insert_receipt({"pos_id": "till-1", "fiscal_doc": "{}"}))
+        """
+        path = tmp_path / "new" / "buffer.db"
+        with contextlib.ExitStack() as stack:
+            starters = [stack.enter_context(start_python(program, path, stdin=-1)) for _ in range(6)]
+            for starter in starters:
+                starter.stdin.write("go\n")
+                starter.stdin.flush()
+            acknowledged = [starter.stdout.read().strip() for starter in starters]
+        assert_all_there(path, acknowledged)
+
+
+class TestThreads:
+    def run(self, work):
+        errors = []
+
+        def guarded(number):
+            try:
+                work(number)
+            except Exception as error:  # noqa: BLE001 (whatever it is, it is told below)
+                errors.append(error)
+
+        threads = [threading.Thread(target=guarded, args=(number,)) for number in range(THREADS)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert [] == errors
+
+    def test_nothing_lost(self, file_repository, file_engine, path):
+        """Sixteen threads on one repository: every acknowledged receipt is there, once, in HLC order."""
+        file_repository.set_config("buffer_capacity", 10_000)
+        acknowledged = []
+        self.run(
+            lambda number: acknowledged.extend(
+                file_repository.insert_receipt(new_receipt(pos_id=f"till-{number}")) for _ in range(20)
+            )
+        )
+        file_engine.dispose()
+        assert len(acknowledged) == THREADS * 20
+        assert_all_there(path, acknowledged)
+
+    def test_last_places(self, file_repository):
+        """Capacity is exact under threads, for single receipts and for batches."""
+        file_repository.set_config("buffer_capacity", 50)
+
+        def work(number):
+            with contextlib.suppress(BufferFullError):
+                for _ in range(10):
+                    if number % 2:
+                        file_repository.insert_receipts([new_receipt(), new_receipt(), new_receipt()])
+                    else:
+                        file_repository.insert_receipt(new_receipt())
+
+        self.run(work)
+        status = file_repository.get_buffer_status()
+        # A batch of three may find less room than it needs; a single receipt never leaves any.
+        assert status.pending == 50
+
+    def test_mixed(self, file_repository):
+        """Readers and writers of every kind side by side; the books balance in the end."""
+
+        def work(number):
+            for _ in range(5):
+                receipt_id = file_repository.insert_receipt(new_receipt())
+                file_repository.get_pending_receipts(5)
+                file_repository.update_receipt_status(receipt_id, "syncing")
+                if number % 2:
+                    file_repository.mark_synced(receipt_id, number)
+                else:
+                    file_repository.move_to_dlq(receipt_id, "rejected")
+                file_repository.get_buffer_status()
+                file_repository.get_events(3)
+
+        self.run(work)
+        status = file_repository.get_buffer_status()
+        half = THREADS // 2 * 5
+        assert (0, 0, half, half, half) == (
+            status.pending,
+            status.syncing,
+            status.synced,
+            status.failed,
+            status.dlq_size,
+        )
+
+    def test_short_lived(self, path):
+        """A thousand short-lived threads leave no connection, transaction or file open behind them."""
+        import os  # noqa: PLC0415
+
+        def descriptors():
+            return len(os.listdir("/proc/self/fd"))
+
+        engine = create_buffer_engine(path)
+        repository = ReceiptRepository(engine)
+        repository.set_config("buffer_capacity", 10_000)
+        repository.insert_receipt(new_receipt())
+        before = descriptors()
+        for _ in range(1000):
+            thread = threading.Thread(target=lambda: repository.insert_receipt(new_receipt()))
+            thread.start()
+            thread.join()
+        assert before == descriptors()
+        assert engine.pool.checkedout() == 0
+        assert repository.get_buffer_status().pending == 1001
