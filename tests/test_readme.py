@@ -1,0 +1,65 @@
+"""What the README tells is true: its code runs when pasted, in its order."""
+
+import re
+import sys
+from pathlib import Path
+
+from builders import run_python
+
+from kkt_buffer import ReceiptRepository, errors
+from kkt_buffer.models import CONFIG_RULES
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+
+
+class TestCode:
+    def test_first_block(self, tmp_path):
+        """The five lines work by themselves, in an empty folder."""
+        assert run_python(BLOCKS[0], cwd=tmp_path).stdout == "{'totalSum': 6490, 'items': []} 1\n"
+
+    def test_all_blocks(self, tmp_path):
+        """So do all blocks in their order; the endpoint takes a receipt, twice is once, and tells of a full buffer."""
+        use = """
+from fastapi.testclient import TestClient
+
+with TestClient(app) as client:
+    own = "123e4567-e89b-42d3-a456-426614174000"
+    for _ in range(2):
+        assert client.post(f"/receipts/{own}", json={"totalSum": 1}).json() == {"id": own}
+    buffer.set_config("buffer_capacity", 1)
+    refused = client.post(f"/receipts/{own[:-1]}1", json={"totalSum": 1})
+    assert refused.status_code == 503 and "Buffer full" in refused.text
+    print(buffer.get_buffer_status().total_receipts)
+"""
+        assert len(BLOCKS) >= 4
+        printed = run_python("\n".join([*BLOCKS, use]), cwd=tmp_path).stdout
+        assert printed.splitlines()[-1] == "3"
+
+
+class TestTables:
+    def test_operations(self):
+        """Every operation of the repository has its place."""
+        public = [name for name in vars(ReceiptRepository) if not name.startswith("_")]
+        assert [] == [name for name in public if f"`{name}(" not in README]
+
+    def test_settings(self):
+        """Every setting, and its default."""
+        for key, rule in CONFIG_RULES.items():
+            [line] = [line for line in README.splitlines() if f"`{key}`" in line.split(" | ")[0]]
+            assert re.search(rf"\b{rule.default}\b", line), key
+
+    def test_errors(self):
+        """Every error that an operation can raise."""
+        raised = {name for name in vars(errors) if name.endswith("Error")} - {"ReceiptBufferError", "ClockDriftError"}
+        assert set() == {name for name in raised if f"`{name}`" not in README}
+
+    def test_targets(self):
+        """Every make target that it names exists."""
+        targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+        assert set(re.findall(r"make ([a-z]+)\b", README)) - {"it"} <= targets
+
+    def test_python_version(self):
+        """The Python that runs this is one that the README allows."""
+        assert sys.version_info >= (3, 11)
