@@ -1,6 +1,8 @@
 """What tests are made of: receipts, a clock to turn by hand, programs to run beside us."""
 
+import contextlib
 import json
+import os
 import subprocess
 import sys
 import textwrap
@@ -74,6 +76,15 @@ def start_python(program: str, *arguments: object, **options: Any) -> subprocess
         text=True,
         **options,
     )
+
+
+def open_files(path: Path) -> list[str]:
+    """The database's files that this process has open, once for each descriptor."""
+    names = []
+    for descriptor in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(FileNotFoundError):  # the one that listed them
+            names.append(os.readlink(f"/proc/self/fd/{descriptor}"))
+    return sorted(name for name in names if name.startswith(str(path)))
 
 
 def everything(path: Path) -> list[str]:

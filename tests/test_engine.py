@@ -10,7 +10,7 @@ import threading
 from pathlib import Path
 
 import pytest
-from builders import a_receipt, everything, new_receipt, run_python, start_python
+from builders import a_receipt, everything, new_receipt, open_files, run_python, start_python
 from sqlalchemy import NullPool, StaticPool, create_engine, make_url, text
 from sqlalchemy.exc import IntegrityError, ProgrammingError
 
@@ -84,6 +84,26 @@ class TestPragmas:
         with pytest.raises(BufferStorageError, match="synchronous is 1 where 2 is needed"):
             create_buffer_engine(path)
 
+    def test_other_refusal(self, path, monkeypatch):
+        """Whatever else SQLite says while it is opened refuses the buffer."""
+        monkeypatch.setattr(engine, "DURABLE", (DURABLE[0]._replace(value="FULL"),))
+        monkeypatch.setattr(engine, "COMMON", (COMMON[0]._replace(name="foreign keys"),))
+        with pytest.raises(BufferStorageError, match="SQLite refused to go on .*syntax error"):
+            create_buffer_engine(path)
+
+    def test_driver_of_python_3_12(self, path, monkeypatch):
+        """Where the driver has a transaction control of its own, it is told to leave that to us."""
+        connect, asked = sqlite3.connect, []
+        monkeypatch.setattr(sqlite3, "LEGACY_TRANSACTION_CONTROL", -1, raising=False)
+
+        def recorded(target, *, autocommit, **options):
+            asked.append(autocommit)
+            return connect(target, **options)
+
+        monkeypatch.setattr(sqlite3, "connect", recorded)
+        create_buffer_engine(path)
+        assert asked == [-1]
+
     def test_no_wal_to_read(self, tmp_path):
         """A monitor does not accept a database that is not ours."""
         path = tmp_path / "other.db"
@@ -128,6 +148,11 @@ class TestTransactions:
             assert reading.scalar(COUNT) == 0
         with reader.connect() as reading:
             assert reading.scalar(COUNT) == 1
+
+    def test_read_only_commit(self, file_engine):
+        """A transaction that only reads may end in a commit like any other."""
+        with file_engine.execution_options(**{READ_ONLY: True}).begin() as connection:
+            assert connection.scalar(COUNT) == 0
 
     def test_rollback(self, file_engine):
         """A block that fails leaves nothing, and the next writer comes in."""
@@ -505,7 +530,7 @@ class TestReplacedFiles:
 
 
 FORK = """
-import os, sys
+import atexit, os, sys
 import kkt_buffer
 from kkt_buffer import buffer
 
@@ -550,18 +575,16 @@ class TestFork:
             def start_afresh():
                 buffer.init_buffer_db(path)
 
-            def leave():
-                # What a child does that knows nothing of the buffer: unwind, and exit in the ordinary way.
-                raise SystemExit
-
             with buffer.transaction() as session:
                 buffer.insert_receipt(receipt)
                 assert in_child(go_on) == 7
                 assert in_child(start_afresh) == 7
+                # A child that knows nothing of the buffer: it unwinds, tidies up, and exits in the ordinary way.
                 child = os.fork()
                 if child == 0:
+                    atexit.register(buffer.close_buffer_db)
                     raise SystemExit
-                os.waitpid(child, 0)
+                assert os.waitpid(child, 0)[1] == 0
             print(buffer.get_buffer_status().pending)
             assert in_child(lambda: buffer.insert_receipt(receipt)) == 0
             print(buffer.get_buffer_status().pending)
@@ -615,12 +638,7 @@ class TestDispose:
         a_receipt(ReceiptRepository(own))
         own.dispose()
         own.dispose()
-        mine = [
-            os.readlink(f"/proc/self/fd/{fd}")
-            for fd in os.listdir("/proc/self/fd")
-            if os.path.lexists(f"/proc/self/fd/{fd}")
-        ]
-        assert not [name for name in mine if name.startswith(str(path))]
+        assert open_files(path) == []
 
     def test_used_again(self, path):
         """A disposed engine opens the file again when it is used again."""

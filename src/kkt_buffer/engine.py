@@ -15,7 +15,7 @@ import sys
 import threading
 import uuid
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
@@ -119,8 +119,7 @@ def create_buffer_engine(
     event.listen(engine, "savepoint", database.join)
     event.listen(engine, "handle_error", database.explain)
     event.listen(engine, "engine_disposed", database.disposed)
-    database.engine = weakref.ref(engine)
-    _databases.add(database)
+    _databases[engine] = database
     try:
         with engine.connect():
             pass
@@ -279,7 +278,6 @@ class _Database:
         self.path = path
         self.read_only = read_only
         self.busy_timeout = busy_timeout
-        self.engine: Callable[[], Engine | None] = lambda: None
         self.connections: weakref.WeakSet[GuardedConnection] = weakref.WeakSet()
         self.inherited = False
         self._driver = driver
@@ -411,10 +409,9 @@ class _Database:
         try:
             yield
         except (OSError, self._driver.Error) as error:
-            explained = self._translated(error)
-            if explained is None:
-                raise
-            raise explained from error
+            raise self._translated(error) or BufferStorageError(
+                f"{self}: SQLite refused to go on ({error}). Nothing was written."
+            ) from error
 
     def _translated(self, error: BaseException | None) -> BufferStorageError | None:
         if isinstance(error, OSError):
@@ -443,23 +440,22 @@ def _sync_folder(folder: Path) -> None:
 # A connection must not be carried over a fork (https://www.sqlite.org/howtocorrupt.html, section 2.6): SQLite in the
 # child believes in locks that only the parent has. So idle connections are closed before a fork, and where one is in
 # use, the child is refused. No connection is opened between the two.
-_databases: weakref.WeakSet[_Database] = weakref.WeakSet()
+_databases: weakref.WeakKeyDictionary[Engine, _Database] = weakref.WeakKeyDictionary()
 _inherited_files: set[tuple[int, int] | None] = set()
 _fork_lock = threading.RLock()
 
 
 def _before_fork() -> None:
     _fork_lock.acquire()
-    for database in list(_databases):
-        if (engine := database.engine()) is not None:
-            # Not engine.dispose(), which would forget the connections that are in use.
-            engine.pool.dispose()
+    for engine in list(_databases):
+        # Not engine.dispose(), which would forget the connections that are in use.
+        engine.pool.dispose()
 
 
 def _after_fork_in_child() -> None:
     import ctypes  # noqa: PLC0415 (slow to import, and few processes fork)
 
-    for database in list(_databases):
+    for database in _databases.values():
         database.gate.forget()
         database.inherited = database.path is None or bool(database.connections)
         if database.identity is not None and database.connections:

@@ -4,7 +4,7 @@ import contextlib
 import threading
 
 import pytest
-from builders import new_receipt, run_python, start_python
+from builders import new_receipt, open_files, run_python, start_python
 
 from kkt_buffer import BufferFullError, ReceiptRepository, create_buffer_engine
 
@@ -201,20 +201,15 @@ class TestThreads:
 
     def test_short_lived(self, path):
         """A thousand short-lived threads leave no connection, transaction or file open behind them."""
-        import os  # noqa: PLC0415
-
-        def descriptors():
-            return len(os.listdir("/proc/self/fd"))
-
         engine = create_buffer_engine(path)
         repository = ReceiptRepository(engine)
         repository.set_config("buffer_capacity", 10_000)
         repository.insert_receipt(new_receipt())
-        before = descriptors()
+        before = open_files(path)
         for _ in range(1000):
             thread = threading.Thread(target=lambda: repository.insert_receipt(new_receipt()))
             thread.start()
             thread.join()
-        assert before == descriptors()
+        assert before == open_files(path)
         assert engine.pool.checkedout() == 0
         assert repository.get_buffer_status().pending == 1001
