@@ -64,6 +64,13 @@ class TestPragmas:
         with create_buffer_engine(path, read_only=True).connect() as connection:
             assert pragma.reads == read_back(connection, pragma)
 
+    def test_durable(self, file_engine):
+        """The two that everything rests on, by name: WAL, and synchronous=FULL, which reads as 2."""
+        with file_engine.connect() as connection:
+            assert connection.exec_driver_sql("PRAGMA journal_mode").scalar() == "wal"
+            assert connection.exec_driver_sql("PRAGMA synchronous").scalar() == 2
+            assert connection.exec_driver_sql("PRAGMA foreign_keys").scalar() == 1
+
     def test_busy_timeout(self, path):
         with create_buffer_engine(path, busy_timeout=1.5).connect() as connection:
             assert connection.exec_driver_sql("PRAGMA busy_timeout").scalar() == 1500
@@ -296,6 +303,13 @@ class TestReadOnly:
             with pytest.raises(BufferStorageError, match="it is read-only here"):
                 write()
         assert file_repository.get_buffer_status() == watched.get_buffer_status()
+
+    def test_twice_refused(self, path):
+        """Not even a program that switches `query_only` off can write through it."""
+        with create_buffer_engine(path, read_only=True).connect() as connection:
+            connection.connection.cursor().execute("PRAGMA query_only = OFF")
+            with pytest.raises(BufferStorageError, match="it is read-only here"):
+                connection.execute(ADD, {"id": "a"})
 
     def test_nobody_else(self, path):
         """It works on a database that nobody has open, too."""
