@@ -25,9 +25,10 @@ from kkt_buffer import (
     ReceiptStatus,
     create_buffer_engine,
 )
-from kkt_buffer import repository as repository_module
 from kkt_buffer.demo import sample_receipts
 from kkt_buffer.models import CONFIG_RULES, TRANSITIONS
+from kkt_buffer.repository import receipts
+from kkt_buffer.repository.status import STATUS
 
 STATUSES = tuple(str(status) for status in ReceiptStatus)
 
@@ -950,11 +951,11 @@ class TestPlans:
         ],
     )
     def test_plan(self, engine, statement, expected):
-        sql = str(getattr(repository_module, statement).compile(engine))
+        sql = str(getattr(receipts, statement).compile(engine))
         assert [expected] == self.plan(engine, sql, (1,) * sql.count("?"))
 
     def test_status(self, engine):
-        sql = str(repository_module.STATUS.compile(engine))
+        sql = str(STATUS.compile(engine))
         plan = self.plan(engine, sql, (1,) * sql.count("?"))
         assert "SCAN receipts USING INDEX idx_receipts_undelivered" in plan
         assert not [line for line in plan if "TEMP B-TREE" in line or line == "SCAN receipts"]

@@ -1,51 +1,29 @@
-"""
-Reading and writing receipts: one transaction per public method, or the one that this thread has open.
+"""Receipts: stored, read, and moved from status to status."""
 
-What a status may become is in `models`; counters, events and guards are triggers, in `schema`; how a transaction
-begins, commits and fails is in `engine`; what an argument may be, in `arguments`.
-"""
-
-import time
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from contextvars import ContextVar
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
 from typing import Any, cast
 
-from sqlalchemy import Connection, Engine, Select, Table, bindparam, insert, literal_column, select, text, update
+from sqlalchemy import Connection, Table, bindparam, insert, literal_column, select, text, update
 from sqlalchemy.exc import IntegrityError
-from sqlalchemy.orm import Session, scoped_session, sessionmaker
 
 from kkt_buffer import arguments
-from kkt_buffer.engine import READ_ONLY
 from kkt_buffer.errors import (
     BufferFullError,
     DuplicateReceiptError,
-    InvalidConfigError,
     InvalidTransitionError,
-    ReceiptBufferError,
     ReceiptNotFoundError,
 )
 from kkt_buffer.hlc import HybridTimestamp, successor
 from kkt_buffer.models import (
-    COMMON_EVENTS,
-    CONFIG_RULES,
     HLC_ORDER,
     PENDING_ONLY,
-    RARE_EVENTS,
     TRANSITIONS,
-    UNDELIVERED,
-    BufferEvent,
-    ConfigEntry,
     DeadLetter,
-    EventType,
     Receipt,
     ReceiptStatus,
 )
-from kkt_buffer.schema import buffer_status
-
-SECONDS_PER_DAY = 86_400
+from kkt_buffer.repository.status import Status
 
 _receipts = cast("Table", Receipt.__table__)
 _dlq = cast("Table", DeadLetter.__table__)
@@ -66,27 +44,6 @@ PENDING = (
     .where(text(PENDING_ONLY))
     .order_by(text(HLC_ORDER), Receipt.hlc_logical_counter)
     .limit(bindparam("limit"))
-)
-
-# By the counters, and idx_receipts_undelivered. A failed receipt counts as long as its dead letter is open: the
-# operator has not had it. Once that was resolved the receipt is out, on record.
-STATUS = select(
-    buffer_status,
-    select(_receipts.c.created_at)
-    .where(
-        text(
-            UNDELIVERED + " AND (status <> 'failed' OR EXISTS"  # noqa: S608 (our own constant)
-            " (SELECT 1 FROM dlq WHERE original_receipt_id = receipts.id AND resolved_at IS NULL))"
-        )
-    )
-    .order_by(_receipts.c.created_at)
-    .limit(1)
-    .scalar_subquery()
-    .label("oldest_undelivered_at"),
-    *(
-        select(ConfigEntry.value).where(ConfigEntry.key == key).scalar_subquery().label(key)
-        for key in ("buffer_capacity", "ofd_deadline_days")
-    ),
 )
 
 ADD = insert(_receipts)
@@ -127,105 +84,8 @@ CLOSE_DEAD_LETTER = (
 )
 
 
-@dataclass(frozen=True, slots=True)
-class BufferStatus:
-    """
-    How full the buffer is. Times are Unix seconds.
-
-    `dlq_size` counts open dead letters, `percent_full` is undelivered / capacity × 100. `oldest_undelivered_at` is
-    when the oldest receipt was added that the operator does not have, dead-lettered ones included, and `deadline_at`
-    when its time is up (54-ФЗ: 30 calendar days, `ofd_deadline_days`); both are None when there is none.
-    """
-
-    total_receipts: int
-    pending: int
-    syncing: int
-    synced: int
-    failed: int
-    dlq_size: int
-    capacity: int
-    percent_full: float
-    oldest_undelivered_at: int | None
-    deadline_at: int | None
-
-
-# The transactions that were opened in this context. A thread may run many asyncio tasks: what one of them has opened
-# is no business of the others.
-_opened: ContextVar[tuple[Session, ...]] = ContextVar("kkt_buffer_transactions", default=())
-
-
-class ReceiptRepository:
-    """
-    The buffer, for any number of threads.
-
-    `engine` comes from `create_buffer_engine`; `now` is the wall clock, in Unix seconds. Every method opens a
-    transaction of its own, or joins the one that `transaction()` has open in this thread. What is returned is
-    detached and complete.
-
-    Besides what each method names, every one of them raises `BufferStorageError` when the file cannot be read or
-    written, and `TypeError` or `ValueError` for an argument of the wrong kind; nothing is changed then.
-    """
-
-    def __init__(self, engine: Engine, *, now: Callable[[], float] = time.time) -> None:
-        self._readers = sessionmaker(engine.execution_options(**{READ_ONLY: True}))
-        self._sessions = scoped_session(sessionmaker(engine, expire_on_commit=False))
-        self._now = now
-
-    # Transactions.
-
-    @contextmanager
-    def transaction(self) -> Iterator[Session]:
-        """
-        Open a write transaction, or join this thread's, and yield its session.
-
-        Commits at the end of the outermost block; an exception rolls back the block that it leaves, so that whoever
-        catches it inside an outer block can go on there. Every operation called inside belongs to the transaction,
-        and is as durable as its commit: not before. Rows of your own that you add to the session are committed with
-        the receipts. Keep it short, as other writers wait; in asyncio code, never await inside it.
-        """
-        session = self._sessions()
-        if session.in_transaction():
-            if session not in _opened.get():
-                raise ReceiptBufferError(
-                    "another asyncio task of this thread has a transaction open and waits inside it. Nothing was "
-                    "done. Never await inside transaction(); run it whole in a thread, with asyncio.to_thread."
-                )
-            with session.begin_nested():
-                yield session
-            return
-        outer = _opened.get()
-        _opened.set((*outer, session))
-        try:
-            with session.begin():
-                yield session
-        finally:
-            _opened.set(outer)
-            self._sessions.remove()
-
-    @contextmanager
-    def _reading(self) -> Iterator[Session]:
-        if self._sessions.registry.has():
-            with self.transaction() as session:
-                yield session
-        else:
-            with self._readers() as session:
-                yield session
-
-    def _load(self, statement: Select[Any], **parameters: object) -> list[Any]:
-        """Read rows, detached and complete."""
-        with self._reading() as session:
-            # The session may be the caller's, and know an older state of the same row.
-            options = {"populate_existing": True}
-            rows = list(session.scalars(statement, parameters, execution_options=options))
-            if self._sessions.registry.has():
-                for row in rows:
-                    session.expunge(row)
-        return rows
-
-    def _seconds(self) -> int:
-        return int(self._now())
-
-    # Receipts.
+class Receipts(Status):
+    """The operations on receipts."""
 
     def insert_receipt(self, receipt_data: Mapping[str, Any], *, exist_ok: bool = False) -> str:
         """
@@ -417,103 +277,6 @@ class ReceiptRepository:
             )
             return True
 
-    def get_buffer_status(self) -> BufferStatus:
-        """How full the buffer is, and until when the operator must have what waits; at the cost of a few lookups."""
-        with self._reading() as session:
-            row = session.execute(STATUS).one()
-        _number("buffer_capacity", row.buffer_capacity)
-        days = _number("ofd_deadline_days", row.ofd_deadline_days)
-        oldest = row.oldest_undelivered_at
-        return BufferStatus(
-            **{column: row._mapping[column] for column in buffer_status.c.keys()},  # noqa: SLF001, SIM118 (public API; no dict)
-            oldest_undelivered_at=oldest,
-            deadline_at=None if oldest is None else oldest + days * SECONDS_PER_DAY,
-        )
-
-    # Events and settings.
-
-    def log_event(
-        self,
-        event_type: str,
-        *,
-        receipt_id: str | uuid.UUID | None = None,
-        metadata: Mapping[str, Any] | None = None,
-    ) -> int:
-        """
-        Record an event of the caller's own (a circuit breaker's, a sync run's) and return its number.
-
-        Raises `ValueError` for an unknown type, and for those that begin with `receipt_`: triggers write these.
-        """
-        if not isinstance(event_type, str) or event_type not in set(EventType) or EventType(event_type).is_fact:
-            own = ", ".join(kind for kind in EventType if not kind.is_fact)
-            raise ValueError(f"event_type: expected one of {own}, got {event_type!r}")
-        event = BufferEvent(
-            event_type=event_type,
-            receipt_id=None if receipt_id is None else arguments.lookup_id(receipt_id),
-            timestamp=self._seconds(),
-            details=arguments.details(metadata),
-        )
-        with self.transaction() as session:
-            session.add(event)
-            session.flush()
-            return event.id
-
-    def get_events(
-        self, limit: int = 100, *, event_type: str | None = None, receipt_id: str | uuid.UUID | None = None
-    ) -> list[BufferEvent]:
-        """The last events, newest first, at most `limit`; of one type or one receipt if that is given."""
-        limit = arguments.whole_number("limit", limit, 1)
-        statement = select(BufferEvent).order_by(BufferEvent.id.desc()).limit(limit)
-        if receipt_id is not None:
-            statement = statement.where(
-                BufferEvent.receipt_id.is_not(None), BufferEvent.receipt_id == arguments.lookup_id(receipt_id)
-            )
-        if event_type is not None:
-            if not isinstance(event_type, str) or event_type not in set(EventType):
-                raise ValueError(f"event_type: expected one of {', '.join(EventType)}, got {event_type!r}")
-            statement = statement.where(BufferEvent.event_type == event_type)
-            if event_type not in COMMON_EVENTS:
-                statement = statement.where(text(RARE_EVENTS))
-        return self._load(statement)
-
-    def get_config(self, key: str) -> int | str | None:
-        """
-        A setting: a whole number for the keys that the buffer reads, the text for others, None if it is not there.
-
-        Raises `InvalidConfigError` if somebody has put nonsense where the buffer needs a number.
-        """
-        key = arguments.name("key", key)
-        with self._reading() as session:
-            value = session.scalar(select(ConfigEntry.value).where(ConfigEntry.key == key))
-        return _number(key, value) if key in CONFIG_RULES else value
-
-    def set_config(self, key: str, value: int | str) -> None:
-        """
-        Change a setting. The keys that the buffer reads take a whole number within bounds, others a text.
-
-        Raises `ValueError` for a number out of bounds, or something that is none.
-        """
-        key = arguments.name("key", key)
-        rule = CONFIG_RULES.get(key)
-        if rule is None:
-            stored = arguments.name("value", value)
-        else:
-            number = rule.parse(value)
-            if number is None:
-                raise ValueError(f"{key}: expected {rule.expected}, got {value!r}")
-            stored = str(number)
-        with self.transaction() as session:
-            session.merge(ConfigEntry(key=key, value=stored, updated_at=self._seconds()))
-            session.flush()
-
 
 def _status(connection: Connection, receipt_id: str) -> ReceiptStatus | None:
     return connection.execute(STATUS_OF, {"receipt_id": receipt_id}).scalar()
-
-
-def _number(key: str, value: str | None) -> int:
-    rule = CONFIG_RULES[key]
-    number = rule.default if value is None else rule.parse(value)
-    if number is None:
-        raise InvalidConfigError(key, str(value), rule.expected)
-    return number

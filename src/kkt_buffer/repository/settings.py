@@ -1,0 +1,51 @@
+"""Settings: the `config` table, typed and checked."""
+
+from sqlalchemy import select
+
+from kkt_buffer import arguments
+from kkt_buffer.errors import InvalidConfigError
+from kkt_buffer.models import CONFIG_RULES, ConfigEntry
+from kkt_buffer.repository.transactions import Transactions
+
+
+class Settings(Transactions):
+    """The operations on settings."""
+
+    def get_config(self, key: str) -> int | str | None:
+        """
+        A setting: a whole number for the keys that the buffer reads, the text for others, None if it is not there.
+
+        Raises `InvalidConfigError` if somebody has put nonsense where the buffer needs a number.
+        """
+        key = arguments.name("key", key)
+        with self._reading() as session:
+            value = session.scalar(select(ConfigEntry.value).where(ConfigEntry.key == key))
+        return number_of(key, value) if key in CONFIG_RULES else value
+
+    def set_config(self, key: str, value: int | str) -> None:
+        """
+        Change a setting. The keys that the buffer reads take a whole number within bounds, others a text.
+
+        Raises `ValueError` for a number out of bounds, or something that is none.
+        """
+        key = arguments.name("key", key)
+        rule = CONFIG_RULES.get(key)
+        if rule is None:
+            stored = arguments.name("value", value)
+        else:
+            number = rule.parse(value)
+            if number is None:
+                raise ValueError(f"{key}: expected {rule.expected}, got {value!r}")
+            stored = str(number)
+        with self.transaction() as session:
+            session.merge(ConfigEntry(key=key, value=stored, updated_at=self._seconds()))
+            session.flush()
+
+
+def number_of(key: str, value: str | None) -> int:
+    """The number that the stored text of a setting stands for; without a text, its default."""
+    rule = CONFIG_RULES[key]
+    number = rule.default if value is None else rule.parse(value)
+    if number is None:
+        raise InvalidConfigError(key, str(value), rule.expected)
+    return number

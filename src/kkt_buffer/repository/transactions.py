@@ -1,0 +1,82 @@
+"""
+Transactions: a scoped session for each thread, opened by the outermost block and joined by those inside.
+
+How a transaction begins, commits and fails on the connection is in `engine`.
+"""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+from sqlalchemy import Engine, Select
+from sqlalchemy.orm import Session, scoped_session, sessionmaker
+
+from kkt_buffer.engine import READ_ONLY
+from kkt_buffer.errors import ReceiptBufferError
+
+# The transactions that were opened in this context. A thread may run many asyncio tasks: what one of them has opened
+# is no business of the others.
+_opened: ContextVar[tuple[Session, ...]] = ContextVar("kkt_buffer_transactions", default=())
+
+
+class Transactions:
+    """What every operation stands on."""
+
+    def __init__(self, engine: Engine, *, now: Callable[[], float] = time.time) -> None:
+        self._readers = sessionmaker(engine.execution_options(**{READ_ONLY: True}))
+        self._sessions = scoped_session(sessionmaker(engine, expire_on_commit=False))
+        self._now = now
+
+    @contextmanager
+    def transaction(self) -> Iterator[Session]:
+        """
+        Open a write transaction, or join this thread's, and yield its session.
+
+        Commits at the end of the outermost block; an exception rolls back the block that it leaves, so that whoever
+        catches it inside an outer block can go on there. Every operation called inside belongs to the transaction,
+        and is as durable as its commit: not before. Rows of your own that you add to the session are committed with
+        the receipts. Keep it short, as other writers wait; in asyncio code, never await inside it.
+        """
+        session = self._sessions()
+        if session.in_transaction():
+            if session not in _opened.get():
+                raise ReceiptBufferError(
+                    "another asyncio task of this thread has a transaction open and waits inside it. Nothing was "
+                    "done. Never await inside transaction(); run it whole in a thread, with asyncio.to_thread."
+                )
+            with session.begin_nested():
+                yield session
+            return
+        outer = _opened.get()
+        _opened.set((*outer, session))
+        try:
+            with session.begin():
+                yield session
+        finally:
+            _opened.set(outer)
+            self._sessions.remove()
+
+    @contextmanager
+    def _reading(self) -> Iterator[Session]:
+        if self._sessions.registry.has():
+            with self.transaction() as session:
+                yield session
+        else:
+            with self._readers() as session:
+                yield session
+
+    def _load(self, statement: Select[Any], **parameters: object) -> list[Any]:
+        """Read rows, detached and complete."""
+        with self._reading() as session:
+            # The session may be the caller's, and know an older state of the same row.
+            options = {"populate_existing": True}
+            rows = list(session.scalars(statement, parameters, execution_options=options))
+            if self._sessions.registry.has():
+                for row in rows:
+                    session.expunge(row)
+        return rows
+
+    def _seconds(self) -> int:
+        return int(self._now())
