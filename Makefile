@@ -35,6 +35,7 @@ wheel: $(VENV)/$(READY) ## build the wheel, install it into an empty environment
 	sh .ci/wheel.sh $(BIN)/python
 
 oldest: $(OLDEST)/$(READY) ## the tests on the oldest SQLAlchemy that we support
+	$(OLDEST)/bin/mypy --cache-dir .mypy_cache/oldest
 	$(OLDEST)/bin/python -m pytest -q -m "not slow"
 
 clean: ## remove what the other targets made
