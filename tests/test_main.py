@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import os
 import re
+import signal
 import sqlite3
 import subprocess
 import sys
@@ -292,7 +293,8 @@ class TestTill:
     def test_killed_too_late(self, path, monkeypatch):
         """A till that has finished before the kill falls has acknowledged everything."""
 
-        def kill(pid, signal):
+        def kill(pid, number):
+            assert signal.SIGKILL == number
             for till in multiprocessing.active_children():
                 till.join()
 

@@ -5,6 +5,7 @@ A receipt that the buffer acknowledged is never lost, never duplicated and never
 `ReceiptRepository`; `kkt_buffer.buffer` has them as functions over one default buffer.
 """
 
+from kkt_buffer.delivery import DeliveryReport, Outcome, deliver_pending
 from kkt_buffer.engine import create_buffer_engine
 from kkt_buffer.errors import (
     BufferBusyError,
@@ -12,18 +13,21 @@ from kkt_buffer.errors import (
     BufferFullError,
     BufferStorageError,
     ClockDriftError,
+    DeliveryRejected,
+    DeliveryUnavailable,
     DuplicateReceiptError,
     InvalidConfigError,
     InvalidDocumentError,
     InvalidTransitionError,
+    LeaseLostError,
     ReceiptBufferError,
     ReceiptNotFoundError,
     SchemaError,
 )
 from kkt_buffer.hlc import HybridLogicalClock, HybridTimestamp
 from kkt_buffer.migrate import check, current, upgrade
-from kkt_buffer.models import Base, BufferEvent, ConfigEntry, DeadLetter, EventType, Receipt, ReceiptStatus
-from kkt_buffer.repository import BufferStatus, ReceiptRepository
+from kkt_buffer.models import Base, BufferEvent, ConfigEntry, DeadLetter, EventType, Receipt, ReceiptStatus, Resolution
+from kkt_buffer.repository import BufferStatus, PruneReport, ReceiptRepository
 
 __all__ = [
     "Base",
@@ -36,6 +40,9 @@ __all__ = [
     "ClockDriftError",
     "ConfigEntry",
     "DeadLetter",
+    "DeliveryRejected",
+    "DeliveryReport",
+    "DeliveryUnavailable",
     "DuplicateReceiptError",
     "EventType",
     "HybridLogicalClock",
@@ -43,14 +50,19 @@ __all__ = [
     "InvalidConfigError",
     "InvalidDocumentError",
     "InvalidTransitionError",
+    "LeaseLostError",
+    "Outcome",
+    "PruneReport",
     "Receipt",
     "ReceiptBufferError",
     "ReceiptNotFoundError",
     "ReceiptRepository",
     "ReceiptStatus",
+    "Resolution",
     "SchemaError",
     "check",
     "create_buffer_engine",
     "current",
+    "deliver_pending",
     "upgrade",
 ]

@@ -10,7 +10,6 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
 from kkt_buffer import demo
@@ -36,7 +35,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     command = commands.add_parser("demo", help="play a shift on a real buffer, with a kill in the middle")
-    command.add_argument("path", nargs="?", type=Path, default=Path("data/demo.db"), help="default: %(default)s")
+    command.add_argument("path", nargs="?", default="data/demo.db", help="default: %(default)s")
     command.set_defaults(run=_demo)
 
     command = commands.add_parser("upgrade", help="make the buffer, or bring it to the schema of this release")
@@ -73,7 +72,7 @@ def _status(arguments: argparse.Namespace) -> None:
         _print_status(status)
 
 
-def _read_status(path: str | Path) -> dict[str, Any]:
+def _read_status(path: str) -> dict[str, Any]:
     engine = create_buffer_engine(path, read_only=True)
     try:
         require(engine)

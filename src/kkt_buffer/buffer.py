@@ -14,9 +14,11 @@ from typing import Any
 from sqlalchemy import URL, Engine
 from sqlalchemy.orm import Session
 
+from kkt_buffer import delivery
+from kkt_buffer.delivery import DeliveryReport, Send
 from kkt_buffer.engine import create_buffer_engine
 from kkt_buffer.migrate import upgrade
-from kkt_buffer.models import BufferEvent, Receipt
+from kkt_buffer.models import BufferEvent, DeadLetter, Receipt
 from kkt_buffer.repository import BufferStatus, ReceiptRepository
 
 DEFAULT_PATH = "data/buffer.db"
@@ -147,3 +149,23 @@ def get_config(key: str) -> int | str | None:
 def set_config(key: str, value: int | str) -> None:
     """See `ReceiptRepository.set_config`."""
     _default().set_config(key, value)
+
+
+def deliver_pending(send: Send, limit: int = 50) -> DeliveryReport:
+    """See `kkt_buffer.deliver_pending`."""
+    return delivery.deliver_pending(_default(), send, limit)
+
+
+def list_dead_letters(open_only: bool = True, *, limit: int = 100) -> list[DeadLetter]:  # noqa: FBT001, FBT002 (the design's signature)
+    """See `ReceiptRepository.list_dead_letters`."""
+    return _default().list_dead_letters(open_only, limit=limit)
+
+
+def requeue(receipt_id: str | uuid.UUID, *, actor: str, reason: str) -> None:
+    """See `ReceiptRepository.requeue`."""
+    _default().requeue(receipt_id, actor=actor, reason=reason)
+
+
+def resolve(receipt_id: str | uuid.UUID, *, actor: str, reason: str) -> None:
+    """See `ReceiptRepository.resolve`."""
+    _default().resolve(receipt_id, actor=actor, reason=reason)

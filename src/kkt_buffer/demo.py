@@ -1,10 +1,11 @@
 """
-`python -m kkt_buffer demo`: one shift of a till, on a real database file, with a real kill in the middle.
+`python -m kkt_buffer demo`: one shift of a till, on a real database file, with real kills in the middle.
 
 Only the operator (ОФД) is simulated, and so are the goods.
 """
 
-import itertools
+import contextlib
+import logging
 import multiprocessing
 import os
 import random
@@ -12,16 +13,19 @@ import signal
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import Any
 
+from kkt_buffer.delivery import Outcome, deliver_pending
 from kkt_buffer.engine import create_buffer_engine
+from kkt_buffer.errors import BufferFullError, DeliveryRejected, DeliveryUnavailable
 from kkt_buffer.migrate import current, upgrade
+from kkt_buffer.models import CONFIG_RULES, Receipt
 from kkt_buffer.repository import ReceiptRepository
 
 RECEIPTS_PER_SHIFT = 60
 KILL_AFTER = 40
+LEASE_SECONDS = 2
+SECONDS_TO_ANSWER = 0.005
 
 # Whole kopecks; names as they are met in shops: quotes, runs of spaces, a trailing space that belongs to the value.
 _GOODS = (
@@ -112,72 +116,132 @@ def _item(chance: random.Random) -> dict[str, Any]:
     return item
 
 
-def _sell(path: str, documents: list[dict[str, Any]], acknowledge: Callable[[str], None]) -> None:
+Receipts = list[dict[str, Any]]
+
+
+def _sell(path: str, receipts: Receipts, acknowledge: Callable[[str], None]) -> None:
     """The till's process: put each receipt into the buffer, and only then go on to the next customer."""
-    engine = create_buffer_engine(path)
-    repository = ReceiptRepository(engine)
-    for document in documents:
-        acknowledge(repository.insert_receipt({"id": uuid.uuid4(), "pos_id": "till-1", "fiscal_doc": document}))
-    engine.dispose()
+    with contextlib.closing(_Buffer(path)) as buffer:
+        for receipt in receipts:
+            # The same id when the till is not sure whether the last one went in: it is stored once.
+            acknowledge(buffer.repository.insert_receipt(receipt, exist_ok=True))
 
 
-def _till(path: str, documents: list[dict[str, Any]], pipe: Connection) -> None:
-    _sell(path, documents, pipe.send)
-    pipe.send(None)
+def _work(path: str, receive: Callable[[str], None]) -> None:
+    """The worker's process: deliver what is due. The simulated operator takes its time over each receipt."""
+
+    def send(receipt: Receipt) -> int:
+        receive(receipt.id)
+        time.sleep(SECONDS_TO_ANSWER)
+        return int(time.time())
+
+    with contextlib.closing(_Buffer(path)) as buffer:
+        deliver_pending(buffer.repository, send, 1000)
 
 
-def run(path: Path, say: Callable[[str], None] = print) -> None:
-    """Play the shift on the buffer at `path`, which is made if it is not there, and tell what happens."""
-    say("A shift at the till. The buffer, the files and the kill are real; only the operator (ОФД) is simulated.\n")
-    engine = create_buffer_engine(path)
-    upgrade(engine)
-    repository = ReceiptRepository(engine)
-    say(f"1. The buffer is {path}, its schema is {current(engine)}.")
-    left = repository.get_buffer_status().pending
-    if left:
-        say(f"   {left} receipts of an earlier run are still waiting in it.")
+class _Buffer:
+    def __init__(self, path: str) -> None:
+        self.engine = create_buffer_engine(path)
+        self.repository = ReceiptRepository(self.engine)
 
-    documents = list(sample_receipts(RECEIPTS_PER_SHIFT))
-    say("2. The operator is offline. The till sells, and every receipt is on disk before the customer goes:")
-    acknowledged = _sell_and_kill(str(path), documents)
-    say(f"   after {len(acknowledged)} receipts its process is killed with SIGKILL, in the middle of its work.")
+    def close(self) -> None:
+        self.engine.dispose()
+
+
+def run(path: str, say: Callable[[str], None] = print) -> None:
+    """
+    Play the shift on the buffer at `path`, which is made if it is not there, and tell what happens.
+
+    Raises `BufferFullError` if the buffer has no room for a shift.
+    """
+    if path == ":memory:":
+        raise ValueError("path: the demo needs a file, because several processes open it")
+    say("A shift at the till. The buffer, the files and the kills are real; only the operator (ОФД) is simulated.\n")
+    with contextlib.closing(_Buffer(path)) as buffer:
+        upgrade(buffer.engine)
+        say(f"1. The buffer is {path}, its schema is {current(buffer.engine)}.")
+        _play(path, buffer.repository, say)
+
+
+def _play(path: str, repository: ReceiptRepository, say: Callable[[str], None]) -> None:
+    before = repository.get_buffer_status()
+    waiting = before.pending + before.syncing
+    if waiting:
+        say(f"   {waiting} receipts of an earlier run are still waiting in it.")
+    if waiting + RECEIPTS_PER_SHIFT > before.capacity:
+        raise BufferFullError(waiting, before.capacity, RECEIPTS_PER_SHIFT)
+    usual = CONFIG_RULES["lease_seconds"].default
+    repository.set_config("lease_seconds", LEASE_SECONDS)
+
+    receipts = [
+        {"id": str(uuid.uuid4()), "pos_id": "till-1", "fiscal_doc": document}
+        for document in sample_receipts(RECEIPTS_PER_SHIFT)
+    ]
+    say("2. The operator is offline. The till sells, and every receipt is on disk before the customer goes.")
+    acknowledged = _until_killed(_sell, (path, receipts), KILL_AFTER)
+    say(f"   After {len(acknowledged)} receipts its process is killed with SIGKILL, in the middle of its work.")
     missing = [receipt_id for receipt_id in acknowledged if repository.get_receipt_by_id(receipt_id) is None]
     if missing:
         raise RuntimeError(f"{len(missing)} acknowledged receipts are not in the buffer: {missing}")
     say(f"3. A new process looks: all {len(acknowledged)} acknowledged receipts are there, none is missing.")
-    _sell(str(path), documents[len(acknowledged) :], acknowledged.append)
+    _sell(path, receipts[len(acknowledged) :], acknowledged.append)
     say(f"   The till goes on and finishes the shift with {len(acknowledged)} receipts.")
 
-    say("4. The operator is back. The receipts leave in the order in which they were made:")
-    waiting = repository.get_pending_receipts(1000)
-    rejected = waiting[len(waiting) // 2]
-    for receipt in waiting:
-        if receipt.id == rejected.id:
-            repository.move_to_dlq(receipt.id, "rejected by the (simulated) operator: unknown tax rate")
-        else:
-            repository.mark_synced(receipt.id, int(time.time()))
-    stamps = [(receipt.hlc_local_time, receipt.hlc_logical_counter) for receipt in waiting]
-    in_order = all(earlier < later for earlier, later in itertools.pairwise(stamps))
-    order = "in HLC order" if in_order else "OUT OF ORDER"
-    say(f"   {len(waiting) - 1} delivered, {order}; 1 rejected and dead-lettered.\n")
-    engine.dispose()
+    def offline(_receipt: Receipt) -> int:
+        raise DeliveryUnavailable("no route to the operator")
+
+    report = deliver_pending(repository, offline, 1000)
+    say(f"4. A worker tries to deliver: {report.outage}.")
+    say(f"   All {len(report.outcomes)} receipts are released, and no attempt is counted: it was no fault of theirs.")
+
+    say("5. The operator is back. A worker starts to deliver, in the order in which the receipts were made.")
+    received = _until_killed(_work, (path,), KILL_AFTER // 2)
+    held = repository.get_buffer_status().syncing
+    say(f"   The operator has {len(received)} when the worker is killed with SIGKILL; it had leased {held} more.")
+    say(f"   Nothing is stuck: in {LEASE_SECONDS} s (here; usually 300) its leases are over.")
+    time.sleep(LEASE_SECONDS + 1)
+
+    put_right: list[str] = []
+    rejected = min(set(acknowledged) - set(received))
+
+    def online(receipt: Receipt) -> int:
+        if receipt.id == rejected and not put_right:
+            raise DeliveryRejected("unknown tax rate")
+        received.append(receipt.id)
+        return int(time.time())
+
+    report = deliver_pending(repository, online, 1000)
+    say(f"6. Another worker delivers {report.count(Outcome.SYNCED)}; one is rejected, and becomes a dead letter.")
+    put_right.append("the tax table")
+    repository.requeue(rejected, actor="Anna, support", reason="the operator has put its tax table right")
+    report = deliver_pending(repository, online)
+    say(f"7. Anna has a word with the operator and requeues it: {report.count(Outcome.SYNCED)} more delivered.")
+    repository.set_config("lease_seconds", usual)
+    left = repository.get_buffer_status()
+    if left.pending or left.syncing:
+        raise RuntimeError(f"the buffer should be empty, but {left.pending + left.syncing} receipts are waiting")
+    twice = len(received) - len(set(received))
+    say(f"   The operator has all of them, {twice} of them twice: what was on its way when the worker was killed.\n")
 
 
-def _sell_and_kill(path: str, documents: list[dict[str, Any]]) -> list[str]:
+def _quietly(work: Callable[..., None], *arguments: object) -> None:
+    logging.getLogger("kkt_buffer").setLevel(logging.ERROR)  # the parent has given its warnings already
+    work(*arguments)
+
+
+def _until_killed(work: Callable[..., None], arguments: tuple[Any, ...], count: int) -> list[str]:
+    """Run the work in a process of its own, and kill it when it has reported `count` ids; returns all that it did."""
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe(duplex=False)
-    till = context.Process(target=_till, args=(path, documents, theirs))
-    till.start()
+    process = context.Process(target=_quietly, args=(work, *arguments, theirs.send))
+    process.start()
     theirs.close()
-    acknowledged: list[str] = []
-    while len(acknowledged) < KILL_AFTER:
-        acknowledged.append(ours.recv())
-    os.kill(till.pid or 0, signal.SIGKILL)
-    till.join()
-    # What it acknowledged before the kill fell, and we had not read yet.
-    try:
-        while (receipt_id := ours.recv()) is not None:
-            acknowledged.append(receipt_id)
-    except EOFError:
-        pass
-    return acknowledged
+    reported: list[str] = []
+    # It may come to its end before the kill falls, and it may say some more before it does.
+    with contextlib.suppress(EOFError):
+        while True:
+            reported.append(ours.recv())
+            if len(reported) == count:
+                os.kill(process.pid or 0, signal.SIGKILL)
+    process.join()
+    return reported

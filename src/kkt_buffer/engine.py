@@ -337,17 +337,22 @@ class _Database:
     def _journal(self, connection: GuardedConnection) -> tuple[Pragma, ...]:
         if self.path is None:
             return (MEMORY, *COMMON)
+        mode = connection.execute("PRAGMA journal_mode").fetchone()[0]
         if self.read_only:
-            return (WAL._replace(value=""), QUERY_ONLY, *COMMON)
-        if connection.execute("PRAGMA journal_mode").fetchone()[0] != WAL.reads:
+            if mode != WAL.reads:
+                raise BufferStorageError(
+                    f"{self} is no buffer: its journal mode is {mode!r}. Nothing was touched. Check the path; "
+                    "`python -m kkt_buffer upgrade PATH` would make a buffer of it."
+                )
+            return (QUERY_ONLY, *COMMON)
+        if mode != WAL.reads:
             # The change needs the file for itself, and SQLite does not wait for that.
             with self.gate.held():
                 self._set(connection, WAL)
         return (WAL, *DURABLE, *COMMON)
 
     def _set(self, connection: GuardedConnection, pragma: Pragma) -> None:
-        if pragma.value != "":
-            connection.execute(f"PRAGMA {pragma.name} = {pragma.value}").fetchone()
+        connection.execute(f"PRAGMA {pragma.name} = {pragma.value}").fetchone()
         found = connection.execute(f"PRAGMA {pragma.name}").fetchone()[0]
         if found != pragma.reads:
             raise BufferStorageError(

@@ -80,12 +80,25 @@ class InvalidTransitionError(ReceiptBufferError, ValueError):
         self.wanted = wanted
 
 
+class LeaseLostError(ReceiptBufferError):
+    """The lease token is not the present one; nothing was changed."""
+
+    def __init__(self, receipt_id: str, status: str) -> None:
+        super().__init__(
+            f"the lease on receipt {receipt_id} is over, the receipt is {status} now; nothing was changed. "
+            "Another worker may have it: do not send it again. If it was sent, record that with mark_synced."
+        )
+        self.receipt_id = receipt_id
+        self.status = status
+
+
 class InvalidDocumentError(ReceiptBufferError, ValueError):
     """The stored `fiscal_doc` of a receipt is not JSON; its text is kept and can be delivered as it is."""
 
     def __init__(self, receipt_id: str, problem: str) -> None:
         super().__init__(f"the fiscal_doc of receipt {receipt_id} is not JSON ({problem}); its text is kept unchanged")
         self.receipt_id = receipt_id
+        self.problem = problem
 
 
 class InvalidConfigError(ReceiptBufferError, ValueError):
@@ -95,6 +108,7 @@ class InvalidConfigError(ReceiptBufferError, ValueError):
         super().__init__(f"config {key} is {value!r}, expected {expected}; put it right with set_config({key!r}, …)")
         self.key = key
         self.value = value
+        self.expected = expected
 
 
 class ClockDriftError(ReceiptBufferError, ValueError):
@@ -127,3 +141,11 @@ class BufferBusyError(BufferStorageError):
 
 class BufferDamagedError(BufferStorageError):
     """The file is not a database, or SQLite found it damaged; it is left as it is."""
+
+
+class DeliveryRejected(ReceiptBufferError):  # noqa: N818 (what the operator did, not what failed)
+    """For a sender to raise: the operator refused this receipt for good. It is dead-lettered at once."""
+
+
+class DeliveryUnavailable(ReceiptBufferError):  # noqa: N818 (a state of the line, not an error of ours)
+    """For a sender to raise: the operator cannot be reached. No receipt is to blame, so no attempt is counted."""

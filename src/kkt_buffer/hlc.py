@@ -31,21 +31,25 @@ class HybridTimestamp:
     def _key(self) -> tuple[int, int]:
         return (self.local_time if self.server_time is None else self.server_time, self.logical_counter)
 
-    def __lt__(self, other: "HybridTimestamp") -> bool:
-        return self._key() < other._key()
+    def __lt__(self, other: object) -> bool:
+        return self._key() < other._key() if isinstance(other, HybridTimestamp) else NotImplemented
 
-    def __le__(self, other: "HybridTimestamp") -> bool:
-        return self._key() <= other._key()
+    def __le__(self, other: object) -> bool:
+        return self._key() <= other._key() if isinstance(other, HybridTimestamp) else NotImplemented
 
-    def __gt__(self, other: "HybridTimestamp") -> bool:
-        return self._key() > other._key()
+    def __gt__(self, other: object) -> bool:
+        return self._key() > other._key() if isinstance(other, HybridTimestamp) else NotImplemented
 
-    def __ge__(self, other: "HybridTimestamp") -> bool:
-        return self._key() >= other._key()
+    def __ge__(self, other: object) -> bool:
+        return self._key() >= other._key() if isinstance(other, HybridTimestamp) else NotImplemented
 
 
 def successor(last: HybridTimestamp | None, wall: int) -> HybridTimestamp:
-    """The timestamp of an event at wall time `wall` (Unix seconds) that follows `last`: greater than `last`, always."""
+    """
+    The timestamp of an event at wall time `wall` (Unix seconds) that follows `last`: greater, whatever the wall says.
+
+    It goes by `last`'s local time: the operator's time of a delivery tells nothing about ours.
+    """
     if last is None or wall > last.local_time:
         return HybridTimestamp(wall, 0)
     return HybridTimestamp(last.local_time, last.logical_counter + 1)
@@ -109,6 +113,8 @@ def update_hlc_on_receive(remote: HybridTimestamp) -> HybridTimestamp:
 
 def assign_server_time(hlc: HybridTimestamp, server_time: int) -> HybridTimestamp:
     """The same timestamp with the operator's time (Unix seconds, not negative)."""
+    if isinstance(server_time, bool) or not isinstance(server_time, int):
+        raise TypeError(f"server_time: expected a whole number of 0 or more, got a {type(server_time).__name__}")
     if server_time < 0:
-        raise ValueError(f"server_time must be Unix seconds, 0 or more, got {server_time}")
+        raise ValueError(f"server_time: expected a whole number of 0 or more, got {server_time}")
     return replace(hlc, server_time=server_time)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sqlalchemy import Engine, inspect, text
+from sqlalchemy.exc import SQLAlchemyError
 
 from kkt_buffer.engine import READ_ONLY
 from kkt_buffer.errors import SchemaError
@@ -35,13 +36,19 @@ def upgrade(engine: Engine) -> None:
     """
     Bring the database to the schema of this release: all of it, or nothing. Safe when several processes do it at once.
 
-    Raises `SchemaError` if a newer release made the database; it is not touched.
+    Raises `SchemaError` if a newer release made the database, or if the upgrade fails; it is as it was then.
     """
     if current(engine) == revisions()[-1]:
         return
     from alembic import command  # noqa: PLC0415 (costs as much as all of SQLAlchemy, and is rarely needed)
+    from alembic.util import CommandError  # noqa: PLC0415
 
-    command.upgrade(_config(engine), "head")
+    try:
+        command.upgrade(_config(engine), "head")
+    except (CommandError, SQLAlchemyError) as error:
+        raise SchemaError(
+            f"the upgrade to schema {revisions()[-1]} failed and was rolled back; the database is as it was. {error}"
+        ) from error
 
 
 def current(engine: Engine) -> str | None:

@@ -44,6 +44,14 @@ TRANSITIONS: Mapping[ReceiptStatus, frozenset[ReceiptStatus]] = {
 }
 
 
+class Resolution(StrEnum):
+    """How a dead letter was closed. Null on one that another program closed: that counts as resolved."""
+
+    DELIVERED = "delivered"
+    REQUEUED = "requeued"
+    RESOLVED = "resolved"
+
+
 class EventType(StrEnum):
     """What `buffer_events` records. Those that begin with `receipt_` are facts, written by triggers alone."""
 
@@ -51,6 +59,8 @@ class EventType(StrEnum):
     RECEIPT_ATTEMPT_FAILED = "receipt_attempt_failed"
     RECEIPT_SYNCED = "receipt_synced"
     RECEIPT_FAILED = "receipt_failed"
+    RECEIPT_REQUEUED = "receipt_requeued"
+    RECEIPT_RESOLVED = "receipt_resolved"
     CIRCUIT_OPENED = "circuit_opened"
     CIRCUIT_CLOSED = "circuit_closed"
     SYNC_STARTED = "sync_started"
@@ -154,6 +164,8 @@ class Base(DeclarativeBase):
 # Terms of the indexes below, which a query must repeat to the letter to be served by them.
 HLC_ORDER = "COALESCE(hlc_server_time, hlc_local_time)"  # the operator's time where it is known, else ours
 PENDING_ONLY = "status = 'pending'"
+SYNCING_ONLY = "status = 'syncing'"
+SYNCED_ONLY = "status = 'synced'"
 UNDELIVERED = "status <> 'synced'"
 COMMON_EVENTS = (EventType.RECEIPT_ADDED, EventType.RECEIPT_SYNCED)  # every receipt leaves one of each
 RARE_EVENTS = f"event_type NOT IN ({', '.join(repr(str(kind)) for kind in COMMON_EVENTS)})"
@@ -176,6 +188,10 @@ class Receipt(Base):
     last_error: Mapped[str | None]
     synced_at: Mapped[int | None]
     changed_at: Mapped[int | None]
+    next_attempt_at: Mapped[int | None]
+    lease_token: Mapped[str | None]
+    lease_taken_at: Mapped[int | None]
+    lease_expires_at: Mapped[int | None]
 
     __table_args__ = (
         CheckConstraint(f"status IN ({', '.join(repr(str(status)) for status in ReceiptStatus)})", name="status"),
@@ -185,12 +201,18 @@ class Receipt(Base):
             "(status = 'synced') = (synced_at IS NOT NULL) AND (status = 'synced') = (hlc_server_time IS NOT NULL)",
             name="synced",
         ),
+        CheckConstraint(
+            "(status = 'syncing') = (lease_token IS NOT NULL) AND (lease_token IS NULL) = (lease_taken_at IS NULL)"
+            " AND (lease_token IS NULL) = (lease_expires_at IS NULL)",
+            name="lease",
+        ),
         # What is due, in order. Partial, so that a million synced receipts cost it nothing; a full index on status
         # would be preferred by the planner, which then sorts.
         Index(
             "idx_receipts_status",
             text(HLC_ORDER),
             "hlc_logical_counter",
+            "next_attempt_at",
             sqlite_where=text(PENDING_ONLY),
         ),
         Index(
@@ -198,8 +220,19 @@ class Receipt(Base):
             "pos_id",
             text(HLC_ORDER),
             "hlc_logical_counter",
+            "next_attempt_at",
             sqlite_where=text(PENDING_ONLY),
         ),
+        # Who holds what, and until when; there are never more leases than the capacity.
+        Index(
+            "idx_receipts_lease",
+            "lease_token",
+            "lease_expires_at",
+            "lease_taken_at",
+            sqlite_where=text(SYNCING_ONLY),
+        ),
+        # What may be pruned.
+        Index("idx_receipts_synced", "synced_at", sqlite_where=text(SYNCED_ONLY)),
         # The last timestamp, from which the next one is made.
         Index("idx_receipts_hlc", "hlc_local_time", "hlc_logical_counter"),
         # The oldest receipt that the operator does not have.
@@ -246,6 +279,7 @@ class DeadLetter(Base):
     resolved_at: Mapped[int | None]
     resolved_by: Mapped[str | None]
     resolution_reason: Mapped[str | None]
+    resolution: Mapped[str | None]
 
     __table_args__ = (
         CheckConstraint("(resolved_at IS NULL) = (resolved_by IS NULL)", name="resolved"),

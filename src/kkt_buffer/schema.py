@@ -86,6 +86,23 @@ BEGIN
     VALUES ('receipt_failed', NEW.original_receipt_id, NEW.failed_at,
             json_object('reason', NEW.reason, 'retry_attempts', NEW.retry_attempts));
 END""",
+    "trg_receipt_requeued": """\
+CREATE TRIGGER trg_receipt_requeued AFTER UPDATE OF resolved_at ON dlq
+WHEN OLD.resolved_at IS NULL AND NEW.resolved_at IS NOT NULL AND NEW.resolution = 'requeued'
+BEGIN
+    INSERT INTO buffer_events (event_type, receipt_id, timestamp, metadata)
+    VALUES ('receipt_requeued', NEW.original_receipt_id, NEW.resolved_at,
+            json_object('actor', NEW.resolved_by, 'reason', NEW.resolution_reason));
+END""",
+    "trg_receipt_resolved": """\
+CREATE TRIGGER trg_receipt_resolved AFTER UPDATE OF resolved_at ON dlq
+WHEN OLD.resolved_at IS NULL AND NEW.resolved_at IS NOT NULL
+    AND COALESCE(NEW.resolution, 'resolved') = 'resolved'
+BEGIN
+    INSERT INTO buffer_events (event_type, receipt_id, timestamp, metadata)
+    VALUES ('receipt_resolved', NEW.original_receipt_id, NEW.resolved_at,
+            json_object('actor', NEW.resolved_by, 'reason', NEW.resolution_reason));
+END""",
     # Counts.
     "trg_count_receipt_added": """\
 CREATE TRIGGER trg_count_receipt_added AFTER INSERT ON receipts

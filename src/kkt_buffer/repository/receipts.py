@@ -4,7 +4,7 @@ import uuid
 from collections.abc import Iterable, Mapping
 from typing import Any, cast
 
-from sqlalchemy import Connection, Table, bindparam, insert, literal_column, select, text, update
+from sqlalchemy import Connection, Table, bindparam, insert, literal_column, null, select, text, update
 from sqlalchemy.exc import IntegrityError
 
 from kkt_buffer import arguments
@@ -22,6 +22,7 @@ from kkt_buffer.models import (
     DeadLetter,
     Receipt,
     ReceiptStatus,
+    Resolution,
 )
 from kkt_buffer.repository.status import Status
 
@@ -50,11 +51,16 @@ ADD = insert(_receipts)
 RECEIPT = select(Receipt).where(Receipt.id == bindparam("receipt_id"))
 STATUS_OF = select(_receipts.c.status).where(_receipts.c.id == bindparam("receipt_id"))
 
+# What a receipt has no more when it leaves a worker's hands.
+NO_LEASE = {"lease_token": null(), "lease_taken_at": null(), "lease_expires_at": null()}
+NOBODYS = {**NO_LEASE, "next_attempt_at": null()}
+
 _delivered = update(_receipts).values(
     status=literal_column("'synced'"),
     synced_at=bindparam("now"),
     changed_at=bindparam("now"),
     hlc_server_time=bindparam("server_time"),
+    **NOBODYS,
 )
 MARK_SYNCED = _delivered.where(text("id = :receipt_id AND status IN ('pending', 'syncing')"))
 MARK_FAILED_SYNCED = _delivered.where(text("id = :receipt_id AND status = 'failed'"))
@@ -75,12 +81,17 @@ DEAD_LETTER = insert(_dlq).from_select(
 FAIL = (
     update(_receipts)
     .where(text("id = :receipt_id"))
-    .values(status=literal_column("'failed'"), changed_at=bindparam("now"))
+    .values(status=literal_column("'failed'"), changed_at=bindparam("now"), **NOBODYS)
 )
 CLOSE_DEAD_LETTER = (
     update(_dlq)
     .where(text("original_receipt_id = :receipt_id AND resolved_at IS NULL"))
-    .values(resolved_at=bindparam("now"), resolved_by=bindparam("who"), resolution_reason=bindparam("why"))
+    .values(
+        resolved_at=bindparam("now"),
+        resolved_by=bindparam("who"),
+        resolution_reason=bindparam("why"),
+        resolution=bindparam("how"),
+    )
 )
 
 
@@ -200,11 +211,17 @@ class Receipts(Status):
             connection = session.connection()
             if connection.execute(MARK_SYNCED, parameters).rowcount:
                 return True
-            status = _status(connection, receipt_id)
+            status = status_of(connection, receipt_id)
             if status is ReceiptStatus.FAILED:
                 connection.execute(
                     CLOSE_DEAD_LETTER,
-                    {"receipt_id": receipt_id, "now": now, "who": "delivery", "why": "the receipt was delivered"},
+                    {
+                        "receipt_id": receipt_id,
+                        "now": now,
+                        "who": "delivery",
+                        "why": "the receipt was delivered",
+                        "how": Resolution.DELIVERED,
+                    },
                 )
                 connection.execute(MARK_FAILED_SYNCED, parameters)
             return status is not None
@@ -244,7 +261,7 @@ class Receipts(Status):
             if connection.execute(DEAD_LETTER, letter).rowcount:
                 connection.execute(FAIL, {"receipt_id": receipt_id, "now": now})
                 return True
-            status = _status(connection, receipt_id)
+            status = status_of(connection, receipt_id)
             if status is ReceiptStatus.SYNCED:
                 raise InvalidTransitionError(receipt_id, status, ReceiptStatus.FAILED)
             return status is not None
@@ -253,8 +270,9 @@ class Receipts(Status):
         """
         Move the receipt to another status; False if there is none, True and no change if it has it already.
 
-        `synced` is `mark_synced` at the present time, `failed` is `move_to_dlq`. Raises `ValueError` for a status
-        that does not exist, `InvalidTransitionError` for a move that is not allowed.
+        `syncing` takes a lease for `lease_seconds`, `pending` gives it up, `synced` is `mark_synced` at the present
+        time, `failed` is `move_to_dlq`. Raises `ValueError` for a status that does not exist, `InvalidTransitionError`
+        for a move that is not allowed.
         """
         receipt_id = arguments.lookup_id(receipt_id)
         if not isinstance(status, str) or status not in set(ReceiptStatus):
@@ -263,7 +281,7 @@ class Receipts(Status):
         now = self._seconds()
         with self.transaction() as session:
             connection = session.connection()
-            found = _status(connection, receipt_id)
+            found = status_of(connection, receipt_id)
             if found is None or found is wanted:
                 return found is not None
             if wanted not in TRANSITIONS[found]:
@@ -272,11 +290,14 @@ class Receipts(Status):
                 return self.mark_synced(receipt_id, now)
             if wanted is ReceiptStatus.FAILED:
                 return self.move_to_dlq(receipt_id, "status set to failed")
-            connection.execute(
-                update(_receipts).where(_receipts.c.id == receipt_id).values(status=wanted, changed_at=now)
-            )
+            lease: dict[str, object] = {**NO_LEASE}
+            if wanted is ReceiptStatus.SYNCING:
+                lasts = self._numbers("lease_seconds")["lease_seconds"]
+                lease = {"lease_token": str(uuid.uuid4()), "lease_taken_at": now, "lease_expires_at": now + lasts}
+            connection.execute(update(_receipts).where(_receipts.c.id == receipt_id).values(status=wanted, **lease))
             return True
 
 
-def _status(connection: Connection, receipt_id: str) -> ReceiptStatus | None:
+def status_of(connection: Connection, receipt_id: str) -> ReceiptStatus | None:
+    """The status of a receipt; None if there is none."""
     return connection.execute(STATUS_OF, {"receipt_id": receipt_id}).scalar()

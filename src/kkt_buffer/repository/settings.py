@@ -7,6 +7,8 @@ from kkt_buffer.errors import InvalidConfigError
 from kkt_buffer.models import CONFIG_RULES, ConfigEntry
 from kkt_buffer.repository.transactions import Transactions
 
+SECONDS_PER_DAY = 86_400
+
 
 class Settings(Transactions):
     """The operations on settings."""
@@ -40,6 +42,12 @@ class Settings(Transactions):
         with self.transaction() as session:
             session.merge(ConfigEntry(key=key, value=stored, updated_at=self._seconds()))
             session.flush()
+
+    def _numbers(self, *keys: str) -> dict[str, int]:
+        """Several settings of the buffer's own with one query."""
+        with self._reading() as session:
+            stored = {row.key: row.value for row in session.execute(select(ConfigEntry.key, ConfigEntry.value))}
+        return {key: number_of(key, stored.get(key)) for key in keys}
 
 
 def number_of(key: str, value: str | None) -> int:

@@ -3,27 +3,27 @@
 from dataclasses import dataclass
 from typing import cast
 
-from sqlalchemy import Table, select, text
+from sqlalchemy import Table, bindparam, select, text
 
+from kkt_buffer import arguments
 from kkt_buffer.models import UNDELIVERED, ConfigEntry, Receipt
-from kkt_buffer.repository.settings import Settings, number_of
+from kkt_buffer.repository.settings import SECONDS_PER_DAY, Settings, number_of
 from kkt_buffer.schema import buffer_status
-
-SECONDS_PER_DAY = 86_400
 
 _receipts = cast("Table", Receipt.__table__)
 
-# By the counters, and idx_receipts_undelivered. A failed receipt counts as long as its dead letter is open: the
-# operator has not had it. Once that was resolved the receipt is out, on record.
+# By idx_receipts_undelivered. A failed receipt counts as long as its dead letter is open: the operator has not had it.
+# Once that was resolved the receipt is out, on record.
+OWED = text(
+    UNDELIVERED + " AND (status <> 'failed' OR EXISTS"
+    " (SELECT 1 FROM dlq WHERE original_receipt_id = receipts.id AND resolved_at IS NULL))"
+)
+
+# The view takes its figures from the counters.
 STATUS = select(
     buffer_status,
     select(_receipts.c.created_at)
-    .where(
-        text(
-            UNDELIVERED + " AND (status <> 'failed' OR EXISTS"  # noqa: S608 (our own constant)
-            " (SELECT 1 FROM dlq WHERE original_receipt_id = receipts.id AND resolved_at IS NULL))"
-        )
-    )
+    .where(OWED)
     .order_by(_receipts.c.created_at)
     .limit(1)
     .scalar_subquery()
@@ -32,6 +32,14 @@ STATUS = select(
         select(ConfigEntry.value).where(ConfigEntry.key == key).scalar_subquery().label(key)
         for key in ("buffer_capacity", "ofd_deadline_days")
     ),
+)
+
+
+DUE = (
+    select(Receipt)
+    .where(OWED, Receipt.created_at < bindparam("created"))
+    .order_by(Receipt.created_at)
+    .limit(bindparam("limit"))
 )
 
 
@@ -72,3 +80,15 @@ class Status(Settings):
             oldest_undelivered_at=oldest,
             deadline_at=None if oldest is None else oldest + days * SECONDS_PER_DAY,
         )
+
+    def get_receipts_due(self, before: int, *, limit: int = 100) -> list[Receipt]:
+        """
+        The receipts that the operator must have before the moment `before` (Unix seconds), most urgent first.
+
+        Those are the undelivered ones, open dead letters included, that are `ofd_deadline_days` old by then.
+        """
+        before = arguments.whole_number("before", before, 0)
+        limit = arguments.whole_number("limit", limit, 1)
+        with self._reading():
+            days = self._numbers("ofd_deadline_days")["ofd_deadline_days"]
+            return self._load(DUE, created=before - days * SECONDS_PER_DAY, limit=limit)

@@ -4,6 +4,7 @@ Transactions: a scoped session for each thread, opened by the outermost block an
 How a transaction begins, commits and fails on the connection is in `engine`.
 """
 
+import random
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -24,10 +25,17 @@ _opened: ContextVar[tuple[Session, ...]] = ContextVar("kkt_buffer_transactions",
 class Transactions:
     """What every operation stands on."""
 
-    def __init__(self, engine: Engine, *, now: Callable[[], float] = time.time) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        *,
+        now: Callable[[], float] = time.time,
+        jitter: Callable[[], float] = random.random,
+    ) -> None:
         self._readers = sessionmaker(engine.execution_options(**{READ_ONLY: True}))
         self._sessions = scoped_session(sessionmaker(engine, expire_on_commit=False))
         self._now = now
+        self._jitter = jitter
 
     @contextmanager
     def transaction(self) -> Iterator[Session]:
@@ -58,9 +66,14 @@ class Transactions:
             _opened.set(outer)
             self._sessions.remove()
 
+    @property
+    def in_transaction(self) -> bool:
+        """Whether this thread is inside `transaction()`."""
+        return self._sessions.registry.has()
+
     @contextmanager
     def _reading(self) -> Iterator[Session]:
-        if self._sessions.registry.has():
+        if self.in_transaction:
             with self.transaction() as session:
                 yield session
         else:
@@ -73,7 +86,7 @@ class Transactions:
             # The session may be the caller's, and know an older state of the same row.
             options = {"populate_existing": True}
             rows = list(session.scalars(statement, parameters, execution_options=options))
-            if self._sessions.registry.has():
+            if self.in_transaction:
                 for row in rows:
                     session.expunge(row)
         return rows
