@@ -15,6 +15,7 @@ from typing import Any
 from alembic import context
 from alembic.util import CommandError
 from sqlalchemy import Connection, Engine
+from sqlalchemy.exc import SQLAlchemyError
 
 from kkt_buffer.engine import create_buffer_engine
 from kkt_buffer.errors import ReceiptBufferError
@@ -88,7 +89,7 @@ def _run() -> None:
             _migrate(engine)
         finally:
             engine.dispose()
-    except (ReceiptBufferError, ValueError) as error:
+    except (ReceiptBufferError, SQLAlchemyError, ValueError) as error:
         raise CommandError(str(error)) from error
 
 

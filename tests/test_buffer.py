@@ -8,6 +8,7 @@ from builders import NOON, an_id, new_receipt, run_python
 
 from kkt_buffer import (
     BufferDamagedError,
+    Outcome,
     ReceiptRepository,
     SchemaError,
     buffer,
@@ -141,10 +142,17 @@ class TestFunctions:
         assert buffer.get_config("buffer_capacity") == 5
         status = buffer.get_buffer_status()
         assert (1, 1, 1, 5) == (status.pending, status.synced, status.failed, status.capacity)
+        assert [second] == [letter.original_receipt_id for letter in buffer.list_dead_letters()]
+        buffer.requeue(second, actor="Anna", reason="the table was put right")
+        assert buffer.deliver_pending(lambda receipt: NOON).count(Outcome.SYNCED) == 2
+        fourth = buffer.insert_receipt(new_receipt())
+        buffer.move_to_dlq(fourth, "rejected")
+        buffer.resolve(fourth, actor="Anna", reason="a test receipt")
+        assert buffer.list_dead_letters() == []
 
     def test_same_signatures(self):
         """A function takes what its method takes, with the same defaults."""
-        own = {"init_buffer_db", "get_db", "close_buffer_db"}
+        own = {"init_buffer_db", "get_db", "close_buffer_db", "deliver_pending"}
         functions = {
             name: function
             for name, function in inspect.getmembers(buffer, inspect.isfunction)

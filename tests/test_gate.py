@@ -2,6 +2,7 @@
 
 import os
 import threading
+from concurrent.futures import Future
 
 import pytest
 from builders import run_python, start_python
@@ -15,7 +16,7 @@ from pathlib import Path
 from kkt_buffer.gate import WriteGate
 
 gate = WriteGate(Path(sys.argv[1]), 60)
-gate.acquire()
+gate.acquire(gate)
 print("held", flush=True)
 sys.stdin.read()
 """
@@ -71,16 +72,18 @@ class TestThreads:
     def test_timeout(self, lock_file):
         """A writer that waited in vain is told so, and can come again."""
         gate = WriteGate(lock_file, 0.05)
-        gate.acquire()
-        assert "another thread of this process has kept the write lock" in str(in_thread(gate.acquire))
-        gate.release()
-        assert in_thread(lambda: gate.acquire() or gate.release()) is None
+        gate.acquire("first")
+        refused = in_thread(lambda: gate.acquire("second"))
+        assert "another thread of this process has kept the write lock" in str(refused)
+        gate.release("first")
+        assert in_thread(lambda: gate.acquire("second") or gate.release("second")) is None
         gate.close()
 
     def test_own_thread(self, gate):
         """A second write transaction in the same thread would wait for ever: refused at once."""
         with gate.held(), pytest.raises(BufferBusyError, match="inside a write transaction of this engine already"):
-            gate.acquire()
+            gate.acquire("second")
+        assert not gate.is_mine
 
     def test_held_inside(self, gate):
         """A block inside a write transaction uses the gate that is held anyway, and leaves it held."""
@@ -89,6 +92,24 @@ class TestThreads:
                 assert gate.is_mine
             assert gate.is_mine
         assert not gate.is_mine
+
+    def test_if_free(self, gate, lock_file):
+        """Who need not wait takes the gate if it is free, and goes on without it if it is not."""
+        with gate.held_if_free():
+            assert gate.is_mine
+        with gate.held(), gate.held_if_free():
+            assert gate.is_mine
+        other = WriteGate(lock_file, 60)
+        with other.held(), gate.held_if_free():
+            assert run_python(TRY, lock_file).stdout == "busy\n"
+        assert run_python(TRY, lock_file).stdout == "free\n"
+        other.close()
+
+    def test_release_by_others(self, gate):
+        """Only its holder can give the gate back."""
+        with gate.held():
+            gate.release("somebody else")
+            assert gate.is_mine
 
     def test_without_file(self):
         """A database in memory needs no file."""
@@ -105,7 +126,7 @@ class TestProcesses:
             assert holder.stdout.readline() == "held\n"
             gate = WriteGate(lock_file, 0.05)
             with pytest.raises(BufferBusyError, match="another process has kept the write lock .* for 0.05 s"):
-                gate.acquire()
+                gate.acquire("impatient")
             patient = WriteGate(lock_file, 60)
             threading.Timer(0.2, holder.kill).start()
             with patient.held():
@@ -122,7 +143,7 @@ class TestProcesses:
         with start_python(HOLD, lock_file, stdin=-1) as holder:
             assert holder.stdout.readline() == "held\n"
 
-            class Late(__import__("concurrent.futures").futures.Future):
+            class Late(Future):
                 def cancel(self):
                     holder.kill()
                     self._came = threading.Event()
@@ -131,9 +152,47 @@ class TestProcesses:
                     return super().cancel()
 
             monkeypatch.setattr("kkt_buffer.gate.Future", Late)
-            gate.acquire()
+            gate.acquire("late")
             assert gate.is_mine
-            gate.release()
+            gate.release("late")
+        gate.close()
+
+    def test_interrupted_queue(self, lock_file, monkeypatch):
+        """Who is interrupted while it waits for another process leaves the queue, and keeps nobody out."""
+        gate = WriteGate(lock_file, 60)
+        with start_python(HOLD, lock_file, stdin=-1) as holder:
+            assert holder.stdout.readline() == "held\n"
+
+            def interrupted(*_):
+                raise KeyboardInterrupt
+
+            monkeypatch.setattr("kkt_buffer.gate.Future.result", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                gate.acquire("interrupted")
+            assert not gate.is_mine
+            holder.kill()
+        monkeypatch.undo()
+        patient = WriteGate(lock_file, 60)
+        with patient.held():
+            assert patient.is_mine
+        patient.close()
+
+    def test_interrupted_in_the_last_moment(self, lock_file, monkeypatch):
+        """The same if its turn comes at that very moment."""
+        gate = WriteGate(lock_file, 60)
+        with start_python(HOLD, lock_file, stdin=-1) as holder:
+            assert holder.stdout.readline() == "held\n"
+            result = Future.result
+
+            def interrupted(future, timeout):
+                holder.kill()
+                result(future, timeout)
+                raise KeyboardInterrupt
+
+            monkeypatch.setattr("kkt_buffer.gate.Future.result", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                gate.acquire("interrupted")
+        assert run_python(TRY, lock_file).stdout == "free\n"
         gate.close()
 
     def test_owner_only(self, gate, lock_file):
@@ -144,7 +203,7 @@ class TestProcesses:
         """Without a lock file there is no gate, and the next attempt is not blocked by the failed one."""
         gate = WriteGate(tmp_path / "missing" / "buffer.db-gate", 60)
         with pytest.raises(FileNotFoundError):
-            gate.acquire()
+            gate.acquire("nobody")
         (tmp_path / "missing").mkdir()
         with gate.held():
             assert gate.is_mine
@@ -159,7 +218,7 @@ class TestProcesses:
 
     def test_forget(self, gate):
         """A forked child starts with a gate of its own."""
-        gate.acquire()
+        gate.acquire("parent")
         descriptor = os.dup(gate._descriptor)  # as the parent has it
         gate.forget()
         assert not gate.is_mine
@@ -176,7 +235,7 @@ from kkt_buffer import BufferBusyError
 from kkt_buffer.gate import WriteGate
 
 try:
-    WriteGate(Path(sys.argv[1]), 0).acquire()
+    WriteGate(Path(sys.argv[1]), 0).acquire(sys)
     print("free")
 except BufferBusyError:
     print("busy")

@@ -639,7 +639,7 @@ class TestEvents:
             if not event_type.is_fact:
                 repository.log_event(event_type)
         found = {event_type: len(repository.get_events(event_type=event_type)) for event_type in EventType}
-        counted = {"receipt_added": 4, "receipt_attempt_failed": 4}
+        counted = {"receipt_added": 4, "receipt_attempt_failed": 4, "receipt_requeued": 0, "receipt_resolved": 0}
         assert dict.fromkeys(EventType, 1) | counted == found
 
     @pytest.mark.parametrize("event_type", ["lunch", 5])
@@ -881,13 +881,16 @@ class TestGuards:
             ("pending", "UPDATE receipts SET status = 'synced'", "ck_receipts_synced"),
             ("pending", "UPDATE receipts SET synced_at = 1", "ck_receipts_synced"),
             ("synced", "UPDATE receipts SET hlc_server_time = NULL", "ck_receipts_synced"),
+            ("pending", "UPDATE receipts SET status = 'syncing'", "ck_receipts_lease"),
+            ("pending", "UPDATE receipts SET lease_token = 'x'", "ck_receipts_lease"),
+            ("syncing", "UPDATE receipts SET lease_expires_at = NULL", "ck_receipts_lease"),
             ("pending", "UPDATE receipts SET retry_count = -1", "ck_receipts_retry_count"),
             ("pending", "UPDATE receipts SET hlc_logical_counter = -1", "ck_receipts_hlc_logical_counter"),
             ("failed", "UPDATE dlq SET resolved_at = 1", "ck_dlq_resolved"),
             ("failed",
-             "INSERT INTO dlq SELECT 'x', original_receipt_id, 1, 'r', '{}', 0, NULL, NULL, NULL, NULL FROM dlq",
+             "INSERT INTO dlq SELECT 'x', original_receipt_id, 1, 'r', '{}', 0, NULL, NULL, NULL, NULL, NULL FROM dlq",
              "a synced or failed receipt cannot be dead-lettered"),
-            ("synced", "INSERT INTO dlq SELECT 'x', id, 1, 'r', '{}', 0, NULL, NULL, NULL, NULL FROM receipts",
+            ("synced", "INSERT INTO dlq SELECT 'x', id, 1, 'r', '{}', 0, NULL, NULL, NULL, NULL, NULL FROM receipts",
              "a synced or failed receipt cannot be dead-lettered"),
         ],
     )  # fmt: skip

@@ -26,11 +26,10 @@ from kkt_buffer.errors import (
 )
 from kkt_buffer.hlc import HybridLogicalClock, HybridTimestamp
 from kkt_buffer.migrate import check, current, upgrade
-from kkt_buffer.models import Base, BufferEvent, ConfigEntry, DeadLetter, EventType, Receipt, ReceiptStatus, Resolution
+from kkt_buffer.models import BufferEvent, ConfigEntry, DeadLetter, EventType, Receipt, ReceiptStatus, Resolution
 from kkt_buffer.repository import BufferStatus, PruneReport, ReceiptRepository
 
 __all__ = [
-    "Base",
     "BufferBusyError",
     "BufferDamagedError",
     "BufferEvent",

@@ -6,6 +6,7 @@ Exit status 0 for done, 1 for an error that is told in one line, 2 for a command
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -24,9 +25,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     try:
         arguments.run(arguments)
-    except (ReceiptBufferError, ValueError) as error:
+        sys.stdout.flush()
+    except (ReceiptBufferError, RuntimeError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except BrokenPipeError:
+        # Whoever read our output has seen enough; Python must not flush the rest into nowhere at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted; what was acknowledged is safe", file=sys.stderr)
+        return 130
     return 0
 
 
@@ -89,7 +98,7 @@ def _print_status(status: dict[str, Any]) -> None:
         "pending": f"{status['pending']}",
         "syncing": f"{status['syncing']}",
         "synced": f"{status['synced']}",
-        "failed": f"{status['failed']}  ({status['dlq_size']} dead letters are open)",
+        "failed": f"{status['failed']}  (open dead letters: {status['dlq_size']})",
         "total": f"{status['total_receipts']}",
         "full": f"{status['percent_full']:.2f} %  ({status['pending'] + status['syncing']} of {status['capacity']})",
         "oldest undelivered": _moment(status["oldest_undelivered_at"]),

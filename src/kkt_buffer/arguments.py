@@ -116,6 +116,7 @@ def document(value: object) -> str:
             _storable("fiscal_doc", _encoded(decoded))
     elif isinstance(value, Mapping):
         text = _encoded(value)
+        _refuse_other_keys(value)
         if len(text) > MAX_DOCUMENT_LENGTH:
             raise ValueError(f"fiscal_doc: at most {MAX_DOCUMENT_LENGTH} characters, got {len(text)}")
     else:
@@ -164,6 +165,18 @@ def _encoded(value: object, field: str = "fiscal_doc") -> str:
     except (TypeError, ValueError) as error:
         message = f"{field}: cannot be written as JSON: {error}"
         raise (TypeError if isinstance(error, TypeError) else ValueError)(message) from error
+
+
+def _refuse_other_keys(value: object) -> None:
+    """A key that is no text would be written as one, and might meet another of the same name."""
+    if isinstance(value, Mapping):
+        for key, inner in value.items():
+            if not isinstance(key, str):
+                raise TypeError(f"fiscal_doc: cannot be written as JSON: the key {_short(key)} is not a text")
+            _refuse_other_keys(inner)
+    elif isinstance(value, list | tuple):
+        for inner in value:
+            _refuse_other_keys(inner)
 
 
 def _plain(value: object) -> object:

@@ -48,7 +48,7 @@ class DeliveryReport:
 
     def count(self, outcome: Outcome) -> int:
         """How many receipts had this outcome."""
-        return sum(found is outcome for found in self.outcomes.values())
+        return sum(found == outcome for found in self.outcomes.values())
 
 
 def deliver_pending(repository: ReceiptRepository, send: Send, limit: int = 50) -> DeliveryReport:

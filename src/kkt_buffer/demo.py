@@ -15,8 +15,10 @@ import uuid
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from sqlalchemy import func, select
+
 from kkt_buffer.delivery import Outcome, deliver_pending
-from kkt_buffer.engine import create_buffer_engine
+from kkt_buffer.engine import READ_ONLY, create_buffer_engine
 from kkt_buffer.errors import BufferFullError, DeliveryRejected, DeliveryUnavailable
 from kkt_buffer.migrate import current, upgrade
 from kkt_buffer.models import CONFIG_RULES, Receipt
@@ -24,6 +26,7 @@ from kkt_buffer.repository import ReceiptRepository
 
 RECEIPTS_PER_SHIFT = 60
 KILL_AFTER = 40
+TILL = "demo-till"
 LEASE_SECONDS = 2
 SECONDS_TO_ANSWER = 0.005
 
@@ -159,8 +162,19 @@ def run(path: str, say: Callable[[str], None] = print) -> None:
     say("A shift at the till. The buffer, the files and the kills are real; only the operator (ОФД) is simulated.\n")
     with contextlib.closing(_Buffer(path)) as buffer:
         upgrade(buffer.engine)
+        _refuse_real_receipts(buffer)
         say(f"1. The buffer is {path}, its schema is {current(buffer.engine)}.")
         _play(path, buffer.repository, say)
+
+
+def _refuse_real_receipts(buffer: "_Buffer") -> None:
+    with buffer.engine.execution_options(**{READ_ONLY: True}).connect() as connection:
+        real = connection.scalar(select(func.count()).where(Receipt.pos_id != TILL))
+    if real:
+        raise ValueError(
+            f"path: this buffer holds {real} receipts that are not the demo's, and the demo would mark them as "
+            "delivered. Nothing was changed. Give it a file of its own."
+        )
 
 
 def _play(path: str, repository: ReceiptRepository, say: Callable[[str], None]) -> None:
@@ -174,7 +188,7 @@ def _play(path: str, repository: ReceiptRepository, say: Callable[[str], None]) 
     repository.set_config("lease_seconds", LEASE_SECONDS)
 
     receipts = [
-        {"id": str(uuid.uuid4()), "pos_id": "till-1", "fiscal_doc": document}
+        {"id": str(uuid.uuid4()), "pos_id": TILL, "fiscal_doc": document}
         for document in sample_receipts(RECEIPTS_PER_SHIFT)
     ]
     say("2. The operator is offline. The till sells, and every receipt is on disk before the customer goes.")

@@ -10,6 +10,7 @@ import importlib
 import importlib.util
 import logging
 import os
+import re
 import sqlite3
 import sys
 import threading
@@ -23,12 +24,15 @@ from urllib.parse import quote
 
 from sqlalchemy import URL, Connection, Engine, ExceptionContext, QueuePool, create_engine, event, make_url
 
-from kkt_buffer.errors import BufferBusyError, BufferDamagedError, BufferStorageError
+from kkt_buffer.errors import BufferBusyError, BufferDamagedError, BufferStorageError, SchemaError
 
 logger = logging.getLogger(__name__)
 
 BUSY_TIMEOUT_SECONDS = 10.0
 SQLITE_MINIMUM = (3, 38, 0)  # unixepoch() in our triggers
+
+# What SQLite says when a table of ours is looked for in vain.
+NOT_MIGRATED = re.compile(r"no such table: (main\.)?(receipts|dlq|buffer_events|config|buffer_counts|v_buffer_status)$")
 
 # Execution option: with True, BEGIN DEFERRED, which locks nobody and must not write.
 READ_ONLY = "kkt_buffer_read_only"
@@ -67,17 +71,23 @@ class _Fault(NamedTuple):
     advice: str
 
 
+_SAFE = "Nothing of this was acknowledged; what was acknowledged before is safe."
+_LEFT = "The file was left as it is."
+
+
 # By primary result code, https://www.sqlite.org/rescode.html
 _FAULTS = {
-    3: _Fault(BufferStorageError, "access to the file was denied", "Check its owner and permissions."),
-    5: _Fault(BufferBusyError, "another program has kept it locked", "Try again; close other programs that use it."),
-    6: _Fault(BufferBusyError, "another connection has kept it locked", "Try again."),
-    8: _Fault(BufferStorageError, "it is read-only here", "Check permissions and mount, or use a writing engine."),
-    10: _Fault(BufferStorageError, "the disk reported an error", "Check the disk; try again."),
-    11: _Fault(BufferDamagedError, "SQLite found it damaged", "Stop, keep a copy of all its files, restore a backup."),
-    13: _Fault(BufferStorageError, "the disk is full", "Make room and try again; no restart is needed."),
-    14: _Fault(BufferStorageError, "the file cannot be opened", "Check that folder and file exist and can be written."),
-    26: _Fault(BufferDamagedError, "the file is not an SQLite database", "Check the path; the file was left as it is."),
+    3: _Fault(BufferStorageError, "access to the file was denied", f"{_SAFE} Check its owner and permissions."),
+    5: _Fault(BufferBusyError, "another program has kept it locked", f"{_SAFE} Try again; close it."),
+    6: _Fault(BufferBusyError, "another connection has kept it locked", f"{_SAFE} Try again."),
+    8: _Fault(BufferStorageError, "it is read-only here", f"{_SAFE} Check folder, file and mount."),
+    10: _Fault(BufferStorageError, "the disk reported an error", f"{_SAFE} Check the disk; try again."),
+    11: _Fault(
+        BufferDamagedError, "SQLite found it damaged", f"{_LEFT} Stop, keep a copy of all its files, restore a backup."
+    ),
+    13: _Fault(BufferStorageError, "the disk is full", f"{_SAFE} Make room and try again; no restart is needed."),
+    14: _Fault(BufferStorageError, "the file cannot be opened", f"{_SAFE} Folder and file must exist and be ours."),
+    26: _Fault(BufferDamagedError, "the file is not an SQLite database", f"{_LEFT} Check the path."),
 }
 
 
@@ -104,7 +114,7 @@ def create_buffer_engine(
     """
     if sys.platform == "win32":
         raise BufferStorageError("kkt-buffer runs on Linux and macOS; Windows has no flock. Nothing was opened.")
-    driver = _driver()
+    driver = _driver(writing=not read_only)
     path = _path(path_or_url)
     if path is None and read_only:
         raise ValueError("read_only: an in-memory buffer that nobody can write would stay empty")
@@ -146,7 +156,7 @@ def _path(path_or_url: str | os.PathLike[str] | URL) -> Path | None:
     return None if name == ":memory:" else Path(os.path.realpath(name))
 
 
-def _driver() -> ModuleType:
+def _driver(*, writing: bool) -> ModuleType:
     """
     The driver of the `sqlite` extra where it is installed, else the standard one.
 
@@ -159,10 +169,10 @@ def _driver() -> ModuleType:
             f"SQLite {driver.sqlite_version} is too old, {'.'.join(map(str, SQLITE_MINIMUM))} is needed. "
             "Nothing was opened. Install kkt-buffer[sqlite], which brings its own."
         )
-    if _has_wal_reset_bug(version):
+    if writing and _has_wal_reset_bug(version):
         _warn_once(
             f"SQLite {driver.sqlite_version} has the WAL-reset bug (fixed in 3.51.3, 3.50.7 and 3.44.6): let no other "
-            "program write to the buffer or checkpoint it. kkt-buffer[sqlite] brings a fixed SQLite."
+            "program write to the buffer or checkpoint it. The extra `sqlite` of kkt-buffer brings a fixed SQLite."
         )
     return driver
 
@@ -198,10 +208,10 @@ class GuardedConnection(sqlite3.Connection if TYPE_CHECKING else object):  # typ
     def begin(self, *, write: bool) -> None:
         """Begin a transaction; a write takes the gate first."""
         self.refuse_child()
-        if write:
-            self.database.gate.acquire()
-            self.in_write = True
+        self.in_write = write
         try:
+            if write:
+                self.database.gate.acquire(self)
             self._refuse_replaced("Nothing was written.")
             self.execute("BEGIN IMMEDIATE" if write else "BEGIN")
             self.in_begun = True
@@ -231,21 +241,24 @@ class GuardedConnection(sqlite3.Connection if TYPE_CHECKING else object):  # typ
                 self._finish()
 
     def close(self) -> None:
-        """Close. The last connection of a file checkpoints it, so this too happens behind the gate."""
+        """
+        Close. The last connection of a file checkpoints it, so this too happens behind the gate.
+
+        It does not wait there: whoever has the gate has the file open, so we are not the last.
+        """
         if self.pid != os.getpid():
             return  # closing would write to the shared memory of the parent's WAL
-        with contextlib.ExitStack() as stack:
-            if self.files and not self.database.read_only:
-                with contextlib.suppress(BufferBusyError):
-                    stack.enter_context(self.database.gate.held())
+        if self.database.read_only:
             super().close()
+        else:
+            with self.database.gate.held_if_free():
+                super().close()
+            self._finish()
         self.database.connections.discard(self)
 
     def _finish(self) -> None:
-        self.in_begun = False
-        if self.in_write:
-            self.in_write = False
-            self.database.gate.release()
+        self.database.gate.release(self)
+        self.in_begun = self.in_write = False
 
     def refuse_child(self) -> None:
         """Raise if this is not the process that opened the connection."""
@@ -297,6 +310,8 @@ class _Database:
         with self._explained():
             if path.is_dir():
                 raise BufferStorageError(f"{path} is a folder; give the path of a file in it. Nothing was opened.")
+            if path.exists() and not path.is_file():
+                raise BufferStorageError(f"{path} is a device or a pipe, not a file. Nothing was opened.")
             if read_only:
                 path.stat()
             else:
@@ -372,8 +387,14 @@ class _Database:
         cast("GuardedConnection", connection.connection.dbapi_connection).refuse_child()
 
     def explain(self, context: ExceptionContext) -> BaseException | None:
-        """Turn what the driver says of the file into a `BufferStorageError`. For the `handle_error` event."""
-        return self._translated(context.original_exception)
+        """Turn what the driver says of the file, or of a missing table of ours, into our errors. For `handle_error`."""
+        error = context.original_exception
+        if NOT_MIGRATED.match(str(error)):
+            return SchemaError(
+                f"{self} was not migrated ({error}). Nothing was written. Call upgrade(engine), or run "
+                "`python -m kkt_buffer upgrade PATH`."
+            )
+        return self._translated(error)
 
     def disposed(self, _engine: Engine) -> None:
         """Let go of the lock file, or of a database in memory. For the `engine_disposed` event."""
@@ -400,6 +421,8 @@ class _Database:
 
     def _create(self, path: Path) -> None:
         """Create the file, owner-only, so that not even a power cut can take its name away."""
+        if path.exists() and path.stat().st_size:
+            return
         path.parent.mkdir(parents=True, exist_ok=True)
         with self.gate.held():
             with contextlib.suppress(FileExistsError):
@@ -427,10 +450,7 @@ class _Database:
         fault = _FAULTS.get(getattr(error, "sqlite_errorcode", 0) & 0xFF)
         if fault is None:
             return None
-        return fault.error(
-            f"{self}: {fault.happened} ({error}). The present transaction is not acknowledged; what was acknowledged "
-            f"before it is not affected. {fault.advice}"
-        )
+        return fault.error(f"{self}: {fault.happened} ({error}). {fault.advice}")
 
 
 def _sync_folder(folder: Path) -> None:

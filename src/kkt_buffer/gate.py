@@ -1,10 +1,11 @@
 """
 The write gate: writers of one database queue here before SQLite sees them.
 
-SQLite's own busy handler sleeps and polls, so under load some writer always loses; the kernel's `flock` queue does
-not, and a lock is gone with the process that held it. Readers never come here.
+SQLite's own busy handler sleeps and polls, so under load some writer always loses; processes that wait in the kernel's
+`flock` queue do not, and a lock is gone with the process that held it. Readers never come here.
 """
 
+import contextlib
 import fcntl
 import os
 import threading
@@ -19,20 +20,22 @@ from kkt_buffer.errors import BufferBusyError
 
 class WriteGate:
     """
-    A lock that one thread of one process holds at a time.
+    A lock that one holder in one process has at a time.
 
     `path` is the lock file beside the database, or None for a database that only this process sees. `timeout` is in
-    seconds.
+    seconds. A holder is any object; every step can be repeated, so that an exception out of a signal handler, which
+    may come between any two of them, leaves nothing that `release` does not put right.
     """
 
     def __init__(self, path: Path | None, timeout: float) -> None:
         self._path = path
         self._timeout = timeout
         self._descriptor: int | None = None
-        self._owner: int | None = None
-        self._lock = threading.Lock()
+        # The holder and its thread, in a dict of at most one item: dict.setdefault takes the place in one step.
+        self._place: dict[str, tuple[object, int]] = {}
+        self._vacated = threading.Condition()
 
-    def acquire(self) -> None:
+    def acquire(self, holder: object) -> None:
         """Wait for the gate. Raises `BufferBusyError` when the timeout is over, or when waiting could never end."""
         if self.is_mine:
             raise BufferBusyError(
@@ -40,26 +43,27 @@ class WriteGate:
                 "it for ever. Nothing was written by the second. Join the first through ReceiptRepository.transaction()"
             )
         deadline = time.monotonic() + self._timeout
-        if not self._lock.acquire(timeout=self._timeout):
-            raise self._busy("another thread of this process")
         try:
+            self._take_place(holder, deadline)
             self._lock_file(deadline)
         except BaseException:
-            self._lock.release()
+            self.release(holder)
             raise
-        self._owner = threading.get_ident()
 
-    def release(self) -> None:
-        """Let the next writer in."""
-        self._owner = None
+    def release(self, holder: object) -> None:
+        """Let the next writer in, if it is this holder that keeps it out."""
+        if not self._is_held_by(holder):
+            return
         if self._descriptor is not None:
             fcntl.flock(self._descriptor, fcntl.LOCK_UN)
-        self._lock.release()
+        self._place.clear()
+        with self._vacated:
+            self._vacated.notify()
 
     @property
     def is_mine(self) -> bool:
         """Whether the present thread has passed the gate."""
-        return self._owner == threading.get_ident()
+        return self._place.get("", (None, None))[1] == threading.get_ident()
 
     @contextmanager
     def held(self) -> Iterator[None]:
@@ -67,52 +71,88 @@ class WriteGate:
         if self.is_mine:
             yield
             return
-        self.acquire()
+        holder = object()
+        self.acquire(holder)
         try:
             yield
         finally:
-            self.release()
+            self.release(holder)
+
+    @contextmanager
+    def held_if_free(self) -> Iterator[None]:
+        """Hold the gate for a block unless somebody else does."""
+        holder = object()
+        try:
+            if not self.is_mine and self._place.setdefault("", (holder, threading.get_ident()))[0] is holder:
+                with contextlib.suppress(BlockingIOError):
+                    self._open_and_lock()
+            yield
+        finally:
+            self.release(holder)
 
     def close(self) -> None:
         """Close the lock file unless it is in use; the next writer opens it again."""
-        if self._lock.acquire(blocking=False):
-            try:
-                self._close()
-            finally:
-                self._lock.release()
+        holder = object()
+        if self._place.setdefault("", (holder, threading.get_ident()))[0] is holder:
+            self._close()
+            self.release(holder)
 
     def forget(self) -> None:
         """Start afresh in a forked child: the parent's lock is not ours, and its threads are not here."""
         self._close()
-        self._owner = None
-        self._lock = threading.Lock()
+        self._place = {}
+        self._vacated = threading.Condition()
+
+    def _is_held_by(self, holder: object) -> bool:
+        return self._place.get("", (None, None))[0] is holder
+
+    def _take_place(self, holder: object, deadline: float) -> None:
+        place = (holder, threading.get_ident())
+        with self._vacated:
+            while self._place.setdefault("", place)[0] is not holder:
+                left = deadline - time.monotonic()
+                if left <= 0:
+                    raise self._busy("another thread of this process")
+                # Looks again now and then, should a notice be lost.
+                self._vacated.wait(min(left, 0.1))
+
+    def _open_and_lock(self) -> int | None:
+        if self._path is None:
+            return None
+        if self._descriptor is None:
+            self._descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return self._descriptor
+
+    def _lock_file(self, deadline: float) -> None:
+        try:
+            self._open_and_lock()
+        except BlockingIOError:
+            self._queue(deadline)
+
+    def _queue(self, deadline: float) -> None:
+        # flock knows no timeout, and polling it would lose our place: a helper waits in the kernel's queue instead. It
+        # has the descriptor to itself until it is granted.
+        descriptor, self._descriptor = self._descriptor, None
+        granted: Future[None] = Future()
+        try:
+            threading.Thread(target=_wait, args=(descriptor, granted), daemon=True, name="kkt-buffer gate").start()
+            granted.result(max(0.0, deadline - time.monotonic()))
+        except BaseException as error:
+            # Either the helper closes it when its turn comes, or it has come already.
+            if granted.cancel():
+                if isinstance(error, TimeoutError):
+                    raise self._busy("another process") from None
+                raise
+            self._descriptor = descriptor
+            if not isinstance(error, TimeoutError):
+                raise
+        self._descriptor = descriptor
 
     def _close(self) -> None:
         if self._descriptor is not None:
             os.close(self._descriptor)
             self._descriptor = None
-
-    def _lock_file(self, deadline: float) -> None:
-        if self._path is None:
-            return
-        if self._descriptor is None:
-            self._descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        try:
-            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            self._queue(self._descriptor, deadline)
-
-    def _queue(self, descriptor: int, deadline: float) -> None:
-        # flock knows no timeout, and polling it would lose our place: a helper waits in the kernel's queue instead.
-        granted: Future[None] = Future()
-        threading.Thread(target=_wait, args=(descriptor, granted), daemon=True, name="kkt-buffer gate").start()
-        try:
-            granted.result(max(0.0, deadline - time.monotonic()))
-        except TimeoutError:
-            if granted.cancel():
-                self._descriptor = None  # the helper closes it when its turn comes
-                raise self._busy("another process") from None
-            granted.result()
 
     def _busy(self, holder: str) -> BufferBusyError:
         return BufferBusyError(
@@ -126,4 +166,5 @@ def _wait(descriptor: int, granted: "Future[None]") -> None:
     if granted.set_running_or_notify_cancel():
         granted.set_result(None)
     else:
+        fcntl.flock(descriptor, fcntl.LOCK_UN)  # a forked child may have a copy of the descriptor
         os.close(descriptor)

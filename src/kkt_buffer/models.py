@@ -239,6 +239,9 @@ class Receipt(Base):
         Index("idx_receipts_undelivered", "created_at", sqlite_where=text(UNDELIVERED)),
     )
 
+    def __repr__(self) -> str:
+        return f"<Receipt {self.id} of {self.pos_id}: {self.status}>"
+
     @property
     def document(self) -> Any:  # noqa: ANN401 (a JSON document has no narrower type)
         """The fiscal document, decoded. Raises `InvalidDocumentError` if the stored text is not JSON."""
@@ -288,6 +291,9 @@ class DeadLetter(Base):
         Index("idx_dlq_open", "original_receipt_id", unique=True, sqlite_where=text("resolved_at IS NULL")),
     )
 
+    def __repr__(self) -> str:
+        return f"<DeadLetter of {self.original_receipt_id}: {self.resolution or self.resolved_by or 'open'}>"
+
 
 class BufferEvent(Base):
     """Something that happened. Append-only: the database refuses to change it, or to delete it while it is young."""
@@ -307,6 +313,9 @@ class BufferEvent(Base):
         Index("idx_events_type", "event_type", sqlite_where=text(RARE_EVENTS)),
         {"sqlite_autoincrement": True},
     )
+
+    def __repr__(self) -> str:
+        return f"<BufferEvent {self.id}: {self.event_type} of {self.receipt_id} at {self.timestamp}>"
 
 
 class ConfigEntry(Base):

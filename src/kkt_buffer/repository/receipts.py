@@ -95,6 +95,10 @@ CLOSE_DEAD_LETTER = (
 )
 
 
+class _Refused(Exception):  # noqa: N818 (never seen outside)
+    """The database refused a new receipt."""
+
+
 class Receipts(Status):
     """The operations on receipts."""
 
@@ -112,6 +116,8 @@ class Receipts(Status):
 
     def insert_receipts(self, many: Iterable[Mapping[str, Any]], *, exist_ok: bool = False) -> list[str]:
         """Store all of these receipts, in their order and with one commit, or none. Else like `insert_receipt`."""
+        if isinstance(many, Mapping) or not isinstance(many, Iterable):
+            raise TypeError(f"many: expected several receipts, got a {type(many).__name__}")
         receipts = []
         for position, data in enumerate(many):
             try:
@@ -125,8 +131,8 @@ class Receipts(Status):
         try:
             with self.transaction() as session:
                 self._add(session.connection(), receipts)
-        except IntegrityError:
-            # The database refused one. Only now is it worth asking which and why.
+        except _Refused:
+            # Only now is it worth asking which and why.
             with self.transaction() as session:
                 connection = session.connection()
                 new = self._unknown(connection, receipts, exist_ok=exist_ok)
@@ -151,8 +157,11 @@ class Receipts(Status):
                     "fiscal_doc": receipt.fiscal_doc,
                 }
             )
-        if rows:
-            connection.execute(ADD, rows)
+        try:
+            if rows:
+                connection.execute(ADD, rows)
+        except IntegrityError as error:
+            raise _Refused from error
 
     def _unknown(
         self, connection: Connection, receipts: list[arguments.NewReceipt], *, exist_ok: bool

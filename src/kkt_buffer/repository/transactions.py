@@ -5,6 +5,7 @@ How a transaction begins, commits and fails on the connection is in `engine`.
 """
 
 import random
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,9 +18,20 @@ from sqlalchemy.orm import Session, scoped_session, sessionmaker
 from kkt_buffer.engine import READ_ONLY
 from kkt_buffer.errors import ReceiptBufferError
 
-# The transactions that were opened in this context. A thread may run many asyncio tasks: what one of them has opened
-# is no business of the others.
-_opened: ContextVar[tuple[Session, ...]] = ContextVar("kkt_buffer_transactions", default=())
+
+class _Block:
+    """One outermost `with repository.transaction()`, while it is open."""
+
+    __slots__ = ("open", "session")
+
+    def __init__(self, session: Session) -> None:
+        self.session = session
+        self.open = True
+
+
+# The blocks of this context. A thread may run many asyncio tasks: what one of them has opened is no business of the
+# others.
+_opened: ContextVar[tuple[_Block, ...]] = ContextVar("kkt_buffer_transactions", default=())
 
 
 class Transactions:
@@ -34,6 +46,7 @@ class Transactions:
     ) -> None:
         self._readers = sessionmaker(engine.execution_options(**{READ_ONLY: True}))
         self._sessions = scoped_session(sessionmaker(engine, expire_on_commit=False))
+        self._local = threading.local()
         self._now = now
         self._jitter = jitter
 
@@ -47,29 +60,37 @@ class Transactions:
         and is as durable as its commit: not before. Rows of your own that you add to the session are committed with
         the receipts. Keep it short, as other writers wait; in asyncio code, never await inside it.
         """
-        session = self._sessions()
-        if session.in_transaction():
-            if session not in _opened.get():
+        outer = self._block()
+        if outer is not None:
+            if outer not in _opened.get():
                 raise ReceiptBufferError(
                     "another asyncio task of this thread has a transaction open and waits inside it. Nothing was "
                     "done. Never await inside transaction(); run it whole in a thread, with asyncio.to_thread."
                 )
-            with session.begin_nested():
-                yield session
+            with outer.session.begin_nested():
+                yield outer.session
             return
-        outer = _opened.get()
-        _opened.set((*outer, session))
+        self._sessions.remove()  # one may be left over if a signal interrupted the end of the last block
+        block = _Block(self._sessions())
+        before = _opened.get()
         try:
-            with session.begin():
-                yield session
+            self._local.block = block
+            _opened.set((*before, block))
+            with block.session.begin():
+                yield block.session
         finally:
-            _opened.set(outer)
+            block.open = False  # first, and without a call that a signal could interrupt: nobody may join it any more
+            _opened.set(before)
             self._sessions.remove()
+
+    def _block(self) -> _Block | None:
+        block: _Block | None = getattr(self._local, "block", None)
+        return block if block is not None and block.open else None
 
     @property
     def in_transaction(self) -> bool:
         """Whether this thread is inside `transaction()`."""
-        return self._sessions.registry.has()
+        return self._block() is not None
 
     @contextmanager
     def _reading(self) -> Iterator[Session]:
