@@ -1,0 +1,393 @@
+"""
+Every operation in any order, with restarts and a clock that jumps, against a model in plain Python.
+
+After each step the database must say what the model says, and keep every invariant. `KKT_BUFFER_PROOF=1` goes deeper.
+"""
+
+import contextlib
+import os
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from builders import NOON, an_id, new_receipt
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, invariant, rule
+from sqlalchemy import text
+
+from kkt_buffer import (
+    BufferFullError,
+    DeliveryRejected,
+    DeliveryUnavailable,
+    DuplicateReceiptError,
+    InvalidTransitionError,
+    LeaseLostError,
+    Outcome,
+    ReceiptNotFoundError,
+    ReceiptRepository,
+    create_buffer_engine,
+    deliver_pending,
+    upgrade,
+)
+
+CAPACITY = 6
+ATTEMPTS = 3
+LEASE = 300
+DAY = 86_400
+DEEP = bool(os.environ.get("KKT_BUFFER_PROOF"))
+
+ANNA = {"actor": "Anna", "reason": "because"}
+
+
+@dataclass
+class Model:
+    """What one receipt should be."""
+
+    number: int
+    created: int
+    status: str = "pending"
+    attempts: int = 0
+    token: str | None = None
+    taken: int = 0
+    expires: int = 0
+    due: int = 0
+    server_time: int | None = None
+    open_letter: bool = False
+    resolved: bool = False
+    events: tuple[str, ...] = ("receipt_added",)
+
+    def tell(self, *kinds):
+        self.events += kinds
+
+    def free(self, status):
+        self.status, self.token = status, None
+
+    def fail(self):
+        self.free("failed")
+        self.due, self.open_letter, self.resolved = 0, True, False
+        self.tell("receipt_failed")
+
+    def sync(self, server_time):
+        if self.status != "synced":
+            self.free("synced")
+            self.server_time, self.open_letter = server_time, False
+            self.due = 0
+            self.tell("receipt_synced")
+
+
+class BufferMachine(RuleBasedStateMachine):
+    """Drives one buffer and its model."""
+
+    receipts = Bundle("receipts")
+    leases = Bundle("leases")
+
+    @initialize()
+    def start(self):
+        self.folder = tempfile.TemporaryDirectory()
+        self.now = NOON
+        self.model = {}
+        self.made = 0
+        self.stamps = []
+        self.open()
+        self.repository.set_config("buffer_capacity", CAPACITY)
+        self.repository.set_config("max_retry_attempts", ATTEMPTS)
+
+    def open(self):
+        self.engine = create_buffer_engine(Path(self.folder.name) / "buffer.db")
+        upgrade(self.engine)
+        self.repository = ReceiptRepository(self.engine, now=lambda: self.now, jitter=lambda: 0.0)
+
+    def teardown(self):
+        if hasattr(self, "engine"):
+            self.engine.dispose()
+            self.folder.cleanup()
+
+    # What the model knows.
+
+    @property
+    def undelivered(self):
+        return sum(one.status in {"pending", "syncing"} for one in self.model.values())
+
+    def in_order(self, *statuses):
+        found = [(key, one) for key, one in self.model.items() if one.status in statuses]
+        return sorted(found, key=lambda item: item[1].number)
+
+    def recover(self):
+        for one in self.model.values():
+            if one.status == "syncing" and (one.expires <= self.now or one.taken > self.now):
+                one.free("pending")
+
+    def is_due(self, one):
+        return one.due <= self.now or one.due > self.now + 300
+
+    def count_attempt(self, one):
+        one.attempts += 1
+        one.free("pending")
+        one.tell("receipt_attempt_failed")
+        if one.attempts >= ATTEMPTS:
+            one.fail()
+        else:
+            one.due = self.now + min(300, 5 << (one.attempts - 1))
+
+    # Steps.
+
+    @rule(target=receipts, batch=st.integers(1, 3))
+    def insert(self, batch):
+        new = [new_receipt(id=an_id()) for _ in range(batch)]
+        if self.undelivered + batch > CAPACITY:
+            with contextlib.suppress(BufferFullError):
+                self.repository.insert_receipts(new)
+                raise AssertionError("more than the capacity")
+            return new[0]["id"]  # of no receipt
+        ids = self.repository.insert_receipts(new)
+        for receipt_id in ids:
+            self.model[receipt_id] = Model(self.made, self.now)
+            self.made += 1
+        return ids[0]
+
+    @rule(receipt_id=receipts)
+    def insert_again(self, receipt_id):
+        again = new_receipt(id=receipt_id, pos_id="another till")
+        if receipt_id in self.model:
+            with contextlib.suppress(DuplicateReceiptError):
+                self.repository.insert_receipt(again, exist_ok=True)
+                raise AssertionError("a known id")
+
+    @rule(target=leases, limit=st.integers(1, 4))
+    def claim(self, limit):
+        self.recover()
+        expected = [(key, one) for key, one in self.in_order("pending") if self.is_due(one)][:limit]
+        claimed = self.repository.claim_pending(limit)
+        assert [key for key, _ in expected] == [receipt.id for receipt in claimed]
+        for (_, one), receipt in zip(expected, claimed, strict=True):
+            one.status, one.token = "syncing", receipt.lease_token
+            one.taken, one.expires = self.now, self.now + LEASE
+        return [(receipt.id, receipt.lease_token) for receipt in claimed]
+
+    def lease(self, operation, receipt_id, token, *arguments):
+        """Whether the operation was accepted, which it must be exactly if the token is the present one."""
+        one = self.model.get(receipt_id)
+        try:
+            operation(receipt_id, *arguments)
+        except LeaseLostError:
+            assert one is not None
+            assert (one.status, one.token) != ("syncing", token)
+            return None
+        except ReceiptNotFoundError:
+            assert one is None
+            return None
+        assert (one.status, one.token) == ("syncing", token)
+        return one
+
+    @rule(lease=leases)
+    def renew(self, lease):
+        for receipt_id, token in lease:
+            if one := self.lease(self.repository.renew_lease, receipt_id, token, token):
+                one.taken, one.expires = self.now, self.now + LEASE
+
+    @rule(lease=consumes(leases))
+    def release(self, lease):
+        for receipt_id, token in lease:
+            if one := self.lease(self.repository.release, receipt_id, token, token):
+                one.free("pending")
+
+    @rule(lease=consumes(leases))
+    def fail(self, lease):
+        for receipt_id, token in lease:
+            if one := self.lease(self.repository.record_failure, receipt_id, token, "timeout", token):
+                self.count_attempt(one)
+
+    @rule(lease=leases, server_time=st.integers(0, 2**40))
+    def acknowledge(self, lease, server_time):
+        """By present and by late workers."""
+        for receipt_id, _ in lease:
+            known = receipt_id in self.model
+            assert known == self.repository.mark_synced(receipt_id, server_time)
+            if known:
+                self.model[receipt_id].sync(server_time)
+
+    @rule(receipt_id=receipts)
+    def dead_letter(self, receipt_id):
+        one = self.model.get(receipt_id)
+        if one is not None and one.status == "synced":
+            with contextlib.suppress(InvalidTransitionError):
+                self.repository.move_to_dlq(receipt_id, "given up")
+                raise AssertionError("a synced receipt")
+            return
+        assert (one is not None) == self.repository.move_to_dlq(receipt_id, "given up")
+        if one is not None and one.status != "failed":
+            one.fail()
+
+    @rule(receipt_id=receipts)
+    def requeue(self, receipt_id):
+        one = self.model.get(receipt_id)
+        try:
+            self.repository.requeue(receipt_id, **ANNA)
+        except ReceiptNotFoundError:
+            assert one is None
+        except InvalidTransitionError:
+            assert not one.open_letter
+        except BufferFullError:
+            assert one.open_letter
+            assert self.undelivered >= CAPACITY
+        else:
+            assert one.open_letter
+            self.revive(one)
+
+    def revive(self, one):
+        one.free("pending")
+        one.attempts, one.due, one.open_letter = 0, 0, False
+        one.tell("receipt_requeued")
+
+    @rule()
+    def requeue_all(self):
+        letters = [one for _, one in self.in_order("failed") if one.open_letter]
+        room = CAPACITY - self.undelivered
+        try:
+            assert min(room, len(letters)) == self.repository.requeue_all(**ANNA)
+        except BufferFullError:
+            assert letters
+            assert room <= 0
+        else:
+            for one in letters[: max(room, 0)]:
+                self.revive(one)
+
+    @rule(receipt_id=receipts)
+    def resolve(self, receipt_id):
+        one = self.model.get(receipt_id)
+        try:
+            self.repository.resolve(receipt_id, **ANNA)
+        except ReceiptNotFoundError:
+            assert one is None
+        except InvalidTransitionError:
+            assert not one.open_letter
+        else:
+            assert one.open_letter
+            one.open_letter, one.resolved = False, True
+            one.tell("receipt_resolved")
+
+    @rule(answers=st.lists(st.sampled_from(["yes", "no", "never", "offline"]), min_size=8, max_size=8))
+    def deliver(self, answers):
+        self.recover()
+        batch = [(key, one) for key, one in self.in_order("pending") if self.is_due(one)]
+        left = iter(answers)
+
+        def send(receipt):
+            answer = next(left)
+            if answer == "yes":
+                return self.now
+            raise {"no": ValueError, "never": DeliveryRejected, "offline": DeliveryUnavailable}[answer]
+
+        report = deliver_pending(self.repository, send)
+        expected = {}
+        offline = False
+        for (key, one), answer in zip(batch, answers, strict=False):
+            offline = offline or answer == "offline"
+            if offline:
+                expected[key] = Outcome.RELEASED
+            elif answer == "yes":
+                one.sync(self.now)
+                expected[key] = Outcome.SYNCED
+            elif answer == "never":
+                one.fail()
+                expected[key] = Outcome.DEAD_LETTERED
+            else:
+                self.count_attempt(one)
+                expected[key] = Outcome.RETRY if one.status == "pending" else Outcome.DEAD_LETTERED
+        assert expected == report.outcomes
+        assert offline == (report.outage is not None)
+
+    @rule(seconds=st.sampled_from([1, 6, 61, LEASE, 3600, 8 * DAY, 91 * DAY, -1, -60, -3600, -8 * DAY]))
+    def clock_jumps(self, seconds):
+        self.now = max(0, self.now + seconds)
+
+    @rule()
+    def restart(self):
+        self.engine.dispose()
+        self.open()
+
+    @rule()
+    def expire(self):
+        self.repository.recover_expired_leases()
+        self.recover()
+
+    @rule()
+    def prune(self):
+        before = set(self.model)
+        last = max(self.model, key=lambda key: self.model[key].number, default=None)
+        self.repository.prune()
+        with self.engine.connect() as connection:
+            left = set(connection.scalars(text("SELECT id FROM receipts")))
+        gone = before - left
+        assert last not in gone
+        for receipt_id in gone:
+            one = self.model.pop(receipt_id)
+            assert one.status == "synced" or (one.status == "failed" and one.resolved)
+
+    # What must hold after each of them.
+
+    @invariant()
+    def as_the_model_says(self):
+        if not hasattr(self, "engine"):
+            return
+        with self.engine.connect() as connection:
+            rows = connection.execute(text("SELECT * FROM receipts ORDER BY rowid")).all()
+        assert set(self.model) == {row.id for row in rows}
+        for row in rows:
+            one = self.model[row.id]
+            assert (one.status, one.attempts, one.token, one.server_time, one.created) == (
+                row.status,
+                row.retry_count,
+                row.lease_token,
+                row.hlc_server_time,
+                row.created_at,
+            )
+        stamps = [(row.hlc_local_time, row.hlc_logical_counter) for row in rows]
+        assert sorted(set(stamps)) == stamps
+        status = self.repository.get_buffer_status()
+        assert status.pending + status.syncing == self.undelivered <= CAPACITY
+        assert sum(one.open_letter for one in self.model.values()) == status.dlq_size
+        owed = [one.created for one in self.model.values() if one.status in {"pending", "syncing"} or one.open_letter]
+        assert min(owed, default=None) == status.oldest_undelivered_at
+
+    @invariant()
+    def invariants(self):
+        """Those of the design, read from the rows themselves."""
+        if not hasattr(self, "engine"):
+            return
+        broken = """
+            SELECT 'synced' FROM receipts
+                WHERE (status = 'synced') <> (synced_at IS NOT NULL AND hlc_server_time IS NOT NULL)
+            UNION ALL SELECT 'open letter' FROM dlq JOIN receipts ON receipts.id = original_receipt_id
+                WHERE resolved_at IS NULL AND status <> 'failed'
+            UNION ALL SELECT 'failed' FROM receipts WHERE status = 'failed' AND COALESCE(
+                (SELECT resolution FROM dlq WHERE original_receipt_id = receipts.id ORDER BY rowid DESC LIMIT 1),
+                (SELECT 'open' FROM dlq WHERE original_receipt_id = receipts.id AND resolved_at IS NULL),
+                'none') NOT IN ('open', 'resolved')
+            UNION ALL SELECT 'lease' FROM receipts WHERE (status = 'syncing') <> (lease_token IS NOT NULL)
+            UNION ALL SELECT 'counter' FROM buffer_counts
+                WHERE name <> 'open_dead_letters' AND value <> (SELECT COUNT(*) FROM receipts WHERE status = name)
+            UNION ALL SELECT 'letters' FROM buffer_counts WHERE name = 'open_dead_letters'
+                AND value <> (SELECT COUNT(*) FROM dlq WHERE resolved_at IS NULL)
+        """
+        with self.engine.connect() as connection:
+            assert [] == list(connection.scalars(text(broken)))
+
+    @invariant()
+    def stories(self):
+        """Each fact has left one event, in order, as far as pruning has left the story whole."""
+        if not hasattr(self, "engine"):
+            return
+        for receipt_id, one in self.model.items():
+            told = [event.event_type for event in reversed(self.repository.get_events(receipt_id=receipt_id))]
+            assert list(one.events[len(one.events) - len(told) :]) == told
+
+
+BufferMachine.TestCase.settings = settings(
+    max_examples=500 if DEEP else 60,
+    stateful_step_count=60 if DEEP else 40,
+    deadline=None,
+    suppress_health_check=list(HealthCheck),
+)
+TestBuffer = BufferMachine.TestCase

@@ -1,0 +1,332 @@
+"""`deliver_pending`: what becomes of each receipt, and of the others."""
+
+import pytest
+from builders import NOON, a_receipt, an_id, new_receipt
+from sqlalchemy import event
+
+from kkt_buffer import (
+    BufferStorageError,
+    DeliveryRejected,
+    DeliveryUnavailable,
+    Outcome,
+    ReceiptBufferError,
+    ReceiptRepository,
+    deliver_pending,
+    delivery,
+)
+
+LEASE = 300
+
+
+class Operator:
+    """A stand-in for the ОФД: answers by receipt, and remembers what it was sent."""
+
+    def __init__(self, **answers):
+        self.answers = answers
+        self.received = []
+
+    def __call__(self, receipt):
+        self.received.append(receipt.id)
+        answer = self.answers.get(receipt.pos_id, NOON + 5)
+        if isinstance(answer, BaseException):
+            raise answer
+        return answer() if callable(answer) else answer
+
+
+@pytest.fixture
+def three(repository):
+    """Three receipts of three tills, in this order."""
+    return [a_receipt(repository, pos_id=pos_id).id for pos_id in ("first", "second", "third")]
+
+
+def sync_events(repository):
+    """What the runs have logged, oldest first."""
+    return [event.event_type for event in reversed(repository.get_events()) if event.event_type.startswith("sync")]
+
+
+def statuses(repository, receipt_ids):
+    return [str(repository.get_receipt_by_id(receipt_id).status) for receipt_id in receipt_ids]
+
+
+class TestSynced:
+    def test_in_order(self, repository, three):
+        """All that is due is sent in HLC order, and recorded with the operator's time."""
+        operator = Operator()
+        report = deliver_pending(repository, operator)
+        assert three == operator.received
+        assert dict.fromkeys(three, Outcome.SYNCED) == report.outcomes
+        assert (3, 0, None) == (report.count(Outcome.SYNCED), report.count(Outcome.RETRY), report.outage)
+        assert repository.get_receipt_by_id(three[0]).hlc_server_time == NOON + 5
+
+    def test_limit(self, repository, three):
+        report = deliver_pending(repository, Operator(), 2)
+        assert three[:2] == list(report.outcomes)
+
+    def test_at_once(self, repository, three):
+        """Each delivery is on record before the next receipt is sent."""
+        seen = []
+
+        def send(receipt):
+            seen.append(repository.get_buffer_status().synced)
+            return NOON
+
+        deliver_pending(repository, send)
+        assert [0, 1, 2] == seen
+
+    def test_no_transaction(self, file_repository, file_engine):
+        """No transaction is open while a receipt is sent, so others can write."""
+        a_receipt(file_repository)
+
+        def send(receipt):
+            assert file_engine.pool.checkedout() == 0
+            file_repository.insert_receipt(new_receipt())
+            return NOON
+
+        assert deliver_pending(file_repository, send).count(Outcome.SYNCED) == 1
+
+    def test_nothing_due(self, repository, engine):
+        """A call that found nothing sends nothing, logs nothing, and writes nothing."""
+        operator = Operator()
+        assert deliver_pending(repository, operator).outcomes == {}
+        assert [] == operator.received == sync_events(repository)
+
+    def test_inside_transaction(self, repository, three):
+        """Inside a transaction nothing could be recorded at once: refused."""
+        operator = Operator()
+        with repository.transaction(), pytest.raises(ReceiptBufferError, match=r"inside transaction\(\)"):
+            deliver_pending(repository, operator)
+        assert operator.received == []
+
+
+class TestRejected:
+    def test_dead_letter(self, repository, three):
+        """What the operator rejects is dead-lettered at once, and the others go on."""
+        report = deliver_pending(repository, Operator(second=DeliveryRejected("unknown tax rate")))
+        assert [Outcome.SYNCED, Outcome.DEAD_LETTERED, Outcome.SYNCED] == list(report.outcomes.values())
+        [letter] = repository.list_dead_letters()
+        assert (three[1], "rejected by the operator: DeliveryRejected: unknown tax rate", 0) == (
+            letter.original_receipt_id,
+            letter.reason,
+            letter.retry_attempts,
+        )
+
+    def test_without_a_word(self, repository, three):
+        """An error without a message is told by its name."""
+        deliver_pending(repository, Operator(second=DeliveryRejected()))
+        assert repository.list_dead_letters()[0].reason == "rejected by the operator: DeliveryRejected"
+
+
+class TestOutage:
+    @pytest.mark.parametrize(
+        "error", [DeliveryUnavailable("offline"), ConnectionRefusedError("refused"), TimeoutError("no answer")]
+    )
+    def test_releases(self, repository, three, error):
+        """An outage releases what is not sent, burns no attempt, and sends nothing more."""
+        operator = Operator(second=error)
+        report = deliver_pending(repository, operator)
+        assert [Outcome.SYNCED, Outcome.RELEASED, Outcome.RELEASED] == list(report.outcomes.values())
+        assert str(error) in report.outage
+        assert three[:2] == operator.received
+        assert ["synced", "pending", "pending"] == statuses(repository, three)
+        assert [0, 0] == [receipt.retry_count for receipt in repository.get_pending_receipts()]
+        assert three[1:] == [receipt.id for receipt in repository.claim_pending(5)]
+
+    def test_eight_hours(self, repository, clock, three):
+        """Eight hours offline move nothing to the DLQ, and leave the events of one failed and one good run."""
+        offline = Operator(first=DeliveryUnavailable("offline"))
+        for _ in range(8 * 60):
+            deliver_pending(repository, offline)
+            clock.seconds += 60
+        assert sync_events(repository) == ["sync_started", "sync_failed"]
+        assert deliver_pending(repository, Operator()).count(Outcome.SYNCED) == 3
+        assert sync_events(repository) == ["sync_started", "sync_failed", "sync_started", "sync_completed"]
+        assert repository.get_buffer_status().dlq_size == 0
+
+    def test_short_recovery(self, repository, three):
+        """A run that delivers something before the line goes down again is on record too."""
+        deliver_pending(repository, Operator(first=DeliveryUnavailable()))
+        deliver_pending(repository, Operator(second=DeliveryUnavailable()))
+        assert sync_events(repository) == ["sync_started", "sync_failed"] * 2
+
+    def test_end_without_delivery(self, repository, three):
+        """A run that reaches the operator but delivers nothing ends the outage as well."""
+        deliver_pending(repository, Operator(first=DeliveryUnavailable()))
+        refusing = dict.fromkeys(("first", "second", "third"), ValueError("no"))
+        deliver_pending(repository, Operator(**refusing))
+        assert sync_events(repository) == ["sync_started", "sync_failed", "sync_started", "sync_completed"]
+
+    def test_counts(self, repository, three):
+        """The events say how many."""
+        deliver_pending(repository, Operator(third=DeliveryUnavailable("offline")))
+        failed, started = repository.get_events(2, event_type="sync_failed") + repository.get_events(
+            2, event_type="sync_started"
+        )
+        assert {"claimed": 3} == started.details
+        assert {"synced": 2, "released": 1, "error": "DeliveryUnavailable: offline"} == failed.details
+
+
+class TestFailedAttempt:
+    @pytest.mark.parametrize("error", [ValueError("bad answer"), RuntimeError(), ReceiptBufferError("from a tool")])
+    def test_counts(self, repository, three, error):
+        """Any other exception counts an attempt, and the next receipt has its turn."""
+        report = deliver_pending(repository, Operator(first=error))
+        assert [Outcome.RETRY, Outcome.SYNCED, Outcome.SYNCED] == list(report.outcomes.values())
+        found = repository.get_receipt_by_id(three[0])
+        assert (1, "pending", None) == (found.retry_count, found.status, found.lease_token)
+        assert found.last_error.startswith(type(error).__name__)
+
+    @pytest.mark.parametrize("answer", [None, -1, True, "1772366405", 5.0, 2**63])
+    def test_no_time(self, repository, three, answer):
+        """An answer that is no time is a failed attempt: nobody knows what it means."""
+        report = deliver_pending(repository, Operator(first=lambda: answer))
+        assert report.outcomes[three[0]] == Outcome.RETRY
+        assert "the answer of send: expected a whole number" in repository.get_receipt_by_id(three[0]).last_error
+
+    def test_poison(self, repository, clock, three):
+        """A receipt that always fails is dead-lettered in the end, and blocks nobody until then."""
+        repository.set_config("max_retry_attempts", 3)
+        operator = Operator(first=ValueError("poison"))
+        for _ in range(3):
+            report = deliver_pending(repository, operator)
+            clock.seconds += LEASE
+        assert {three[0]: Outcome.DEAD_LETTERED} == report.outcomes
+        assert ["failed", "synced", "synced"] == statuses(repository, three)
+
+
+class TestInterrupted:
+    @pytest.mark.parametrize("error", [KeyboardInterrupt(), SystemExit()])
+    def test_releases(self, repository, three, error):
+        """Ctrl-C releases what is not sent, and goes on its way."""
+        with pytest.raises(type(error)):
+            deliver_pending(repository, Operator(second=error))
+        assert ["synced", "pending", "pending"] == statuses(repository, three)
+        assert repository.get_receipt_by_id(three[1]).retry_count == 0
+
+    def test_disk_full(self, repository, three, monkeypatch):
+        """If a delivery cannot be recorded, that is told, and what is not sent is released as far as possible."""
+
+        def full(*_):
+            raise BufferStorageError("the disk is full")
+
+        monkeypatch.setattr(repository, "mark_synced", full)
+        monkeypatch.setattr(repository, "release", full)
+        operator = Operator()
+        with pytest.raises(BufferStorageError, match="the disk is full"):
+            deliver_pending(repository, operator)
+        assert three[:1] == operator.received
+
+
+class TestLostLease:
+    def test_not_sent(self, repository, clock, three):
+        """What another worker took over meanwhile is not sent a second time."""
+
+        def slow(receipt):
+            clock.seconds += LEASE
+            taken.extend(repository.claim_pending(5))
+            return NOON
+
+        taken = []
+        report = deliver_pending(repository, slow)
+        assert [Outcome.SYNCED, Outcome.LEASE_LOST, Outcome.LEASE_LOST] == list(report.outcomes.values())
+        assert three == [receipt.id for receipt in taken]
+
+    def test_gone(self, repository, three, monkeypatch):
+        """Nor what is no longer there."""
+        claim = repository.claim_pending
+
+        def with_a_ghost(limit):
+            batch = claim(limit)
+            batch[1].id = an_id()
+            return batch
+
+        monkeypatch.setattr(repository, "claim_pending", with_a_ghost)
+        report = deliver_pending(repository, Operator())
+        assert [Outcome.SYNCED, Outcome.LEASE_LOST, Outcome.SYNCED] == list(report.outcomes.values())
+
+    def test_failure_of_a_late_worker(self, repository, clock, three):
+        """A late worker's failure is not counted against the present one's receipt."""
+
+        def late(receipt):
+            clock.seconds += LEASE
+            repository.claim_pending(5)
+            raise ValueError("no")
+
+        report = deliver_pending(repository, late)
+        assert dict.fromkeys(three, Outcome.LEASE_LOST) == report.outcomes
+        assert [0] * 3 == [repository.get_receipt_by_id(receipt_id).retry_count for receipt_id in three]
+
+    def test_rejection_of_what_was_delivered(self, repository, three):
+        """A rejection that comes after another worker's delivery changes nothing."""
+
+        def rejected(receipt):
+            repository.mark_synced(receipt.id, NOON)
+            raise DeliveryRejected("known already")
+
+        report = deliver_pending(repository, rejected, 1)
+        assert {three[0]: Outcome.LEASE_LOST} == report.outcomes
+        assert repository.get_receipt_by_id(three[0]).status == "synced"
+
+    def test_delivery_of_a_late_worker(self, repository, clock, three):
+        """A late worker's delivery is a fact."""
+
+        def late(receipt):
+            clock.seconds += LEASE
+            repository.claim_pending(5)
+            return NOON
+
+        assert deliver_pending(repository, late, 1).outcomes == {three[0]: Outcome.SYNCED}
+
+    def test_outage_of_a_late_worker(self, repository, clock, three):
+        """What is another's by now is not released under it."""
+
+        def late(receipt):
+            clock.seconds += LEASE
+            held.extend(repository.claim_pending(5))
+            raise DeliveryUnavailable
+
+        held = []
+        deliver_pending(repository, late)
+        assert ["syncing"] * 3 == statuses(repository, three)
+        assert {held[0].lease_token} == {repository.get_receipt_by_id(one).lease_token for one in three}
+
+    def test_renewed(self, repository, clock, three, monkeypatch):
+        """A slow operator does not cost the lease: past its half it is renewed before the next send."""
+        monkeypatch.setattr(delivery, "monotonic", clock)
+
+        def slow(receipt):
+            clock.seconds += 200
+            return NOON
+
+        report = deliver_pending(repository, slow)
+        assert dict.fromkeys(three, Outcome.SYNCED) == report.outcomes
+
+
+def test_commits(file_repository, file_engine):
+    """A run costs one commit to claim, one for each receipt, and one for each of its two events."""
+    file_repository.insert_receipts(new_receipt() for _ in range(10))
+    commits = []
+    event.listen(file_engine, "commit", commits.append)
+    deliver_pending(file_repository, lambda receipt: NOON)
+    assert len(commits) == 13
+
+
+def test_two_workers(path, file_repository, file_engine):
+    """Two repositories that deliver at the same time send each receipt once."""
+    import threading  # noqa: PLC0415
+
+    made = file_repository.insert_receipts(new_receipt() for _ in range(60))
+    received = []
+
+    def work(repository):
+        while deliver_pending(repository, lambda receipt: received.append(receipt.id) or NOON, 7).outcomes:
+            pass
+
+    threads = [
+        threading.Thread(target=work, args=(ReceiptRepository(file_engine, now=file_repository._now),))
+        for _ in range(4)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(made) == sorted(received)
