@@ -14,11 +14,14 @@ from kkt_buffer import (
     BufferFullError,
     BufferStorageError,
     ClockDriftError,
+    DeliveryRejected,
+    DeliveryUnavailable,
     DuplicateReceiptError,
     HybridTimestamp,
     InvalidConfigError,
     InvalidDocumentError,
     InvalidTransitionError,
+    LeaseLostError,
     ReceiptBufferError,
     ReceiptNotFoundError,
     ReceiptStatus,
@@ -44,13 +47,28 @@ ERRORS = [
         ValueError,
         {"receipt_id": UUID_TEXT, "status": "synced", "wanted": "failed"},
     ),
-    (InvalidDocumentError(UUID_TEXT, "Expecting value"), ValueError, {"receipt_id": UUID_TEXT}),
-    (InvalidConfigError("lease_seconds", "soon", "a number"), ValueError, {"key": "lease_seconds", "value": "soon"}),
+    (
+        LeaseLostError(UUID_TEXT, ReceiptStatus.PENDING),
+        ReceiptBufferError,
+        {"receipt_id": UUID_TEXT, "status": "pending"},
+    ),
+    (
+        InvalidDocumentError(UUID_TEXT, "Expecting value"),
+        ValueError,
+        {"receipt_id": UUID_TEXT, "problem": "Expecting value"},
+    ),
+    (
+        InvalidConfigError("lease_seconds", "soon", "a number"),
+        ValueError,
+        {"key": "lease_seconds", "value": "soon", "expected": "a number"},
+    ),
     (ClockDriftError(7200, 3600), ValueError, {"ahead": 7200, "max_drift": 3600}),
     (SchemaError("the schema is old"), ReceiptBufferError, {}),
     (BufferStorageError("the disk is full"), ReceiptBufferError, {}),
     (BufferBusyError("locked"), BufferStorageError, {}),
     (BufferDamagedError("not a database"), BufferStorageError, {}),
+    (DeliveryRejected("unknown tax rate"), ReceiptBufferError, {}),
+    (DeliveryUnavailable("no route to the operator"), ReceiptBufferError, {}),
 ]
 
 every_error = pytest.mark.parametrize(
@@ -108,6 +126,21 @@ class TestMessages:
         as_text = str(InvalidTransitionError(UUID_TEXT, "synced", "failed"))
         assert as_text.startswith(f"receipt {UUID_TEXT} is synced and cannot become failed; it was not changed.")
         assert as_text == str(InvalidTransitionError(UUID_TEXT, ReceiptStatus.SYNCED, ReceiptStatus.FAILED))
+
+    @pytest.mark.parametrize("status", [ReceiptStatus.PENDING, "pending"])
+    def test_lease(self, status):
+        """The message says what not to do, and what to do if it was done already."""
+        message = (
+            "the lease on receipt r-1 is over, the receipt is pending now; nothing was changed. Another worker may "
+            "have it: do not send it again. If it was sent, record that with mark_synced."
+        )
+        assert message == str(LeaseLostError("r-1", status))
+
+    @pytest.mark.parametrize("error", [DeliveryRejected, DeliveryUnavailable])
+    def test_sender(self, error):
+        """What a sender raises says what the sender says, or nothing."""
+        assert "unknown tax rate" == str(error("unknown tax rate"))
+        assert "" == str(error())
 
     def test_document(self):
         message = "the fiscal_doc of receipt r-1 is not JSON (Expecting value); its text is kept unchanged"

@@ -66,6 +66,28 @@ class TestHybridTimestamp:
         """Two timestamps at the same place in the order are equal only if every part is."""
         assert HybridTimestamp(NOON, 3) != HybridTimestamp(NOON - 5, 3, server_time=NOON)
 
+    @pytest.mark.parametrize("compare", [operator.lt, operator.le, operator.gt, operator.ge])
+    @pytest.mark.parametrize("other", [None, NOON, (NOON, 0), "2026-03-01"])
+    def test_something_else(self, compare, other):
+        """A timestamp has no order with what is none, on either side, and is never equal to it."""
+        with pytest.raises(TypeError, match="not supported between instances of"):
+            compare(HybridTimestamp(NOON, 0), other)
+        with pytest.raises(TypeError, match="not supported between instances of"):
+            compare(other, HybridTimestamp(NOON, 0))
+        assert HybridTimestamp(NOON, 0) != other
+
+    @pytest.mark.parametrize("compare", [operator.lt, operator.le, operator.gt, operator.ge])
+    def test_other_side(self, compare):
+        """What knows how to compare itself with a timestamp is asked."""
+
+        class Always:
+            def __lt__(self, other):
+                return "asked"
+
+            __le__ = __gt__ = __ge__ = __lt__
+
+        assert "asked" == compare(HybridTimestamp(NOON, 0), Always())
+
     def test_sorted(self):
         first, second, third = HybridTimestamp(9, 0, server_time=3), HybridTimestamp(4, 0), HybridTimestamp(4, 1)
         assert [first, second, third] == sorted([third, first, second])
@@ -276,8 +298,17 @@ class TestAssignServerTime:
         assert HybridTimestamp(NOON, 3, known) == timestamp
 
     def test_negative(self):
-        with pytest.raises(ValueError, match="server_time must be Unix seconds, 0 or more, got -1"):
+        with pytest.raises(ValueError, match="server_time: expected a whole number of 0 or more, got -1"):
             assign_server_time(HybridTimestamp(NOON, 3), -1)
+
+    @pytest.mark.parametrize(
+        ("server_time", "kind"),
+        [(True, "bool"), (1.5, "float"), (float(NOON), "float"), ("5", "str"), (None, "NoneType")],
+    )
+    def test_no_int(self, server_time, kind):
+        """Unix seconds are an int: a truth, a fraction or a text was meant for something else."""
+        with pytest.raises(TypeError, match=f"server_time: expected a whole number of 0 or more, got a {kind}"):
+            assign_server_time(HybridTimestamp(NOON, 3), server_time)
 
 
 class TestAnyHistory:

@@ -1,6 +1,7 @@
 """The command line, and the demo that it plays."""
 
 import json
+import logging
 import multiprocessing
 import os
 import re
@@ -12,9 +13,10 @@ import time
 from contextlib import closing
 
 import pytest
-from builders import NOON, a_receipt, an_id, everything, new_receipt, run_python
+from alembic import command
+from builders import NOON, a_receipt, an_id, everything, new_receipt, open_files, run_python
 
-from kkt_buffer import ReceiptStatus, create_buffer_engine, demo
+from kkt_buffer import BufferFullError, ReceiptRepository, ReceiptStatus, create_buffer_engine, demo, migrate
 from kkt_buffer.__main__ import main
 from kkt_buffer.migrate import revisions
 
@@ -35,14 +37,27 @@ def counts(path):
     return json.loads(run_python(COUNT, path).stdout)
 
 
-def stored_ids(path):
+def rows(path, query):
     with closing(sqlite3.connect(path)) as connection:
-        return {receipt_id for (receipt_id,) in connection.execute("SELECT id FROM receipts")}
+        return connection.execute(query).fetchall()
+
+
+def column(path, query):
+    return [value for (value,) in rows(path, query)]
+
+
+def stored_ids(path):
+    return set(column(path, "SELECT id FROM receipts"))
 
 
 def stored_tables(path):
-    with closing(sqlite3.connect(path)) as connection:
-        return connection.execute("SELECT name FROM sqlite_master").fetchall()
+    return column(path, "SELECT name FROM sqlite_master")
+
+
+def to_sell(count):
+    """What the demo's till puts into the buffer."""
+    documents = demo.sample_receipts(count)
+    return [{"id": an_id(), "pos_id": demo.TILL, "fiscal_doc": document} for document in documents]
 
 
 @pytest.fixture
@@ -66,6 +81,17 @@ def without_schema(tmp_path):
 def text_file(tmp_path):
     path = tmp_path / "notes.txt"
     path.write_text("Not a database, but somebody's notes.\n" * 100)
+    return path
+
+
+@pytest.fixture
+def of_another_program(tmp_path):
+    """A database with a table that is called like ours, and is not."""
+    path = tmp_path / "shop.db"
+    with closing(sqlite3.connect(path)) as connection:
+        connection.execute("CREATE TABLE receipts (number INTEGER PRIMARY KEY, total REAL)")
+        connection.execute("INSERT INTO receipts VALUES (1, 64.9)")
+        connection.commit()
     return path
 
 
@@ -94,6 +120,15 @@ class TestUpgrade:
         assert (f"{used}: schema {HEAD} (was {HEAD})\n", "") == capsys.readouterr()
         assert before == everything(used)
 
+    def test_old(self, tmp_path, capsys):
+        """A buffer of an earlier release says what it was, too."""
+        path = tmp_path / "buffer.db"
+        engine = create_buffer_engine(path)
+        command.upgrade(migrate._config(engine), "0001")
+        engine.dispose()
+        assert 0 == main(["upgrade", str(path)])
+        assert (f"{path}: schema {HEAD} (was 0001)\n", "") == capsys.readouterr()
+
     def test_program(self, tmp_path):
         """`python -m kkt_buffer` is the same command line, and its exit status is the program's."""
         command = [sys.executable, "-m", "kkt_buffer", "upgrade"]
@@ -114,7 +149,7 @@ schema             | {HEAD}
 pending            | 1
 syncing            | 1
 synced             | 1
-failed             | 1  (1 dead letters are open)
+failed             | 1  (open dead letters: 1)
 total              | 4
 full               | 1.00 %  (2 of 200)
 oldest undelivered | 2026-03-01 15:00:00 +0300
@@ -204,6 +239,22 @@ class TestErrors:
         assert "schema 9999, which a newer release made" in refused(command, used)
         assert before == everything(used)
 
+    def test_no_wal(self, of_another_program, refused):
+        """A database that is not kept as a buffer is, is none; it is left as it is, to the byte."""
+        before = of_another_program.read_bytes()
+        line = refused("status", of_another_program)
+        assert f"{of_another_program} is no buffer: its journal mode is 'delete'. Nothing was touched." in line
+        assert before == of_another_program.read_bytes()
+
+    @pytest.mark.parametrize("command", ["upgrade", "demo"])
+    def test_of_another_program(self, command, of_another_program, refused):
+        """Tables of somebody else that are called like ours are neither taken over nor changed."""
+        before = everything(of_another_program)
+        line = refused(command, of_another_program)
+        assert f"the upgrade to schema {HEAD} failed and was rolled back; the database is as it was." in line
+        assert "table receipts already exists" in line
+        assert before == everything(of_another_program)
+
     def test_nonsense_in_config(self, used, refused):
         with closing(sqlite3.connect(used)) as connection:
             connection.execute("UPDATE config SET value = 'many' WHERE key = 'buffer_capacity'")
@@ -215,6 +266,50 @@ class TestErrors:
     )
     def test_bad_path(self, path, refused):
         assert refused("status", path)
+
+    def test_memory(self, refused):
+        """The demo's processes would each have a buffer of their own: said before anything is played."""
+        assert "error: path: the demo needs a file, because several processes open it" == refused("demo", ":memory:")
+
+    def test_real_receipts(self, used, refused):
+        """The demo delivers to nobody, so it keeps away from receipts that somebody needs."""
+        before = everything(used)
+        assert "this buffer holds 4 receipts that are not the demo's" in refused("demo", used)
+        assert before == everything(used)
+
+    def test_no_room(self, file_engine, file_repository, path, refused):
+        """A buffer without room for a shift is told of at once, and stays as it is."""
+        file_repository.set_config("buffer_capacity", demo.RECEIPTS_PER_SHIFT)
+        a_receipt(file_repository, pos_id=demo.TILL)
+        file_engine.dispose()
+        before = everything(path)
+        expected = "error: Buffer full: 1 of 60 receipts are waiting for delivery, so 60 more cannot be taken."
+        assert refused("demo", path).startswith(expected)
+        assert before == everything(path)
+
+    def test_broken_demo(self, path, monkeypatch, refused):
+        """A demo that does not prove what it should is an error like any other."""
+        monkeypatch.setattr(demo, "_until_killed", lambda work, arguments, count: ["lost"])
+        assert "error: 1 acknowledged receipts are not in the buffer: ['lost']" == refused("demo", path)
+
+    def test_reader_gone(self, path):
+        """Whoever reads what we say may stop before the end, as `head` does: no word of it, no traceback."""
+        reading, writing = os.pipe()
+        os.close(reading)
+        with open(writing, "wb") as nowhere:
+            status = [sys.executable, "-m", "kkt_buffer", "status", str(path)]
+            done = subprocess.run(status, stdout=nowhere, stderr=subprocess.PIPE, text=True, check=False)
+        assert (1, "") == (done.returncode, done.stderr)
+
+    def test_interrupted(self, path, monkeypatch, capsys):
+        """Control-C is no error of ours; the exit status is the one that shells give it."""
+
+        def interrupt(path):
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(demo, "run", interrupt)
+        assert 130 == main(["demo", str(path)])
+        assert ("", "interrupted; what was acknowledged is safe\n") == capsys.readouterr()
 
     @pytest.mark.parametrize(
         "argv", [[], ["deliver"], ["status"], ["upgrade"], ["status", "buffer.db", "--xml"], ["demo", "a.db", "b.db"]]
@@ -230,78 +325,225 @@ class TestErrors:
 
 
 class TestDemo:
-    def test_twice(self, tmp_path, capsys):
-        """The whole shift, with its real kill, twice on the same file; what it tells is what the file then holds."""
+    @pytest.fixture
+    def said(self):
+        return []
+
+    @pytest.fixture
+    def no_kills(self, monkeypatch):
+        """The till sells all it has, the first worker nothing, and nobody waits for leases."""
+
+        def until_killed(work, arguments, count):
+            reported = []
+            if work is demo._sell:
+                work(*arguments, reported.append)
+            return reported
+
+        monkeypatch.setattr(demo, "_until_killed", until_killed)
+        monkeypatch.setattr(time, "sleep", lambda seconds: None)
+
+    def test_twice(self, tmp_path, monkeypatch, capfd):
+        """The whole story, with its real kills, twice on one file; what it tells is what the file then holds."""
+        monkeypatch.setattr(demo, "LEASE_SECONDS", 1)
         path = tmp_path / "shop" / "demo.db"
-        delivered = 0
-        for shift in (1, 2):
-            assert 0 == main(["demo", str(path)])
-            out, err = capsys.readouterr()
+        for shift, target in enumerate((str(path), f"sqlite:///{path}"), start=1):
+            assert 0 == main(["demo", target])
+            out, err = capfd.readouterr()
             assert "" == err
-            assert "only the operator (ОФД) is simulated" in out
-            assert int(re.search(r"after (\d+) receipts its process is killed with SIGKILL", out)[1]) >= 40
-            assert re.search(r"all (\d+) acknowledged receipts are there, none is missing", out)
+            [sold] = re.findall(r"After (\d+) receipts its process is killed with SIGKILL", out)
+            assert 40 <= int(sold) <= 60
+            assert f"all {sold} acknowledged receipts are there, none is missing" in out
             assert "finishes the shift with 60 receipts" in out
-            assert "OUT OF ORDER" not in out
-            delivered += int(re.search(r"(\d+) delivered, in HLC order; 1 rejected and dead-lettered", out)[1])
-            assert re.search(rf"^synced +\| {delivered}$", out, re.MULTILINE)
-            assert re.search(rf"^failed +\| {shift}  \({shift} dead letters are open\)$", out, re.MULTILINE)
-        # A receipt on which the kill fell may be there twice: once not acknowledged, once sold again.
-        assert delivered >= 2 * 59
-        assert {"synced": delivered, "failed": 2, "open": 2} == counts(path)
+            assert "tries to deliver: DeliveryUnavailable: no route to the operator." in out
+            assert "All 60 receipts are released, and no attempt is counted" in out
+            [(received, held)] = re.findall(
+                r"The operator has (\d+) when the worker is killed with SIGKILL; it had leased (\d+) more", out
+            )
+            assert 20 <= int(received) <= 60
+            assert "in 1 s (here; usually 300) its leases are over" in out
+            [delivered] = re.findall(r"Another worker delivers (\d+); one is rejected, and becomes a dead letter", out)
+            assert int(held) == int(delivered) + 1
+            assert "requeues it: 1 more delivered" in out
+            [twice] = re.findall(r"The operator has all of them, (\d) of them twice", out)
+            assert 60 + int(twice) == int(received) + int(delivered) + 1
+            assert re.search(rf"^buffer +\| {target}$", out, re.MULTILINE)
+            assert re.search(rf"^synced +\| {60 * shift}$", out, re.MULTILINE)
+            assert re.search(r"^failed +\| 0  \(open dead letters: 0\)$", out, re.MULTILINE)
+            assert {"synced": 60 * shift, "open": 0} == counts(path)
+        assert [("300",)] == rows(path, "SELECT value FROM config WHERE key = 'lease_seconds'")
 
-    def test_all_that_waits(self, file_repository, file_engine, path):
-        """Receipts that were waiting are told of, and leave with the others."""
+        # What the file itself has to tell of both shifts.
+        events = "SELECT event_type, COUNT(*) FROM buffer_events WHERE event_type LIKE 'receipt%' GROUP BY event_type"
+        expected = {"receipt_added": 120, "receipt_failed": 2, "receipt_requeued": 2, "receipt_synced": 120}
+        assert expected == dict(rows(path, events))
+        assert [0] == column(path, "SELECT DISTINCT retry_count FROM receipts")
+        letter = ("rejected by the operator: DeliveryRejected: unknown tax rate", "requeued", "Anna, support")
+        assert [letter] * 2 == rows(path, "SELECT reason, resolution, resolved_by FROM dlq")
+        # In the order in which they were made, but for the two that were requeued.
+        others = "NOT IN (SELECT original_receipt_id FROM dlq)"
+        made = f"SELECT id FROM receipts WHERE id {others} ORDER BY hlc_local_time, hlc_logical_counter"
+        synced = f"SELECT receipt_id FROM buffer_events WHERE event_type = 'receipt_synced' AND receipt_id {others}"
+        assert column(path, made) == column(path, f"{synced} ORDER BY id")
+
+    def test_all_that_waits(self, file_repository, path, said, no_kills):
+        """Receipts that an earlier run has left are told of, and leave with the others."""
         for _ in range(3):
-            a_receipt(file_repository)
-        file_engine.dispose()
-        said = []
-        demo.run(path, said.append)
+            a_receipt(file_repository, pos_id=demo.TILL)
+        demo.run(str(path), said.append)
         assert "   3 receipts of an earlier run are still waiting in it." in said
-        delivered = int(re.search(r"(\d+) delivered", said[-1])[1])
-        assert delivered >= 3 + 59
-        assert {"synced": delivered, "failed": 1, "open": 1} == counts(path)
+        assert "6. Another worker delivers 62; one is rejected, and becomes a dead letter." in said
+        assert {"synced": 63, "open": 0} == counts(path)
 
-    def test_missing(self, path, monkeypatch):
-        """A receipt that was acknowledged and is not there ends the demo with an error: it proves, it does not play."""
+    def test_nothing_waits(self, path, said, no_kills):
+        """An empty buffer is not worth a word; without a kill nothing is sent twice."""
+        demo.run(str(path), said.append)
+        assert [] == [line for line in said if "earlier run" in line]
+        assert "   The operator has all of them, 0 of them twice" in said[-1]
+        assert [] == open_files(path)
+
+    def test_missing(self, path, said, monkeypatch):
+        """A receipt that was acknowledged and is not there ends the demo: it proves, it does not play."""
         lost = an_id()
-        monkeypatch.setattr(demo, "_sell_and_kill", lambda path, documents: [lost])
-        with pytest.raises(RuntimeError, match=f"1 acknowledged receipts are not in the buffer: .*{lost}"):
-            demo.run(path, lambda line: None)
+        monkeypatch.setattr(demo, "_until_killed", lambda work, arguments, count: [lost])
+        with pytest.raises(RuntimeError, match=rf"^1 acknowledged receipts are not in the buffer: \['{lost}'\]$"):
+            demo.run(str(path), said.append)
+        assert [] == [line for line in said if "none is missing" in line]
+        assert [] == open_files(path)
+
+    def test_left(self, file_engine, path, said, no_kills):
+        """A receipt that somebody else keeps is not delivered in the end, and that is told as what it is."""
+        a_receipt(ReceiptRepository(file_engine), "syncing", pos_id=demo.TILL)
+        file_engine.dispose()
+        with pytest.raises(RuntimeError, match="^the buffer should be empty, but 1 receipts are waiting$"):
+            demo.run(str(path), said.append)
+        assert [] == [line for line in said if "has all of them" in line]
+        assert [] == open_files(path)
+
+    def test_no_room(self, file_engine, file_repository, path, said):
+        file_repository.set_config("buffer_capacity", 59)
+        file_engine.dispose()
+        with pytest.raises(BufferFullError) as caught:
+            demo.run(str(path), said.append)
+        assert (0, 59, 60) == (caught.value.undelivered, caught.value.capacity, caught.value.wanted)
+        assert [] == open_files(path)
 
 
 class TestTill:
-    def test_acknowledges(self, path):
-        """The till names each receipt that is on disk, one by one, and says when it is done."""
-        documents = list(demo.sample_receipts(3))
-        ours, theirs = multiprocessing.Pipe(duplex=False)
-        with ours, theirs:
-            demo._till(str(path), documents, theirs)
-            sent = [ours.recv() for _ in range(4)]
-        assert sent.pop() is None
-        assert set(sent) == stored_ids(path)
+    @pytest.fixture
+    def receipts(self):
+        return to_sell(3)
 
+    def test_acknowledges(self, path, receipts):
+        """The till names each receipt that is on disk, in its order, and leaves nothing open."""
+        acknowledged = []
+        demo._sell(str(path), receipts, acknowledged.append)
+        assert [receipt["id"] for receipt in receipts] == acknowledged
+        assert set(acknowledged) == stored_ids(path)
+        assert [] == open_files(path)
+
+    def test_again(self, path, receipts):
+        """A till that is not sure whether a receipt went in repeats it: it is acknowledged, and stored once."""
+        acknowledged = []
+        for _ in range(2):
+            demo._sell(str(path), receipts, acknowledged.append)
+        assert [receipt["id"] for receipt in receipts] * 2 == acknowledged
+        assert {"pending": 3, "open": 0} == counts(path)
+
+    def test_on_disk_first(self, path, receipts):
+        """When the till hears of a receipt it is on disk; what comes after it is not yet."""
+        seen = []
+        demo._sell(str(path), receipts, lambda receipt_id: seen.append((receipt_id, stored_ids(path))))
+        ids = [receipt["id"] for receipt in receipts]
+        assert [(receipt_id, set(ids[: place + 1])) for place, receipt_id in enumerate(ids)] == seen
+
+    def test_nobody_hears(self, path, receipts):
+        """A till whose customer has gone away stops, and leaves nothing open."""
+
+        def acknowledge(receipt_id):
+            raise BrokenPipeError
+
+        with pytest.raises(BrokenPipeError):
+            demo._sell(str(path), receipts, acknowledge)
+        assert {receipts[0]["id"]} == stored_ids(path)
+        assert [] == open_files(path)
+
+
+class TestWorker:
+    @pytest.fixture
+    def waiting(self, path):
+        """Three receipts, in the order in which they were sold."""
+        sold = []
+        demo._sell(str(path), to_sell(3), sold.append)
+        return sold
+
+    def test_delivers(self, path, waiting):
+        """The operator has each receipt before the buffer knows, in the order of the sales."""
+        received = []
+        before = int(time.time())
+        demo._work(str(path), received.append)
+        assert waiting == received
+        assert {"synced": 3, "open": 0} == counts(path)
+        times = column(path, "SELECT hlc_server_time FROM receipts")
+        assert before <= min(times) <= max(times) <= int(time.time())
+        assert [] == open_files(path)
+
+    def test_stopped(self, path, waiting):
+        """A worker that is told to stop hands back what it has, and leaves nothing open."""
+        received = []
+
+        def receive(receipt_id):
+            if received:
+                raise KeyboardInterrupt
+            received.append(receipt_id)
+
+        with pytest.raises(KeyboardInterrupt):
+            demo._work(str(path), receive)
+        assert waiting[:1] == received
+        assert {"synced": 1, "pending": 2, "open": 0} == counts(path)
+        assert [] == open_files(path)
+
+
+class TestUntilKilled:
     def test_killed(self, file_repository, file_engine, path):
         """A kill in the middle of the work: nothing is missing that was acknowledged, and the rest was not sold."""
         file_repository.set_config("buffer_capacity", 500)
         file_engine.dispose()
-        acknowledged = demo._sell_and_kill(str(path), list(demo.sample_receipts(500)))
-        assert len(acknowledged) >= demo.KILL_AFTER
+        acknowledged = demo._until_killed(demo._sell, (str(path), to_sell(500)), demo.KILL_AFTER)
+        assert demo.KILL_AFTER <= len(acknowledged)
         assert set(acknowledged) <= stored_ids(path)
         assert len(stored_ids(path)) < 500
+        assert [] == multiprocessing.active_children()
 
-    def test_killed_too_late(self, path, monkeypatch):
-        """A till that has finished before the kill falls has acknowledged everything."""
+    def test_too_late(self, path, monkeypatch):
+        """Work that has come to its end before the kill falls has reported everything."""
 
         def kill(pid, number):
             assert signal.SIGKILL == number
-            for till in multiprocessing.active_children():
-                till.join()
+            [process] = multiprocessing.active_children()
+            assert process.pid == pid
+            process.join()
 
         monkeypatch.setattr(os, "kill", kill)
-        acknowledged = demo._sell_and_kill(str(path), list(demo.sample_receipts(demo.KILL_AFTER + 5)))
-        assert demo.KILL_AFTER + 5 == len(acknowledged)
+        receipts = to_sell(10)
+        acknowledged = demo._until_killed(demo._sell, (str(path), receipts), 5)
+        assert [receipt["id"] for receipt in receipts] == acknowledged
         assert set(acknowledged) == stored_ids(path)
+
+    def test_too_little(self, path):
+        """Work that reports less than the count is not killed."""
+        receipts = to_sell(2)
+        acknowledged = demo._until_killed(demo._sell, (str(path), receipts), 3)
+        assert [receipt["id"] for receipt in receipts] == acknowledged
+
+    def test_quietly(self, caplog):
+        """The work has its arguments, and warnings that the parent has given are not repeated."""
+        called = []
+        with caplog.at_level(logging.WARNING, logger="kkt_buffer"):
+            demo._quietly(lambda *arguments: called.append(arguments), "buffer.db", 3)
+            logging.getLogger("kkt_buffer.engine").warning("said already")
+            logging.getLogger("kkt_buffer.engine").error("news")
+        assert [("buffer.db", 3)] == called
+        assert ["news"] == caplog.messages
 
 
 class TestSampleReceipts:

@@ -8,12 +8,13 @@ import sys
 from pathlib import Path
 
 import pytest
-from builders import a_receipt, everything, run_python
+from alembic import command
+from alembic.util import CommandError
+from builders import NOON, a_receipt, everything, new_receipt, run_python
 from sqlalchemy import inspect, text
 from sqlalchemy.schema import CreateIndex, CreateTable
 
 from kkt_buffer import (
-    Base,
     ReceiptRepository,
     SchemaError,
     check,
@@ -22,7 +23,7 @@ from kkt_buffer import (
     migrate,
     upgrade,
 )
-from kkt_buffer.models import CONFIG_RULES
+from kkt_buffer.models import CONFIG_RULES, Base
 from kkt_buffer.schema import SQLITE_TRIGGERS, SQLITE_VIEWS
 
 ROOT = Path(__file__).parents[1]
@@ -47,6 +48,28 @@ def objects(engine):
     with engine.connect() as connection:
         rows = connection.execute(text("SELECT name, sql FROM sqlite_master WHERE sql IS NOT NULL"))
         return {name: plain(sql) for name, sql in rows if name != "sqlite_sequence"}
+
+
+def contents(engine):
+    """Every row of every table, as {table: {key: row}}; the keys are the first columns."""
+    with engine.connect() as connection:
+        tables = {
+            table: connection.execute(text(f"SELECT * FROM {table}")).mappings().all()
+            for table in inspect(connection).get_table_names()
+        }
+    return {table: {next(iter(row.values())): dict(row) for row in rows} for table, rows in tables.items()}
+
+
+def counted(engine):
+    """What `buffer_counts` should hold, counted row by row."""
+    with engine.connect() as connection:
+        statuses = dict(list(connection.execute(text("SELECT status, COUNT(*) FROM receipts GROUP BY status"))))
+        open_letters = connection.scalar(text("SELECT COUNT(*) FROM dlq WHERE resolved_at IS NULL"))
+    return {"pending": 0, "syncing": 0, "synced": 0, "failed": 0} | statuses | {"open_dead_letters": open_letters}
+
+
+def counts(engine):
+    return {name: row["value"] for name, row in contents(engine)["buffer_counts"].items()}
 
 
 def schema(path):
@@ -117,7 +140,8 @@ class TestUpgrade:
         engine = create_buffer_engine(tmp_path / "buffer.db")
         with engine.begin() as connection:
             connection.execute(text("CREATE TABLE buffer_counts (host TEXT)"))
-        with pytest.raises(Exception, match="buffer_counts already exists"):
+        failed = "the upgrade to schema 0002 failed and was rolled back; .*buffer_counts already exists"
+        with pytest.raises(SchemaError, match=failed):
             upgrade(engine)
         assert list(objects(engine)) == ["buffer_counts"]
 
@@ -198,12 +222,200 @@ class TestCheck:
             check(engine)
 
 
+# A buffer as the release of 0001 left it: every status, dead letters open and closed, more than its capacity allows.
+DOCUMENT = '{ "user" : "ООО \\"Ромашка\\"",  "totalSum":6490 }'
+RECEIPT = f"""\
+INSERT INTO receipts (id, pos_id, created_at, hlc_local_time, hlc_logical_counter, fiscal_doc, retry_count, last_error,
+    changed_at) VALUES ('%s', 'till-1', {NOON}, {NOON}, %d, '{DOCUMENT}', %d, %s, %s)"""
+SYNCED = f"UPDATE receipts SET status = 'synced', synced_at = {NOON + 9}, hlc_server_time = {NOON + 8} WHERE id = '%s'"
+LETTER = f"""\
+INSERT INTO dlq (id, original_receipt_id, failed_at, reason, fiscal_doc, retry_attempts, last_error)
+    VALUES ('letter of %s', '%s', {NOON + 5}, 'rejected', '{DOCUMENT}', 2, 'no answer')"""
+CLOSED = f"""\
+UPDATE dlq SET resolved_at = {NOON + 9}, resolved_by = 'delivery', resolution_reason = 'the receipt was delivered'
+    WHERE original_receipt_id = '%s'"""
+ROWS_OF_0001 = [
+    RECEIPT % ("pending", 0, 0, "NULL", "NULL"),
+    RECEIPT % ("retried", 1, 3, "'no answer'", str(NOON + 3)),
+    RECEIPT % ("syncing", 2, 1, "'no answer'", str(NOON + 1)),
+    "UPDATE receipts SET status = 'syncing' WHERE id = 'syncing'",
+    RECEIPT % ("synced", 3, 0, "NULL", "NULL"),
+    SYNCED % "synced",
+    RECEIPT % ("failed", 4, 2, "'no answer'", str(NOON + 5)),
+    LETTER % ("failed", "failed"),
+    "UPDATE receipts SET status = 'failed' WHERE id = 'failed'",
+    RECEIPT % ("late", 5, 2, "'no answer'", str(NOON + 5)),
+    LETTER % ("late", "late"),
+    "UPDATE receipts SET status = 'failed' WHERE id = 'late'",
+    CLOSED % "late",
+    SYNCED % "late",
+    f"INSERT INTO buffer_events (event_type, timestamp, metadata) VALUES ('circuit_opened', {NOON}, '{{\"n\": 5}}')",
+    f"UPDATE config SET value = '2', updated_at = {NOON} WHERE key = 'buffer_capacity'",
+    f"INSERT INTO config VALUES ('shop', 'Ромашка', {NOON})",
+]
+NEW_IN_RECEIPTS = ("next_attempt_at", "lease_token", "lease_taken_at", "lease_expires_at")
+
+
+class TestLeases:
+    """Revision 0002."""
+
+    @pytest.fixture
+    def empty(self, tmp_path):
+        """A new buffer of the earlier release."""
+        engine = create_buffer_engine(tmp_path / "old.db")
+        command.upgrade(migrate._config(engine), "0001")
+        yield engine
+        engine.dispose()
+
+    @pytest.fixture
+    def old(self, empty):
+        """A buffer of the earlier release in the middle of its work."""
+        with empty.begin() as connection:
+            for statement in ROWS_OF_0001:
+                connection.exec_driver_sql(statement)
+        return empty
+
+    @pytest.fixture
+    def letter(self, file_repository):
+        """A receipt that was given up, in a buffer of this release."""
+        return a_receipt(file_repository, "failed").id
+
+    @staticmethod
+    def downgrade(engine):
+        command.downgrade(migrate._config(engine), "0001")
+
+    def test_all_statuses(self, old):
+        """What the tests below start from."""
+        statuses = {receipt_id: row["status"] for receipt_id, row in contents(old)["receipts"].items()}
+        expected = {"pending": "pending", "retried": "pending", "late": "synced"}
+        assert {status: status for status in ("syncing", "synced", "failed")} | expected == statuses
+        assert ("0001", counted(old)) == (current(old), counts(old))
+
+    def test_up(self, old):
+        """Every row and value is kept, and what nobody has a lease on waits again."""
+        expected = contents(old)
+        upgrade(old)
+        for row in expected["receipts"].values():
+            row.update(dict.fromkeys(NEW_IN_RECEIPTS))
+        expected["receipts"]["syncing"]["status"] = "pending"
+        expected["dlq"]["letter of failed"]["resolution"] = None
+        expected["dlq"]["letter of late"]["resolution"] = "delivered"
+        expected["buffer_counts"]["pending"]["value"] += 1
+        expected["buffer_counts"]["syncing"]["value"] -= 1
+        expected["kkt_buffer_version"] = {"0002": {"version_num": "0002"}}
+        assert expected == contents(old)
+        assert counted(old) == counts(old)
+        check(old)
+
+    def test_up_and_on(self, old, clock):
+        """The buffer goes on where it was: what waits leaves in its order, and an operator finds the dead letter."""
+        upgrade(old)
+        repository = ReceiptRepository(old, now=clock)
+        assert ["pending", "retried", "syncing"] == [receipt.id for receipt in repository.claim_pending()]
+        assert ["failed"] == [letter.original_receipt_id for letter in repository.list_dead_letters()]
+        repository.set_config("buffer_capacity", 200)
+        repository.requeue("failed", actor="Anna", reason="the tax table is right now")
+        assert counted(old) == counts(old)
+
+    def test_up_is_one_step(self, old):
+        """An upgrade that fails on its way leaves every row and object as it was."""
+        with old.begin() as connection:
+            connection.execute(text("CREATE INDEX idx_receipts_synced ON receipts (synced_at, id)"))
+        before = objects(old), contents(old)
+        with pytest.raises(SchemaError, match="failed and was rolled back; .*idx_receipts_synced already exists"):
+            upgrade(old)
+        assert before == (objects(old), contents(old))
+
+    @pytest.mark.parametrize("entry", [check, migrate.require])
+    def test_required(self, old, entry):
+        with pytest.raises(SchemaError, match="has the old schema 0001 where this release needs 0002"):
+            entry(old)
+
+    def test_down(self, file_engine, file_repository, clock):
+        """Every row is kept but for what the older schema has no word for; what is leased waits again."""
+        for status in ("pending", "synced", "failed"):
+            a_receipt(file_repository, status)
+        file_repository.mark_synced(a_receipt(file_repository, "failed").id, NOON + 9)
+        _, tried, leased = file_repository.insert_receipts([new_receipt() for _ in range(3)])
+        clock.seconds += 1
+        for receipt in file_repository.claim_pending():
+            if receipt.id == tried:
+                file_repository.record_failure(tried, "no answer", receipt.lease_token)
+            elif receipt.id != leased:
+                file_repository.release(receipt.id, receipt.lease_token)
+        expected = contents(file_engine)
+        assert expected["receipts"][tried]["next_attempt_at"]
+        assert {"pending": 3, "syncing": 1, "synced": 2, "failed": 1, "open_dead_letters": 1} == counts(file_engine)
+
+        self.downgrade(file_engine)
+        for row in expected["receipts"].values():
+            for column in NEW_IN_RECEIPTS:
+                del row[column]
+        expected["receipts"][leased]["status"] = "pending"
+        for row in expected["dlq"].values():
+            del row["resolution"]
+        expected["buffer_counts"]["pending"]["value"] += 1
+        expected["buffer_counts"]["syncing"]["value"] -= 1
+        expected["kkt_buffer_version"] = {"0001": {"version_num": "0001"}}
+        assert expected == contents(file_engine)
+        assert counted(file_engine) == counts(file_engine)
+
+    def refused_down(self, engine):
+        before = objects(engine), contents(engine)
+        refusal = "refusing to forget what became of 1 dead letters .* requeued or resolved. Nothing was changed"
+        with pytest.raises(CommandError, match=refusal):
+            self.downgrade(engine)
+        assert before == (objects(engine), contents(engine))
+
+    @pytest.mark.parametrize("operation", ["requeue", "resolve"])
+    def test_down_after_an_operator(self, file_engine, file_repository, letter, operation):
+        """The older schema would take what an operator decided for a delivery."""
+        getattr(file_repository, operation)(letter, actor="Anna", reason="the goods came back")
+        self.refused_down(file_engine)
+
+    def test_down_after_another_program(self, file_engine, letter):
+        """What another program closed without a word goes down and up as it is."""
+        with file_engine.begin() as connection:
+            connection.execute(text(f"UPDATE dlq SET resolved_at = {NOON + 9}, resolved_by = 'Ivan'"))
+        self.downgrade(file_engine)
+        upgrade(file_engine)
+        with file_engine.connect() as connection:
+            row = connection.execute(text("SELECT resolved_at, resolved_by, resolution FROM dlq")).one()
+        assert (NOON + 9, "Ivan", None) == row
+
+    def test_down_command(self, path, file_engine, file_repository, letter):
+        """`alembic downgrade` says it in one line."""
+        file_repository.resolve(letter, actor="Anna", reason="the goods came back")
+        file_engine.dispose()
+        done = alembic("-x", f"db={path}", "downgrade", "0001")
+        assert done.returncode != 0
+        assert "FAILED: refusing to forget what became of 1 dead letters" in done.stdout
+        assert "Traceback" not in done.stdout
+
+    def test_down_schema(self, empty, file_engine):
+        """Going down arrives at the schema that the first migration makes."""
+        self.downgrade(file_engine)
+        assert objects(empty) == objects(file_engine)
+
+    @pytest.mark.parametrize("buffer", ["empty", "old"])
+    def test_up_down_up(self, buffer, engine, request):
+        """Up, down and up again arrives at the same schema and the same rows, with data or without."""
+        buffer = request.getfixturevalue(buffer)
+        upgrade(buffer)
+        expected = contents(buffer)
+        self.downgrade(buffer)
+        upgrade(buffer)
+        assert objects(engine) == objects(buffer)
+        assert expected == contents(buffer)
+        check(buffer)
+
+
 class TestAlembic:
     def test_up_check_down(self, tmp_path):
         """The three commands work in a checkout, make the folder, and leave nothing of ours behind."""
         path = tmp_path / "shop" / "buffer.db"
-        for command in (["upgrade", "head"], ["check"], ["downgrade", "base"]):
-            done = alembic("-x", f"db={path}", *command)
+        for step in (["upgrade", "head"], ["check"], ["downgrade", "base"]):
+            done = alembic("-x", f"db={path}", *step)
             assert done.returncode == 0, done.stdout
             assert "Warning" not in done.stdout
         assert not [line for line in everything(path) if "receipt" in line]
@@ -250,8 +462,8 @@ class TestAlembic:
     def test_up_down_up(self, path):
         """Going down and up again arrives at the same schema."""
         before = schema(path)
-        for command in (["downgrade", "base"], ["upgrade", "head"]):
-            assert alembic("-x", f"db={path}", *command).returncode == 0
+        for step in (["downgrade", "base"], ["upgrade", "head"]):
+            assert alembic("-x", f"db={path}", *step).returncode == 0
         assert before == schema(path)
 
 
@@ -272,6 +484,6 @@ def upgrade():
     )
     monkeypatch.setattr(migrate, "SCRIPTS", tmp_path / "migrations")
     engine = create_buffer_engine(tmp_path / "buffer.db")
-    with pytest.raises(Exception, match="the migration would break foreign keys"):
+    with pytest.raises(SchemaError, match="failed and was rolled back; .*the migration would break foreign keys"):
         upgrade(engine)
     assert inspect(engine).get_table_names() == []

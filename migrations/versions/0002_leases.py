@@ -62,8 +62,8 @@ def upgrade() -> None:
     # The rule of the lease comes with its last column, so that the table need not be rebuilt.
     op.execute(f"ALTER TABLE receipts ADD COLUMN lease_expires_at INTEGER CONSTRAINT ck_receipts_lease CHECK ({LEASE})")
     op.add_column("dlq", sa.Column("resolution", sa.Text(), nullable=True))
-    # Only a delivery could close a dead letter so far.
-    op.execute("UPDATE dlq SET resolution = 'delivered' WHERE resolved_at IS NOT NULL")
+    # What another program has closed stays null, which counts as resolved.
+    op.execute("UPDATE dlq SET resolution = 'delivered' WHERE resolved_by = 'delivery'")
     index_pending("next_attempt_at")
     op.create_index(
         "idx_receipts_lease",
@@ -77,9 +77,7 @@ def upgrade() -> None:
 
 
 def downgrade() -> None:
-    closed = op.get_bind().scalar(
-        sa.text("SELECT COUNT(*) FROM dlq WHERE resolved_at IS NOT NULL AND resolution IS NOT 'delivered'")
-    )
+    closed = op.get_bind().scalar(sa.text("SELECT COUNT(*) FROM dlq WHERE resolution IN ('requeued', 'resolved')"))
     if closed:
         raise CommandError(
             f"refusing to forget what became of {closed} dead letters that an operator requeued or resolved. Nothing "

@@ -21,11 +21,12 @@ from kkt_buffer.delivery import Outcome, deliver_pending
 from kkt_buffer.engine import READ_ONLY, create_buffer_engine
 from kkt_buffer.errors import BufferFullError, DeliveryRejected, DeliveryUnavailable
 from kkt_buffer.migrate import current, upgrade
-from kkt_buffer.models import CONFIG_RULES, Receipt
+from kkt_buffer.models import Receipt
 from kkt_buffer.repository import ReceiptRepository
 
 RECEIPTS_PER_SHIFT = 60
 KILL_AFTER = 40
+ALL = 1_000_000
 TILL = "demo-till"
 LEASE_SECONDS = 2
 SECONDS_TO_ANSWER = 0.005
@@ -139,7 +140,7 @@ def _work(path: str, receive: Callable[[str], None]) -> None:
         return int(time.time())
 
     with contextlib.closing(_Buffer(path)) as buffer:
-        deliver_pending(buffer.repository, send, 1000)
+        deliver_pending(buffer.repository, send, ALL)
 
 
 class _Buffer:
@@ -157,14 +158,20 @@ def run(path: str, say: Callable[[str], None] = print) -> None:
 
     Raises `BufferFullError` if the buffer has no room for a shift.
     """
-    if path == ":memory:":
-        raise ValueError("path: the demo needs a file, because several processes open it")
     say("A shift at the till. The buffer, the files and the kills are real; only the operator (ОФД) is simulated.\n")
     with contextlib.closing(_Buffer(path)) as buffer:
+        if buffer.engine.url.database == ":memory:":
+            raise ValueError("path: the demo needs a file, because several processes open it")
         upgrade(buffer.engine)
         _refuse_real_receipts(buffer)
         say(f"1. The buffer is {path}, its schema is {current(buffer.engine)}.")
-        _play(path, buffer.repository, say)
+        _refuse_full(buffer.repository, say)
+        usual = buffer.repository.get_config("lease_seconds")
+        buffer.repository.set_config("lease_seconds", LEASE_SECONDS)
+        try:
+            _play(path, buffer.repository, say)
+        finally:
+            buffer.repository.set_config("lease_seconds", usual or LEASE_SECONDS)
 
 
 def _refuse_real_receipts(buffer: "_Buffer") -> None:
@@ -177,16 +184,16 @@ def _refuse_real_receipts(buffer: "_Buffer") -> None:
         )
 
 
-def _play(path: str, repository: ReceiptRepository, say: Callable[[str], None]) -> None:
+def _refuse_full(repository: ReceiptRepository, say: Callable[[str], None]) -> None:
     before = repository.get_buffer_status()
     waiting = before.pending + before.syncing
     if waiting:
         say(f"   {waiting} receipts of an earlier run are still waiting in it.")
     if waiting + RECEIPTS_PER_SHIFT > before.capacity:
         raise BufferFullError(waiting, before.capacity, RECEIPTS_PER_SHIFT)
-    usual = CONFIG_RULES["lease_seconds"].default
-    repository.set_config("lease_seconds", LEASE_SECONDS)
 
+
+def _play(path: str, repository: ReceiptRepository, say: Callable[[str], None]) -> None:
     receipts = [
         {"id": str(uuid.uuid4()), "pos_id": TILL, "fiscal_doc": document}
         for document in sample_receipts(RECEIPTS_PER_SHIFT)
@@ -204,7 +211,7 @@ def _play(path: str, repository: ReceiptRepository, say: Callable[[str], None]) 
     def offline(_receipt: Receipt) -> int:
         raise DeliveryUnavailable("no route to the operator")
 
-    report = deliver_pending(repository, offline, 1000)
+    report = deliver_pending(repository, offline, ALL)
     say(f"4. A worker tries to deliver: {report.outage}.")
     say(f"   All {len(report.outcomes)} receipts are released, and no attempt is counted: it was no fault of theirs.")
 
@@ -224,13 +231,12 @@ def _play(path: str, repository: ReceiptRepository, say: Callable[[str], None]) 
         received.append(receipt.id)
         return int(time.time())
 
-    report = deliver_pending(repository, online, 1000)
+    report = deliver_pending(repository, online, ALL)
     say(f"6. Another worker delivers {report.count(Outcome.SYNCED)}; one is rejected, and becomes a dead letter.")
     put_right.append("the tax table")
     repository.requeue(rejected, actor="Anna, support", reason="the operator has put its tax table right")
     report = deliver_pending(repository, online)
     say(f"7. Anna has a word with the operator and requeues it: {report.count(Outcome.SYNCED)} more delivered.")
-    repository.set_config("lease_seconds", usual)
     left = repository.get_buffer_status()
     if left.pending or left.syncing:
         raise RuntimeError(f"the buffer should be empty, but {left.pending + left.syncing} receipts are waiting")
@@ -251,11 +257,13 @@ def _until_killed(work: Callable[..., None], arguments: tuple[Any, ...], count: 
     process.start()
     theirs.close()
     reported: list[str] = []
-    # It may come to its end before the kill falls, and it may say some more before it does.
+    # It may say some more before the kill falls.
     with contextlib.suppress(EOFError):
         while True:
             reported.append(ours.recv())
             if len(reported) == count:
                 os.kill(process.pid or 0, signal.SIGKILL)
     process.join()
+    if process.exitcode not in {0, -signal.SIGKILL}:
+        raise RuntimeError(f"the process failed before it could be killed, with status {process.exitcode}")
     return reported

@@ -46,8 +46,9 @@ def upgrade(engine: Engine) -> None:
     try:
         command.upgrade(_config(engine), "head")
     except (CommandError, SQLAlchemyError) as error:
+        reason = getattr(error, "orig", None) or error  # the driver's own words, without SQLAlchemy's many lines
         raise SchemaError(
-            f"the upgrade to schema {revisions()[-1]} failed and was rolled back; the database is as it was. {error}"
+            f"the upgrade to schema {revisions()[-1]} failed and was rolled back; the database is as it was. {reason}"
         ) from error
 
 

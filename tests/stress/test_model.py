@@ -13,7 +13,7 @@ from pathlib import Path
 from builders import NOON, an_id, new_receipt
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, invariant, rule
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from sqlalchemy import text
 
 from kkt_buffer import (
@@ -31,11 +31,14 @@ from kkt_buffer import (
     upgrade,
 )
 
-CAPACITY = 6
-ATTEMPTS = 3
+CAPACITY = 3
+ATTEMPTS = 2
 LEASE = 300
 DAY = 86_400
 DEEP = bool(os.environ.get("KKT_BUFFER_PROOF"))
+
+PICKS = 20
+picks = st.integers(0, PICKS)
 
 ANNA = {"actor": "Anna", "reason": "because"}
 
@@ -79,8 +82,7 @@ class Model:
 class BufferMachine(RuleBasedStateMachine):
     """Drives one buffer and its model."""
 
-    receipts = Bundle("receipts")
-    leases = Bundle("leases")
+    steps = 0
 
     @initialize()
     def start(self):
@@ -88,10 +90,11 @@ class BufferMachine(RuleBasedStateMachine):
         self.now = NOON
         self.model = {}
         self.made = 0
-        self.stamps = []
+        self.leases = []
         self.open()
         self.repository.set_config("buffer_capacity", CAPACITY)
         self.repository.set_config("max_retry_attempts", ATTEMPTS)
+        self.insert(CAPACITY)
 
     def open(self):
         self.engine = create_buffer_engine(Path(self.folder.name) / "buffer.db")
@@ -102,6 +105,11 @@ class BufferMachine(RuleBasedStateMachine):
         if hasattr(self, "engine"):
             self.engine.dispose()
             self.folder.cleanup()
+
+    def receipt(self, pick, *statuses):
+        """One of the receipts, of these statuses if there are such; or none that exists."""
+        keys = [key for key, one in self.model.items() if one.status in statuses] or list(self.model)
+        return keys[pick % len(keys)] if pick < PICKS else an_id()
 
     # What the model knows.
 
@@ -132,30 +140,33 @@ class BufferMachine(RuleBasedStateMachine):
 
     # Steps.
 
-    @rule(target=receipts, batch=st.integers(1, 3))
+    @rule(batch=st.integers(1, 2))
     def insert(self, batch):
         new = [new_receipt(id=an_id()) for _ in range(batch)]
         if self.undelivered + batch > CAPACITY:
             with contextlib.suppress(BufferFullError):
                 self.repository.insert_receipts(new)
                 raise AssertionError("more than the capacity")
-            return new[0]["id"]  # of no receipt
+            return
         ids = self.repository.insert_receipts(new)
         for receipt_id in ids:
             self.model[receipt_id] = Model(self.made, self.now)
             self.made += 1
-        return ids[0]
 
-    @rule(receipt_id=receipts)
-    def insert_again(self, receipt_id):
+    @rule(pick=picks)
+    def insert_again(self, pick):
+        receipt_id = self.receipt(pick)
         again = new_receipt(id=receipt_id, pos_id="another till")
         if receipt_id in self.model:
             with contextlib.suppress(DuplicateReceiptError):
                 self.repository.insert_receipt(again, exist_ok=True)
                 raise AssertionError("a known id")
 
-    @rule(target=leases, limit=st.integers(1, 4))
+    @rule(limit=st.integers(1, 3))
     def claim(self, limit):
+        self.claim_now(limit)
+
+    def claim_now(self, limit):
         self.recover()
         expected = [(key, one) for key, one in self.in_order("pending") if self.is_due(one)][:limit]
         claimed = self.repository.claim_pending(limit)
@@ -163,7 +174,7 @@ class BufferMachine(RuleBasedStateMachine):
         for (_, one), receipt in zip(expected, claimed, strict=True):
             one.status, one.token = "syncing", receipt.lease_token
             one.taken, one.expires = self.now, self.now + LEASE
-        return [(receipt.id, receipt.lease_token) for receipt in claimed]
+        self.leases += [(receipt.id, receipt.lease_token) for receipt in claimed]
 
     def lease(self, operation, receipt_id, token, *arguments):
         """Whether the operation was accepted, which it must be exactly if the token is the present one."""
@@ -180,35 +191,44 @@ class BufferMachine(RuleBasedStateMachine):
         assert (one.status, one.token) == ("syncing", token)
         return one
 
-    @rule(lease=leases)
-    def renew(self, lease):
-        for receipt_id, token in lease:
+    @precondition(lambda self: self.leases)
+    @rule(pick=picks, verb=st.sampled_from(["renew", "release", "fail", "fail", "acknowledge"]))
+    def use_lease(self, pick, verb):
+        """By present and by late workers."""
+        receipt_id, token = self.leases[-1 - pick % len(self.leases)]
+        if verb == "renew":
             if one := self.lease(self.repository.renew_lease, receipt_id, token, token):
                 one.taken, one.expires = self.now, self.now + LEASE
-
-    @rule(lease=consumes(leases))
-    def release(self, lease):
-        for receipt_id, token in lease:
+        elif verb == "release":
             if one := self.lease(self.repository.release, receipt_id, token, token):
                 one.free("pending")
-
-    @rule(lease=consumes(leases))
-    def fail(self, lease):
-        for receipt_id, token in lease:
+        elif verb == "fail":
             if one := self.lease(self.repository.record_failure, receipt_id, token, "timeout", token):
                 self.count_attempt(one)
-
-    @rule(lease=leases, server_time=st.integers(0, 2**40))
-    def acknowledge(self, lease, server_time):
-        """By present and by late workers."""
-        for receipt_id, _ in lease:
+        else:
             known = receipt_id in self.model
-            assert known == self.repository.mark_synced(receipt_id, server_time)
+            assert known == self.repository.mark_synced(receipt_id, self.now)
             if known:
-                self.model[receipt_id].sync(server_time)
+                self.model[receipt_id].sync(self.now)
 
-    @rule(receipt_id=receipts)
-    def dead_letter(self, receipt_id):
+    @rule(limit=st.integers(1, 3))
+    def claim_after_all_have_died(self, limit):
+        """Leases that ran out, and backoffs that are over: what a late worker meets."""
+        self.now += LEASE + 1
+        self.claim_now(limit)
+
+    @rule(pick=picks, server_time=st.integers(0, 2**40))
+    def acknowledge(self, pick, server_time):
+        """Whoever says so, and whatever the status."""
+        receipt_id = self.receipt(pick)
+        known = receipt_id in self.model
+        assert known == self.repository.mark_synced(receipt_id, server_time)
+        if known:
+            self.model[receipt_id].sync(server_time)
+
+    @rule(pick=picks)
+    def dead_letter(self, pick):
+        receipt_id = self.receipt(pick, "pending", "syncing")
         one = self.model.get(receipt_id)
         if one is not None and one.status == "synced":
             with contextlib.suppress(InvalidTransitionError):
@@ -219,8 +239,9 @@ class BufferMachine(RuleBasedStateMachine):
         if one is not None and one.status != "failed":
             one.fail()
 
-    @rule(receipt_id=receipts)
-    def requeue(self, receipt_id):
+    @rule(pick=picks)
+    def requeue(self, pick):
+        receipt_id = self.receipt(pick, "failed")
         one = self.model.get(receipt_id)
         try:
             self.repository.requeue(receipt_id, **ANNA)
@@ -253,8 +274,9 @@ class BufferMachine(RuleBasedStateMachine):
             for one in letters[: max(room, 0)]:
                 self.revive(one)
 
-    @rule(receipt_id=receipts)
-    def resolve(self, receipt_id):
+    @rule(pick=picks)
+    def resolve(self, pick):
+        receipt_id = self.receipt(pick, "failed")
         one = self.model.get(receipt_id)
         try:
             self.repository.resolve(receipt_id, **ANNA)
@@ -302,17 +324,17 @@ class BufferMachine(RuleBasedStateMachine):
     def clock_jumps(self, seconds):
         self.now = max(0, self.now + seconds)
 
-    @rule()
-    def restart(self):
-        self.engine.dispose()
-        self.open()
+    @rule(verb=st.sampled_from(["restart", "expire", "prune"]))
+    def keep_house(self, verb):
+        if verb == "restart":
+            self.engine.dispose()
+            self.open()
+        elif verb == "expire":
+            self.repository.recover_expired_leases()
+            self.recover()
+        else:
+            self.prune()
 
-    @rule()
-    def expire(self):
-        self.repository.recover_expired_leases()
-        self.recover()
-
-    @rule()
     def prune(self):
         before = set(self.model)
         last = max(self.model, key=lambda key: self.model[key].number, default=None)
@@ -331,6 +353,7 @@ class BufferMachine(RuleBasedStateMachine):
     def as_the_model_says(self):
         if not hasattr(self, "engine"):
             return
+        BufferMachine.steps += 1
         with self.engine.connect() as connection:
             rows = connection.execute(text("SELECT * FROM receipts ORDER BY rowid")).all()
         assert set(self.model) == {row.id for row in rows}
@@ -385,9 +408,15 @@ class BufferMachine(RuleBasedStateMachine):
 
 
 BufferMachine.TestCase.settings = settings(
-    max_examples=500 if DEEP else 60,
-    stateful_step_count=60 if DEEP else 40,
+    max_examples=2000 if DEEP else 150,
+    stateful_step_count=50,
     deadline=None,
     suppress_health_check=list(HealthCheck),
 )
-TestBuffer = BufferMachine.TestCase
+
+
+class TestBuffer(BufferMachine.TestCase):
+    def runTest(self):  # noqa: N802 (unittest's name)
+        super().runTest()
+        print(f"{BufferMachine.steps} steps")
+        assert BufferMachine.steps >= 2000
