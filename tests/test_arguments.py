@@ -149,6 +149,7 @@ class TestDocument:
             ([], "fiscal_doc: expected JSON text or a mapping, got a list"),
             ({"a": {1, 2}}, "fiscal_doc: cannot be written as JSON: a set has no JSON form"),
             ({("a",): 1}, "fiscal_doc: cannot be written as JSON"),
+            ({"a": [{"b": {1: 2, "1": 3}}]}, "fiscal_doc: cannot be written as JSON: the key 1 is not a text"),
         ],
     )
     def test_bad_type(self, document, message):

@@ -535,6 +535,11 @@ class TestUntilKilled:
         acknowledged = demo._until_killed(demo._sell, (str(path), receipts), 3)
         assert [receipt["id"] for receipt in receipts] == acknowledged
 
+    def test_failed(self, tmp_path):
+        """Work that fails in its process is told as such, and not taken for a kill."""
+        with pytest.raises(RuntimeError, match="the process failed before it could be killed, with status 1"):
+            demo._until_killed(demo._sell, (str(tmp_path), to_sell(1)), 1)
+
     def test_quietly(self, caplog):
         """The work has its arguments, and warnings that the parent has given are not repeated."""
         called = []

@@ -10,6 +10,7 @@ import uuid
 import pytest
 from builders import NOON, a_document, a_receipt, an_id, new_receipt
 from sqlalchemy import event, text
+from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 from kkt_buffer import (
@@ -236,6 +237,18 @@ class TestInsertReceipts:
     def test_empty(self, repository):
         assert repository.insert_receipts([]) == []
 
+    @pytest.mark.parametrize("many", [None, 5, new_receipt()])
+    def test_not_several(self, repository, many):
+        with pytest.raises(TypeError, match="many: expected several receipts"):
+            repository.insert_receipts(many)
+
+    def test_own_rows_at_fault(self, repository, sales):
+        """A service's own row that the database refuses is not taken for a refused receipt."""
+        with pytest.raises(IntegrityError, match="sales"), repository.transaction() as session:
+            session.add_all([Sale(id=1, receipt_id="a"), Sale(id=1, receipt_id="b")])
+            repository.insert_receipt(new_receipt())
+        assert repository.get_buffer_status().pending == 0
+
     def test_all_or_nothing(self, repository, engine):
         """A batch that does not fit is refused whole, and the error says what it wanted."""
         repository.set_config("buffer_capacity", 3)
@@ -332,6 +345,13 @@ class TestReceipt:
 
     def test_missing(self, repository):
         assert repository.get_receipt_by_id(an_id()) is None
+
+    def test_repr(self, repository):
+        """What is printed says which and what."""
+        receipt = a_receipt(repository, "failed")
+        assert f"<Receipt {receipt.id} of till-1: failed>" == repr(receipt)
+        assert f"<DeadLetter of {receipt.id}: open>" == repr(repository.list_dead_letters()[0])
+        assert f"receipt_failed of {receipt.id} at {NOON}>" in repr(repository.get_events(1)[0])
 
     def test_bad_id(self, repository):
         with pytest.raises(TypeError, match="id: expected a UUID"):

@@ -33,7 +33,7 @@ class WriteGate:
         self._descriptor: int | None = None
         # The holder and its thread, in a dict of at most one item: dict.setdefault takes the place in one step.
         self._place: dict[str, tuple[object, int]] = {}
-        self._vacated = threading.Condition()
+        self._bell = _bell()
 
     def acquire(self, holder: object) -> None:
         """Wait for the gate. Raises `BufferBusyError` when the timeout is over, or when waiting could never end."""
@@ -57,8 +57,8 @@ class WriteGate:
         if self._descriptor is not None:
             fcntl.flock(self._descriptor, fcntl.LOCK_UN)
         self._place.clear()
-        with self._vacated:
-            self._vacated.notify()
+        with contextlib.suppress(RuntimeError):  # it has been rung, and nobody has heard it yet
+            self._bell.release()
 
     @property
     def is_mine(self) -> bool:
@@ -101,20 +101,20 @@ class WriteGate:
         """Start afresh in a forked child: the parent's lock is not ours, and its threads are not here."""
         self._close()
         self._place = {}
-        self._vacated = threading.Condition()
+        self._bell = _bell()
 
     def _is_held_by(self, holder: object) -> bool:
         return self._place.get("", (None, None))[0] is holder
 
     def _take_place(self, holder: object, deadline: float) -> None:
         place = (holder, threading.get_ident())
-        with self._vacated:
-            while self._place.setdefault("", place)[0] is not holder:
-                left = deadline - time.monotonic()
-                if left <= 0:
-                    raise self._busy("another thread of this process")
-                # Looks again now and then, should a notice be lost.
-                self._vacated.wait(min(left, 0.1))
+        while self._place.setdefault("", place)[0] is not holder:
+            left = deadline - time.monotonic()
+            if left <= 0:
+                raise self._busy("another thread of this process")
+            # Whoever hears the bell looks; and everybody looks now and then, should it be lost on one who was
+            # interrupted.
+            self._bell.acquire(timeout=min(left, 0.01))
 
     def _open_and_lock(self) -> int | None:
         if self._path is None:
@@ -159,6 +159,13 @@ class WriteGate:
             f"{holder} has kept the write lock of this buffer for {self._timeout:g} s. Nothing was written, what the "
             f"buffer holds is safe. Try again; if it persists, look for a hung process that has {self._path} open."
         )
+
+
+def _bell() -> threading.Lock:
+    """A lock that is released to wake one who waits for it. A Condition can be left locked by a signal; this cannot."""
+    bell = threading.Lock()
+    bell.acquire()
+    return bell
 
 
 def _wait(descriptor: int, granted: "Future[None]") -> None:

@@ -38,7 +38,7 @@ class DeadLetters(Receipts):
         """The dead letters, oldest first, at most `limit`: those that wait for an operator, or all."""
         statement = (
             select(DeadLetter)
-            .order_by(DeadLetter.failed_at, DeadLetter.id)
+            .order_by(DeadLetter.failed_at, text("dlq.rowid"))
             .limit(arguments.whole_number("limit", limit, 1))
         )
         return self._load(statement.where(OPEN) if open_only else statement)
