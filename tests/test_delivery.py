@@ -90,6 +90,17 @@ class TestSynced:
         assert deliver_pending(repository, operator).outcomes == {}
         assert [] == operator.received == sync_events(repository)
 
+    def test_no_function(self, repository, three):
+        """A sender that cannot be called as it is would be the receipts' fault otherwise: refused before the claim."""
+
+        async def asynchronous(receipt):
+            return NOON
+
+        for send in (None, "send", asynchronous):
+            with pytest.raises(TypeError, match="send: expected a plain function of a receipt"):
+                deliver_pending(repository, send)
+        assert ["pending"] * 3 == statuses(repository, three)
+
     def test_inside_transaction(self, repository, three):
         """Inside a transaction nothing could be recorded at once: refused."""
         operator = Operator()
@@ -285,7 +296,8 @@ class TestLostLease:
             raise DeliveryUnavailable
 
         held = []
-        deliver_pending(repository, late)
+        report = deliver_pending(repository, late)
+        assert dict.fromkeys(three, Outcome.LEASE_LOST) == report.outcomes
         assert ["syncing"] * 3 == statuses(repository, three)
         assert {held[0].lease_token} == {repository.get_receipt_by_id(one).lease_token for one in three}
 

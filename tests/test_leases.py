@@ -106,7 +106,14 @@ class TestClaimPending:
 
     @pytest.mark.parametrize(
         ("arguments", "options"),
-        [((0,), {}), ((True,), {}), (("5",), {}), ((1,), {"lease_seconds": 0}), ((1,), {"pos_id": ""})],
+        [
+            ((0,), {}),
+            ((True,), {}),
+            (("5",), {}),
+            ((1,), {"lease_seconds": 0}),
+            ((1,), {"lease_seconds": 2**62}),
+            ((1,), {"pos_id": ""}),
+        ],
     )
     def test_bad(self, repository, arguments, options):
         a_receipt(repository)

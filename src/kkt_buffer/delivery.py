@@ -5,6 +5,7 @@ Nothing here touches the database but through the repository, and no transaction
 """
 
 import contextlib
+import inspect
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -55,17 +56,19 @@ def deliver_pending(repository: ReceiptRepository, send: Send, limit: int = 50) 
     """
     Send the receipts that are due, at most `limit`, in HLC order.
 
-    `send(receipt)` returns the operator's time (Unix seconds, an int). If it raises `DeliveryRejected` the receipt is
+    `send(receipt)` returns the operator's time (whole Unix seconds). If it raises `DeliveryRejected` the receipt is
     dead-lettered at once. `DeliveryUnavailable`, `ConnectionError` and `TimeoutError` mean an outage: the receipt and
     the rest of the batch are released, and no attempt is counted. Any other exception counts an attempt, and the next
     receipt has its turn. What is no `Exception` (`KeyboardInterrupt`) releases what is not yet sent, and propagates.
 
-    Each receipt is sent at least once, and a second time only if this process dies, or its lease runs out, between the
-    send and its record. Events tell of each call that found something; of an outage, of its first call and of the
-    first one after it.
+    Each receipt is sent at least once. It is sent again if this process dies or is interrupted, or its lease runs out,
+    between the send and its record, and if `send` raises although the operator has taken it. Events tell of each call
+    that found something; of an outage, of its first call and of the first one after it.
 
     Raises `ReceiptBufferError` inside `transaction()`, where nothing could be recorded at once.
     """
+    if not callable(send) or inspect.iscoroutinefunction(send):
+        raise TypeError(f"send: expected a plain function of a receipt, got {send!r}; nothing was claimed")
     if repository.in_transaction:
         raise ReceiptBufferError(
             "deliver_pending was called inside transaction(): what it records would wait for that commit while other "
@@ -147,9 +150,11 @@ class _Run:
 
     def _release(self, position: int) -> None:
         for receipt in self._batch[position:]:
-            with contextlib.suppress(LeaseLostError, ReceiptNotFoundError):
+            try:
                 self._repository.release(receipt.id, str(receipt.lease_token))
-            self._outcomes[receipt.id] = Outcome.RELEASED
+                self._outcomes[receipt.id] = Outcome.RELEASED
+            except (LeaseLostError, ReceiptNotFoundError):
+                self._outcomes[receipt.id] = Outcome.LEASE_LOST
 
     def _tell_start(self) -> None:
         if not self._told_start:

@@ -14,7 +14,7 @@ from sqlalchemy import Connection, Table, bindparam, literal_column, null, selec
 
 from kkt_buffer import arguments
 from kkt_buffer.errors import LeaseLostError, ReceiptNotFoundError
-from kkt_buffer.models import HLC_ORDER, PENDING_ONLY, SYNCING_ONLY, Receipt, ReceiptStatus
+from kkt_buffer.models import CONFIG_RULES, HLC_ORDER, PENDING_ONLY, SYNCING_ONLY, Receipt, ReceiptStatus
 from kkt_buffer.repository.receipts import Receipts, status_of
 
 _receipts = cast("Table", Receipt.__table__)
@@ -183,7 +183,11 @@ class Leases(Receipts):
 
 
 def _lease(seconds: int) -> int:
-    return arguments.whole_number("lease_seconds", seconds, 1)
+    rule = CONFIG_RULES["lease_seconds"]
+    number = rule.parse(seconds)
+    if number is None:
+        raise ValueError(f"lease_seconds: expected {rule.expected}, got {seconds!r}")
+    return number
 
 
 def _lost(connection: Connection, receipt_id: str) -> LeaseLostError | ReceiptNotFoundError:
