@@ -10,23 +10,18 @@ operator knows it by its fiscal number.
 import uuid
 from typing import cast
 
-from sqlalchemy import Connection, Table, bindparam, literal_column, null, select, text, update
+from sqlalchemy import Connection, Table, bindparam, literal_column, select, text, update
 
 from kkt_buffer import arguments
 from kkt_buffer.errors import LeaseLostError, ReceiptNotFoundError
 from kkt_buffer.models import CONFIG_RULES, HLC_ORDER, PENDING_ONLY, SYNCING_ONLY, Receipt, ReceiptStatus
-from kkt_buffer.repository.receipts import Receipts, status_of
+from kkt_buffer.repository.receipts import NO_LEASE, Receipts, status_of
 
 _receipts = cast("Table", Receipt.__table__)
 
 # A lease is over when it has expired, and when it was taken in the future: then the clock was set back, and nobody
 # knows how long it would last.
-_free = {
-    "status": literal_column("'pending'"),
-    "lease_token": null(),
-    "lease_taken_at": null(),
-    "lease_expires_at": null(),
-}
+_free = {"status": literal_column("'pending'"), **NO_LEASE}
 RECOVER = (
     update(_receipts)
     .where(text(SYNCING_ONLY + " AND (lease_expires_at <= :now OR lease_taken_at > :now)"))
