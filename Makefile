@@ -7,7 +7,7 @@ OLDEST := .venv-oldest
 READY := .installed
 
 .DEFAULT_GOAL := help
-.PHONY: help run test check bench proof lint types wheel oldest clean
+.PHONY: help run test check bench proof migration lint types wheel oldest clean
 
 help: ## say what there is
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -26,6 +26,9 @@ proof: $(VENV)/$(READY) ## the same tests, deeper: thousands of random histories
 
 bench: $(VENV)/$(READY) ## speed, side by side with plain sqlite3
 	$(BIN)/python tests/bench/bench.py
+
+migration: $(VENV)/$(READY) ## make migration m="What it does": write the next migration
+	@sh .ci/migration.sh $(BIN) "$(m)"
 
 lint: $(VENV)/$(READY)
 	$(BIN)/ruff check .

@@ -13,13 +13,15 @@ from logging.config import fileConfig
 from typing import Any
 
 from alembic import context
+from alembic.operations.ops import DowngradeOps, ExecuteSQLOp, MigrationScript, UpgradeOps
 from alembic.util import CommandError
-from sqlalchemy import Connection, Engine
+from sqlalchemy import Connection, Engine, inspect, text
 from sqlalchemy.exc import SQLAlchemyError
 
+from kkt_buffer.drift import Difference, differences
 from kkt_buffer.engine import create_buffer_engine
 from kkt_buffer.errors import ReceiptBufferError
-from kkt_buffer.migrate import VERSION_TABLE
+from kkt_buffer.migrate import RELEASE_KEY, VERSION_TABLE, current, release
 from kkt_buffer.models import Base
 from kkt_buffer.schema import buffer_counts
 
@@ -38,24 +40,64 @@ def _is_ours(name: str | None, kind: str, parents: Mapping[Any, str | None]) -> 
     return table is None or table in OUR_TABLES
 
 
+def _add_what_autogenerate_misses(ctx: Any, _revision: Any, directives: list[MigrationScript]) -> None:  # noqa: ANN401
+    """Triggers, views, checks, partial and expression indexes, for `alembic check` and a new migration."""
+    for script in directives:
+        up, down = script.upgrade_ops, script.downgrade_ops
+        if up is None or down is None or not getattr(context.config.cmd_opts, "autogenerate", True):
+            continue
+        told = str(up.as_diffs())
+        for difference in differences(ctx.connection):
+            if f"'{difference.name}'" not in told:
+                _mend(difference, up, down)
+
+
+def _mend(difference: Difference, up: UpgradeOps, down: DowngradeOps) -> None:
+    kind, name, expected, found = difference
+    if kind == "table":
+        up.ops.append(ExecuteSQLOp(f"-- write this by hand: {difference}"))
+        return
+    drop = f"DROP {kind.upper()} {name}"
+    up.ops += [ExecuteSQLOp(sql) for sql in (drop if found else None, expected) if sql]
+    down.ops += [ExecuteSQLOp(sql) for sql in (drop if expected else None, found) if sql]
+
+
+def _note_release(connection: Connection) -> None:
+    """Write down who made this schema, for the error of an older release that meets it."""
+    if inspect(connection).has_table("config"):
+        connection.execute(
+            text(
+                "INSERT INTO config VALUES (:key, :value, unixepoch())"
+                " ON CONFLICT (key) DO UPDATE SET value = excluded.value, updated_at = excluded.updated_at"
+            ),
+            {"key": RELEASE_KEY, "value": release()},
+        )
+
+
 def _violations(connection: Connection) -> set[tuple[object, ...]]:
     return {tuple(row) for row in connection.exec_driver_sql("PRAGMA foreign_key_check")}
 
 
 def _migrate(engine: Engine) -> None:
+    current(engine)  # raises if a newer release made the database
+    steps: list[object] = []
     with engine.connect() as connection:
-        # A connection of its own, thrown away afterwards: with foreign keys on, rebuilding a table deletes the rows
-        # that refer to it, and the setting cannot be changed inside a transaction.
+        # A connection of its own, thrown away afterwards. With foreign keys on, rebuilding a table deletes the rows
+        # that refer to it, and the setting cannot be changed inside a transaction. And a rename must neither change
+        # the references of other tables to the old name, nor fail because somebody's view reads the table.
         connection.connection.cursor().execute("PRAGMA foreign_keys = OFF")
+        connection.connection.cursor().execute("PRAGMA legacy_alter_table = ON")
         connection.detach()
         context.configure(
             connection=connection,
             target_metadata=Base.metadata,
             version_table=VERSION_TABLE,
             include_name=_is_ours,
-            render_as_batch=True,
             transactional_ddl=True,
             transaction_per_migration=False,
+            compare_server_default=True,
+            process_revision_directives=_add_what_autogenerate_misses,
+            on_version_apply=lambda step, **_: steps.append(step),
         )
         with context.begin_transaction():
             before = _violations(connection)
@@ -65,6 +107,8 @@ def _migrate(engine: Engine) -> None:
                 for index in EXPRESSION_INDEXES:
                     warnings.filterwarnings("ignore", f"(?s).*expression-based index '?{index}'?", Warning)
                 context.run_migrations()
+            if steps:
+                _note_release(connection)
             broken = _violations(connection) - before
             if broken:
                 raise CommandError(f"the migration would break foreign keys: {sorted(broken, key=str)}; rolled back")

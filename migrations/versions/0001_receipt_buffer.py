@@ -1,12 +1,15 @@
 """
-Create the receipt buffer.
+Create the receipt buffer, or take over the one of the sqlite3 version.
 
-Danger: the downgrade drops every table of the buffer. It refuses while there are receipts.
+Danger: the downgrade drops every table of the buffer. It refuses while there are receipts, or a history of them. What
+was taken over does not go back: that file was backed up beside itself.
 """
 
 import sqlalchemy as sa
 from alembic import op
 from alembic.util import CommandError
+
+from kkt_buffer.adoption import Predecessor
 
 revision = "0001"
 down_revision = None
@@ -162,10 +165,20 @@ CONFIG = {
     "ofd_deadline_days": "30",
 }
 
+COUNTS = {
+    "pending": "SELECT COUNT(*) FROM receipts WHERE status = 'pending'",
+    "syncing": "SELECT COUNT(*) FROM receipts WHERE status = 'syncing'",
+    "synced": "SELECT COUNT(*) FROM receipts WHERE status = 'synced'",
+    "failed": "SELECT COUNT(*) FROM receipts WHERE status = 'failed'",
+    "open_dead_letters": "SELECT COUNT(*) FROM dlq WHERE resolved_at IS NULL",
+}
+
 HLC_ORDER = "COALESCE(hlc_server_time, hlc_local_time)"
 
 
 def upgrade() -> None:
+    predecessor = Predecessor(op.get_bind())
+    predecessor.set_aside()
     op.create_table(
         "receipts",
         sa.Column("id", sa.Text(), nullable=False),
@@ -257,22 +270,25 @@ def upgrade() -> None:
         sa.Column("value", sa.Integer(), nullable=False),
         sa.PrimaryKeyConstraint("name", name=op.f("pk_buffer_counts")),
     )
+    predecessor.take_over()
     now = sa.text("unixepoch()")
     for key, value in CONFIG.items():
-        op.execute(sa.insert(config).values(key=key, value=value, updated_at=now))
-    for name in ("pending", "syncing", "synced", "failed", "open_dead_letters"):
-        op.execute(sa.insert(counts).values(name=name, value=0))
+        op.execute(sa.insert(config).prefix_with("OR IGNORE").values(key=key, value=value, updated_at=now))
+    for name, count in COUNTS.items():
+        op.execute(sa.insert(counts).values(name=name, value=sa.text(f"({count})")))
     for statement in VIEWS + TRIGGERS:
         op.execute(statement)
+    predecessor.put_back()
 
 
 def downgrade() -> None:
-    receipts = op.get_bind().scalar(sa.text("SELECT COUNT(*) FROM receipts"))
-    if receipts:
-        raise CommandError(
-            f"refusing to drop the buffer: it holds {receipts} receipts. Nothing was changed. "
-            "Deliver and prune them, or keep a backup and delete the file yourself."
-        )
+    for table, what in (("receipts", "receipts"), ("dlq", "dead letters"), ("buffer_events", "events")):
+        held = op.get_bind().scalar(sa.text(f"SELECT COUNT(*) FROM {table}"))  # noqa: S608 (the names above)
+        if held:
+            raise CommandError(
+                f"refusing to drop the buffer: it holds {held} {what}. Nothing was changed. "
+                "Deliver and prune them, or keep a backup and delete the file yourself."
+            )
     op.execute("DROP VIEW v_buffer_status")
     for table in ("buffer_counts", "config", "buffer_events", "dlq", "receipts"):
         op.drop_table(table)

@@ -14,10 +14,9 @@ from typing import Any
 from sqlalchemy import URL, Engine
 from sqlalchemy.orm import Session
 
-from kkt_buffer import delivery
+from kkt_buffer import delivery, migrate
 from kkt_buffer.delivery import DeliveryReport, Send
 from kkt_buffer.engine import create_buffer_engine
-from kkt_buffer.migrate import upgrade
 from kkt_buffer.models import BufferEvent, DeadLetter, Receipt
 from kkt_buffer.repository import BufferStatus, ReceiptRepository
 
@@ -29,12 +28,13 @@ _engine: Engine | None = None
 _repository: ReceiptRepository | None = None
 
 
-def init_buffer_db(db_path: str | os.PathLike[str] | URL | None = None) -> Engine:
+def init_buffer_db(db_path: str | os.PathLike[str] | URL | None = None, *, upgrade: bool = True) -> Engine:
     """
     Open the default buffer, made and upgraded where needed, and return its engine.
 
     `db_path` is a path, an SQLite URL or `":memory:"`; without it, the environment's BUFFER_DB_PATH, else
-    `data/buffer.db`. Safe when several processes start at once. A second call closes the first engine.
+    `data/buffer.db`. Safe when several processes start at once. A second call closes the first engine. With
+    `upgrade=False` the schema must be that of this release already.
 
     Raises `BufferStorageError`, `BufferDamagedError` or `SchemaError` if this buffer cannot be used; the one that was
     open before stays.
@@ -43,7 +43,7 @@ def init_buffer_db(db_path: str | os.PathLike[str] | URL | None = None) -> Engin
     with _lock:
         engine = create_buffer_engine(os.environ.get(PATH_VARIABLE) or DEFAULT_PATH if db_path is None else db_path)
         try:
-            upgrade(engine)
+            (migrate.upgrade if upgrade else migrate.require)(engine)
         except BaseException:
             engine.dispose()
             raise

@@ -394,7 +394,7 @@ class _Database:
                 f"{self} was not migrated ({error}). Nothing was written. Call upgrade(engine), or run "
                 "`python -m kkt_buffer upgrade PATH`."
             )
-        return self._translated(error)
+        return _translated(self, error)
 
     def disposed(self, _engine: Engine) -> None:
         """Let go of the lock file, or of a database in memory. For the `engine_disposed` event."""
@@ -430,30 +430,42 @@ class _Database:
                 os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
             if path.stat().st_size == 0:
                 for folder in path.parents:
-                    _sync_folder(folder)
+                    sync_folder(folder)
 
-    @contextlib.contextmanager
-    def _explained(self) -> Iterator[None]:
-        try:
-            yield
-        except (OSError, self._driver.Error) as error:
-            raise self._translated(error) or BufferStorageError(
-                f"{self}: SQLite refused to go on ({error}). Nothing was written."
-            ) from error
-
-    def _translated(self, error: BaseException | None) -> BufferStorageError | None:
-        if isinstance(error, OSError):
-            return BufferStorageError(
-                f"{self} cannot be used: {error.strerror or error}. Nothing was written. Check that the folder exists "
-                "and that this user may read and write it."
-            )
-        fault = _FAULTS.get(getattr(error, "sqlite_errorcode", 0) & 0xFF)
-        if fault is None:
-            return None
-        return fault.error(f"{self}: {fault.happened} ({error}). {fault.advice}")
+    def _explained(self) -> contextlib.AbstractContextManager[None]:
+        return storage_errors(self, self._driver)
 
 
-def _sync_folder(folder: Path) -> None:
+def driver_of(engine: Engine) -> ModuleType:
+    """The module that an engine's connections come from: the standard one, or that of the extra `sqlite`."""
+    return cast("ModuleType", engine.dialect.dbapi)
+
+
+@contextlib.contextmanager
+def storage_errors(what: object, driver: ModuleType) -> Iterator[None]:
+    """Turn what the driver and the system say of the file `what` into our errors."""
+    try:
+        yield
+    except (OSError, driver.Error) as error:
+        raise _translated(what, error) or BufferStorageError(
+            f"{what}: SQLite refused to go on ({error}). Nothing was written."
+        ) from error
+
+
+def _translated(what: object, error: BaseException | None) -> BufferStorageError | None:
+    if isinstance(error, OSError):
+        return BufferStorageError(
+            f"{what} cannot be used: {error.strerror or error}. Nothing was written. Check that the folder exists "
+            "and that this user may read and write it."
+        )
+    fault = _FAULTS.get(getattr(error, "sqlite_errorcode", 0) & 0xFF)
+    if fault is None:
+        return None
+    return fault.error(f"{what}: {fault.happened} ({error}). {fault.advice}")
+
+
+def sync_folder(folder: Path) -> None:
+    """Put the names in a folder on disk: what fsync of a file leaves out."""
     with contextlib.suppress(PermissionError):  # a folder above ours that we may pass but not read
         descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:

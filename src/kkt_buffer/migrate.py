@@ -5,21 +5,30 @@ The scripts are those that `alembic upgrade` runs in a checkout. Alembic itself 
 something to do.
 """
 
+import importlib.metadata
 import io
+import logging
 import re
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sqlalchemy import Engine, inspect, text
+from sqlalchemy import Connection, Engine, inspect, text
 from sqlalchemy.exc import SQLAlchemyError
 
-from kkt_buffer.engine import READ_ONLY
-from kkt_buffer.errors import SchemaError
+from kkt_buffer.engine import READ_ONLY, driver_of
+from kkt_buffer.errors import BufferBusyError, SchemaError
 
 if TYPE_CHECKING:
     from alembic.config import Config
 
+logger = logging.getLogger(__name__)
+
 VERSION_TABLE = "kkt_buffer_version"
+RELEASE_KEY = "release"  # in `config`: the release that migrated last
+
+# Somebody else may be upgrading the same file, and a large one takes its time.
+PATIENCE_SECONDS = 300
 
 _PACKAGE = Path(__file__).parent
 # A wheel carries the scripts inside the package; a checkout has them at its top.
@@ -36,6 +45,8 @@ def upgrade(engine: Engine) -> None:
     """
     Bring the database to the schema of this release: all of it, or nothing. Safe when several processes do it at once.
 
+    A file of the hand-written `sqlite3` version is taken over, and backed up beside itself before.
+
     Raises `SchemaError` if a newer release made the database, or if the upgrade fails; it is as it was then.
     """
     if current(engine) == revisions()[-1]:
@@ -43,13 +54,22 @@ def upgrade(engine: Engine) -> None:
     from alembic import command  # noqa: PLC0415 (costs as much as all of SQLAlchemy, and is rarely needed)
     from alembic.util import CommandError  # noqa: PLC0415
 
-    try:
-        command.upgrade(_config(engine), "head")
-    except (CommandError, SQLAlchemyError) as error:
-        reason = getattr(error, "orig", None) or error  # the driver's own words, without SQLAlchemy's many lines
-        raise SchemaError(
-            f"the upgrade to schema {revisions()[-1]} failed and was rolled back; the database is as it was. {reason}"
-        ) from error
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while True:
+        try:
+            command.upgrade(_config(engine), "head")
+        except BufferBusyError:
+            if time.monotonic() > deadline:
+                raise
+            logger.warning("waiting for the process that has the database locked; it may be upgrading it")
+        except (CommandError, SQLAlchemyError, driver_of(engine).Error) as error:
+            reason = getattr(error, "orig", None) or error  # the driver's own words, without SQLAlchemy's many lines
+            raise SchemaError(
+                f"the upgrade to schema {revisions()[-1]} failed and was rolled back; the database is as it was. "
+                f"{reason}"
+            ) from error
+        else:
+            return
 
 
 def current(engine: Engine) -> str | None:
@@ -62,34 +82,60 @@ def current(engine: Engine) -> str | None:
         if not inspect(connection).has_table(VERSION_TABLE):
             return None
         revision = connection.scalar(text(f"SELECT version_num FROM {VERSION_TABLE}"))  # noqa: S608 (our own constant)
-    if revision is not None and revision not in revisions():
-        raise SchemaError(
-            f"the database has schema {revision}, which a newer release made; this one knows up to {revisions()[-1]}. "
-            "Nothing was touched. Install the newer release of kkt-buffer."
-        )
+        if revision is not None and revision not in revisions():
+            raise SchemaError(
+                f"the database has schema {revision}, made by kkt-buffer {_release_of(connection)}; this is kkt-buffer "
+                f"{release()}, which knows schemas up to {revisions()[-1]}. Nothing was touched. Install that release "
+                "or a newer one."
+            )
     return None if revision is None else str(revision)
+
+
+def release() -> str:
+    """The version of this package."""
+    return importlib.metadata.version("kkt-buffer")
+
+
+def _release_of(connection: Connection) -> str:
+    try:
+        found = connection.scalar(text("SELECT value FROM config WHERE key = :key"), {"key": RELEASE_KEY})
+    except SQLAlchemyError:  # who knows what a later release has made of that table
+        found = None
+    return str(found) if found else "of a newer release"
 
 
 def require(engine: Engine) -> None:
     """Raise `SchemaError` unless the database has the schema of this release."""
     found = current(engine)
-    if found != revisions()[-1]:
-        raise SchemaError(
-            f"the database has {'no schema' if found is None else f'the old schema {found}'} where this release needs "
-            f"{revisions()[-1]}. Nothing was touched. Run `python -m kkt_buffer upgrade PATH`, or `upgrade(engine)`."
-        )
+    if found == revisions()[-1]:
+        return
+    from kkt_buffer.adoption import is_predecessor  # noqa: PLC0415 (rarely needed)
+
+    with engine.connect().execution_options(**{READ_ONLY: True}) as connection:
+        if found is not None:
+            what = f"the old schema {found}"
+        elif is_predecessor(connection):
+            what = "the schema of the sqlite3 version"
+        else:
+            what = "no schema"
+    raise SchemaError(
+        f"the database has {what} where this release needs {revisions()[-1]}. Nothing was touched. "
+        "Run `python -m kkt_buffer upgrade PATH`, or `upgrade(engine)`."
+    )
 
 
 def check(engine: Engine) -> None:
-    """Raise `SchemaError` if the schema differs from what the models say, as `alembic check` does."""
-    from alembic import command  # noqa: PLC0415
-    from alembic.util import CommandError  # noqa: PLC0415
+    """Raise `SchemaError` if a table, index, view or trigger differs from the models and `schema`, naming each."""
+    from kkt_buffer.drift import differences  # noqa: PLC0415 (rarely needed)
 
     require(engine)
-    try:
-        command.check(_config(engine))
-    except CommandError as error:
-        raise SchemaError(f"the schema of the database is not that of this release: {error}") from error
+    with engine.connect().execution_options(**{READ_ONLY: True}) as connection:
+        found = differences(connection)
+    if found:
+        raise SchemaError(
+            "the schema of the database is not that of this release: " + "; ".join(map(str, found)) + ". Nothing was "
+            "touched. Somebody changed it by hand: put that back, or restore a backup."
+        )
 
 
 def _config(engine: Engine) -> "Config":

@@ -53,7 +53,10 @@ class Resolution(StrEnum):
 
 
 class EventType(StrEnum):
-    """What `buffer_events` records. Those that begin with `receipt_` are facts, written by triggers alone."""
+    """
+    What `buffer_events` records. Those that begin with `receipt_` are facts, written by triggers alone; but the repairs
+    by the migration that takes over a file of the `sqlite3` version.
+    """
 
     RECEIPT_ADDED = "receipt_added"
     RECEIPT_ATTEMPT_FAILED = "receipt_attempt_failed"
@@ -61,6 +64,7 @@ class EventType(StrEnum):
     RECEIPT_FAILED = "receipt_failed"
     RECEIPT_REQUEUED = "receipt_requeued"
     RECEIPT_RESOLVED = "receipt_resolved"
+    RECEIPT_REPAIRED = "receipt_repaired"
     CIRCUIT_OPENED = "circuit_opened"
     CIRCUIT_CLOSED = "circuit_closed"
     SYNC_STARTED = "sync_started"
@@ -247,7 +251,7 @@ class Receipt(Base):
         """The fiscal document, decoded. Raises `InvalidDocumentError` if the stored text is not JSON."""
         try:
             return json.loads(self.fiscal_doc)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise InvalidDocumentError(self.id, str(error)) from error
 
     def to_dict(self) -> dict[str, Any]:

@@ -1,0 +1,90 @@
+"""
+What differs between the objects of a database and those of the models and of `schema`: tables with their checks,
+defaults and references, indexes, views, triggers.
+
+Compared is the SQL text that SQLite keeps. A trigger or view of another name is somebody else's business.
+"""
+
+import re
+from typing import NamedTuple
+
+from sqlalchemy import Connection, text
+from sqlalchemy.schema import CreateIndex, CreateTable
+
+from kkt_buffer.models import Base
+from kkt_buffer.schema import SQLITE_TRIGGERS, SQLITE_VIEWS
+
+
+class Difference(NamedTuple):
+    """One object that is not as it should be; None for the side where it is missing."""
+
+    kind: str
+    name: str
+    expected: str | None
+    found: str | None
+
+    def __str__(self) -> str:
+        if self.found is None:
+            return f"the {self.kind} {self.name} is missing"
+        if self.expected is None:
+            return f"the {self.kind} {self.name} is not ours"
+        if self.kind != "table":
+            return f"the {self.kind} {self.name} differs"
+        missing, extra = _clauses(self.expected) - _clauses(self.found), _clauses(self.found) - _clauses(self.expected)
+        return f"the table {self.name} lacks {sorted(missing)} and has {sorted(extra)}"
+
+
+def differences(connection: Connection) -> list[Difference]:
+    """Every difference, by name; none if the database is what this release expects."""
+    expected = _expected(connection)
+    found = _found(connection, set(expected))
+    return [
+        Difference(kind, name, expected.get((kind, name)), found.get((kind, name)))
+        for kind, name in sorted(expected.keys() | found.keys())
+        if _comparable(expected.get((kind, name))) != _comparable(found.get((kind, name)))
+    ]
+
+
+def _expected(connection: Connection) -> dict[tuple[str, str], str]:
+    objects = {("view", name): sql for name, sql in SQLITE_VIEWS.items()}
+    objects |= {("trigger", name): sql for name, sql in SQLITE_TRIGGERS.items()}
+    for table in Base.metadata.tables.values():
+        objects["table", table.name] = str(CreateTable(table).compile(connection)).strip()
+        for index in table.indexes:
+            objects["index", str(index.name)] = str(CreateIndex(index).compile(connection)).strip()
+    return objects
+
+
+def _found(connection: Connection, expected: set[tuple[str, str]]) -> dict[tuple[str, str], str]:
+    rows = connection.execute(text("SELECT type, name, tbl_name, sql FROM sqlite_master WHERE sql IS NOT NULL"))
+    return {
+        (kind, name): sql
+        for kind, name, table, sql in rows
+        if (kind, name) in expected or (kind == "index" and ("table", table) in expected)
+    }
+
+
+def _comparable(sql: str | None) -> object:
+    if sql is None:
+        return None
+    return _clauses(sql) if sql.startswith("CREATE TABLE") else _plain(sql)
+
+
+def _plain(sql: str) -> str:
+    """The text without what means nothing: how it is broken into lines, and the quotes around names."""
+    return re.sub(r"\s+", " ", sql).replace('"', "").strip()
+
+
+def _clauses(sql: str) -> frozenset[str]:
+    """Columns and constraints of a table, each by itself: ADD COLUMN puts them into another order."""
+    head, _, body = _plain(sql).partition("(")
+    found, depth = [""], 0
+    for part in re.split(r"([(),])", body.removesuffix(")")):
+        depth += {"(": 1, ")": -1}.get(part, 0)
+        if part == "," and not depth:
+            found.append("")
+        else:
+            found[-1] += part
+    return frozenset(
+        {head.strip(), *(piece.strip() for clause in found for piece in re.split(r" (?=CONSTRAINT )", clause))}
+    )

@@ -1,0 +1,30 @@
+"""How far a long piece of work is: one line on the terminal, and nothing at all where nobody is looking."""
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+SECONDS_BETWEEN = 0.1
+
+
+@contextmanager
+def progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
+    """Yield a function to be told how much of `total` is done; it writes to stderr if that is a terminal."""
+    if not sys.stderr.isatty():
+        yield lambda _done: None
+        return
+    next_time = 0.0
+
+    def tell(done: int) -> None:
+        nonlocal next_time
+        if done >= total or time.monotonic() >= next_time:
+            next_time = time.monotonic() + SECONDS_BETWEEN
+            share = 100 * done // total if total else 100
+            sys.stderr.write(f"\r{what}: {done:,} of {total:,} ({share} %)")
+            sys.stderr.flush()
+
+    try:
+        yield tell
+    finally:
+        sys.stderr.write("\n")
