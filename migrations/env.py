@@ -69,6 +69,7 @@ def _note_release(connection: Connection) -> None:
             text(
                 "INSERT INTO config VALUES (:key, :value, unixepoch())"
                 " ON CONFLICT (key) DO UPDATE SET value = excluded.value, updated_at = excluded.updated_at"
+                " WHERE value <> excluded.value"
             ),
             {"key": RELEASE_KEY, "value": release()},
         )

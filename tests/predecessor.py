@@ -114,6 +114,17 @@ DOCUMENT = json.dumps(
 )
 
 
+def statements():
+    """The schema, statement by statement, but for the journal mode."""
+    found, so_far = [], ""
+    for line in DDL.replace("PRAGMA journal_mode = WAL;", "").splitlines(keepends=True):
+        so_far += line
+        if sqlite3.complete_statement(so_far):
+            found.append(so_far)
+            so_far = ""
+    return found
+
+
 def make(path, rows=0, *, neighbours=True):
     """Make such a file with this many receipts, most of them delivered, and some of everything."""
     chance = random.Random(rows)

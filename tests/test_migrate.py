@@ -3,6 +3,8 @@
 import logging
 import os
 import re
+import shutil
+import sqlite3
 import subprocess
 import sys
 from pathlib import Path
@@ -12,17 +14,18 @@ from alembic import command
 from alembic.util import CommandError
 from builders import NOON, a_receipt, everything, new_receipt, run_python
 from sqlalchemy import inspect, text
-from sqlalchemy.schema import CreateIndex, CreateTable
 
 from kkt_buffer import (
     ReceiptRepository,
     SchemaError,
+    buffer,
     check,
     create_buffer_engine,
     current,
     migrate,
     upgrade,
 )
+from kkt_buffer.drift import differences
 from kkt_buffer.models import CONFIG_RULES, Base
 from kkt_buffer.schema import SQLITE_TRIGGERS, SQLITE_VIEWS
 
@@ -81,34 +84,53 @@ def schema(path):
 
 
 def plain(sql):
-    sql = re.sub(r"\s+", " ", str(sql)).replace('"', "").strip()
-    return clauses(sql) if sql.startswith("CREATE TABLE") else sql
+    return re.sub(r"\s+", " ", str(sql)).replace('"', "").strip()
 
 
-def clauses(sql):
-    """Columns and constraints of a table, each by itself: ADD COLUMN puts them into another order."""
-    head, _, body = sql.partition("(")
-    found, depth = [""], 0
-    for part in re.split(r"([(),])", body.removesuffix(")")):
-        depth += {"(": 1, ")": -1}.get(part, 0)
-        if part == "," and not depth:
-            found.append("")
-        else:
-            found[-1] += part
-    return {head, *(piece.strip() for clause in found for piece in re.split(r" (?=CONSTRAINT )", clause))}
+def checks(sql):
+    """The CHECK constraints in the text of a table, up to the parenthesis that closes each."""
+    found = []
+    for start in re.finditer(r"CONSTRAINT \S+ CHECK \(", sql):
+        depth, end = 1, start.end()
+        while depth:
+            depth += {"(": 1, ")": -1}.get(sql[end], 0)
+            end += 1
+        found.append(sql[start.start() : end])
+    return sorted(found)
+
+
+def structure(engine):
+    """What SQLite itself understands of the schema: columns, keys, references, indexes; and the text of the rest."""
+    found = {}
+    with engine.connect() as connection:
+        rows = connection.execute(text("SELECT type, name, sql FROM sqlite_master ORDER BY name")).all()
+        for kind, name, sql in rows:
+            if kind == "table" and not name.startswith(("sqlite_", "kkt_buffer_version")):
+                for pragma in ("table_xinfo", "foreign_key_list", "index_list"):
+                    # The first number tells the order, which ADD COLUMN changes.
+                    lines = connection.exec_driver_sql(f"PRAGMA {pragma}({name})")
+                    found[pragma, name] = sorted(str(tuple(line)[1:]) for line in lines)
+                found["checks", name] = checks(plain(sql))
+            elif kind == "index" and sql:
+                keys = connection.exec_driver_sql(f"PRAGMA index_xinfo({name})")
+                found[kind, name] = plain(sql), [tuple(key)[2:] for key in keys]
+            elif sql and "kkt_buffer_version" not in name:
+                found[kind, name] = plain(sql)
+    return found
 
 
 class TestUpgrade:
     def test_is_what_the_models_say(self, engine):
-        """The migrations arrive at the schema of the models and of `schema`, object by object."""
-        expected = {}
-        for table in Base.metadata.tables.values():
-            expected[table.name] = plain(CreateTable(table).compile(engine))
-            expected |= {index.name: plain(CreateIndex(index).compile(engine)) for index in table.indexes}
-        expected |= {name: plain(sql) for name, sql in {**SQLITE_TRIGGERS, **SQLITE_VIEWS}.items()}
-        found = objects(engine)
-        del found["kkt_buffer_version"]
-        assert expected == found
+        """The migrations arrive at what the models and `schema` make by themselves, object by object."""
+        modelled = create_buffer_engine(":memory:")
+        with modelled.begin() as connection:
+            Base.metadata.create_all(connection)
+            for sql in (*SQLITE_VIEWS.values(), *SQLITE_TRIGGERS.values()):
+                connection.exec_driver_sql(sql)
+        assert structure(modelled) == structure(engine)
+        with modelled.connect() as connection:
+            assert [] == differences(connection)
+        modelled.dispose()
 
     def test_twice(self, engine, monkeypatch):
         """On a database that is up to date nothing is done, and Alembic is not even imported."""
@@ -120,7 +142,8 @@ class TestUpgrade:
         """The settings of the first migration are those that the code falls back to."""
         with engine.connect() as connection:
             rows = dict(list(connection.execute(text("SELECT key, value FROM config"))))
-        assert {"version": "1.0.0"} | {key: str(rule.default) for key, rule in CONFIG_RULES.items()} == rows
+        defaults = {key: str(rule.default) for key, rule in CONFIG_RULES.items()}
+        assert {"version": "1.0.0", "release": migrate.release()} | defaults == rows
 
     def test_logging_is_left_alone(self, tmp_path):
         """A library does not configure its host's logging, nor print."""
@@ -183,15 +206,73 @@ class TestCurrent:
             connection.execute(text("DELETE FROM kkt_buffer_version"))
         assert current(engine) is None
 
-    @pytest.mark.parametrize("entry", [current, upgrade, check, migrate.require])
-    def test_newer(self, path, file_engine, entry):
-        """A database of a newer release is refused by every entry point, and not touched."""
-        with file_engine.begin() as connection:
+    @pytest.fixture
+    def newer(self, path):
+        """A buffer that a later release has migrated."""
+        engine = create_buffer_engine(path)
+        with engine.begin() as connection:
             connection.execute(text("UPDATE kkt_buffer_version SET version_num = '9999'"))
+            connection.execute(text("UPDATE config SET value = '2.7.0' WHERE key = 'release'"))
+        engine.dispose()
+        return path
+
+    NEWER = r"schema 9999, made by kkt-buffer 2.7.0; this is kkt-buffer \S+, which knows .* Nothing was touched"
+
+    @pytest.mark.parametrize("entry", [current, upgrade, check, migrate.require])
+    def test_newer(self, newer, entry):
+        """A database of a newer release is refused by every entry point, says whose it is, and is not touched."""
+        before = everything(newer)
+        engine = create_buffer_engine(newer)
+        with pytest.raises(SchemaError, match=self.NEWER):
+            entry(engine)
+        engine.dispose()
+        assert before == everything(newer)
+
+    @pytest.mark.parametrize("options", [{}, {"upgrade": True}, {"upgrade": False}])
+    def test_newer_by_function(self, newer, options):
+        before = everything(newer)
+        with pytest.raises(SchemaError, match=self.NEWER):
+            buffer.init_buffer_db(newer, **options)
+        assert before == everything(newer)
+
+    @pytest.mark.parametrize("entry", [["-m", "kkt_buffer", "upgrade"], ["-m", "kkt_buffer", "status"]])
+    def test_newer_by_command(self, newer, entry):
+        before = everything(newer)
+        done = subprocess.run([sys.executable, *entry, newer], capture_output=True, text=True, check=False)
+        assert done.returncode == 1
+        assert re.search(self.NEWER, done.stderr)
+        assert before == everything(newer)
+
+    @pytest.mark.parametrize("step", [["upgrade", "head"], ["downgrade", "base"], ["check"]])
+    def test_newer_by_alembic(self, newer, step):
+        before = everything(newer)
+        done = alembic("-x", f"db={newer}", *step)
+        assert done.returncode != 0
+        assert re.search(self.NEWER, done.stdout)
+        assert "Traceback" not in done.stdout
+        assert before == everything(newer)
+
+    def test_newer_without_a_name(self, newer):
+        """Whatever a later release has made of `config`, its schema is refused."""
+        engine = create_buffer_engine(newer)
+        with engine.begin() as connection:
+            connection.execute(text("ALTER TABLE config RENAME TO settings"))
+        with pytest.raises(SchemaError, match="schema 9999, made by kkt-buffer of a newer release"):
+            current(engine)
+
+    def test_not_now(self, tmp_path, engine):
+        """A service that was told not to upgrade says what to run, and leaves the file alone."""
+        path = tmp_path / "buffer.db"
+        old = create_buffer_engine(path)
+        command.upgrade(migrate._config(old), "0001")
+        old.dispose()
         before = everything(path)
-        with pytest.raises(SchemaError, match="schema 9999, which a newer release made.* Nothing was touched"):
-            entry(file_engine)
+        with pytest.raises(SchemaError, match="has the old schema 0001 .* Run `python -m kkt_buffer upgrade PATH`"):
+            buffer.init_buffer_db(path, upgrade=False)
         assert before == everything(path)
+        buffer.init_buffer_db(path)
+        buffer.init_buffer_db(path, upgrade=False)
+        buffer.close_buffer_db()
 
     def test_revisions(self):
         """The numbers of the files are Alembic's own revisions, in one line, the last of them its head."""
@@ -202,15 +283,87 @@ class TestCurrent:
         assert migrate.revisions()[-1] == scripts.get_current_head()
 
 
+# What somebody may do to each kind of object, and what is said of it.
+TAMPERED = {
+    "a column more": ("ALTER TABLE receipts ADD COLUMN colour TEXT", "table receipts .* has .*colour TEXT"),
+    "a column less": ("ALTER TABLE dlq DROP COLUMN last_error", "table dlq lacks .*last_error TEXT"),
+    "a table less": ("DROP TABLE buffer_counts", "table buffer_counts is missing"),
+    "a check": (
+        ("receipts", "retry_count >= 0", "retry_count >= -1"),
+        r"table receipts lacks .*CHECK \(retry_count >= 0\)",
+    ),
+    "a default": (("receipts", "DEFAULT 0", "DEFAULT 1"), "table receipts lacks .*retry_count INTEGER DEFAULT 0"),
+    "a foreign key": (
+        ("dlq", "REFERENCES receipts (id)", "REFERENCES receipts (id) ON DELETE CASCADE"),
+        r"table dlq lacks .*FOREIGN KEY\(original_receipt_id\)",
+    ),
+    "a trigger": (
+        ("trg_guard_capacity", "'Buffer full'", "'full'"),
+        "trigger trg_guard_capacity differs",
+    ),
+    "a trigger less": ("DROP TRIGGER trg_guard_undelivered", "trigger trg_guard_undelivered is missing"),
+    "a view": (("v_buffer_status", "100.0", "10.0"), "view v_buffer_status differs"),
+    "an index": (("idx_receipts_hlc", "hlc_logical_counter", "id"), "index idx_receipts_hlc differs"),
+    "an index more": ("CREATE INDEX mine ON receipts (pos_id)", "index mine is not ours"),
+    "a partial index": (
+        ("idx_receipts_synced", "'synced'", "'failed'"),
+        "index idx_receipts_synced differs",
+    ),
+    "an expression index": (
+        ("idx_receipts_status", "COALESCE(hlc_server_time, hlc_local_time)", "hlc_local_time"),
+        "index idx_receipts_status differs",
+    ),
+    "a unique index": (("idx_dlq_open", "UNIQUE ", ""), "index idx_dlq_open differs"),
+}
+
+
 class TestCheck:
     def test_clean(self, engine):
         check(engine)
 
-    def test_drift(self, engine):
-        with engine.begin() as connection:
-            connection.execute(text("ALTER TABLE receipts ADD COLUMN colour TEXT"))
-        with pytest.raises(SchemaError, match=r"not that of this release: .*colour"):
+    @pytest.fixture(params=TAMPERED)
+    def tampered(self, request, path):
+        """A buffer that is not as it should be, and how."""
+        change, told = TAMPERED[request.param]
+        with sqlite3.connect(path) as db:
+            if isinstance(change, str):
+                db.execute(change)
+            else:
+                name, old, new = change
+                db.execute("PRAGMA writable_schema = ON")
+                changed = db.execute(
+                    "UPDATE sqlite_master SET sql = replace(sql, ?, ?) WHERE name = ? AND instr(sql, ?)",
+                    (old, new, name, old),
+                )
+                assert changed.rowcount == 1
+        db.close()
+        return path, told
+
+    def test_drift(self, tampered):
+        """Every kind of object is compared, and what differs is named."""
+        path, told = tampered
+        engine = create_buffer_engine(path)
+        with pytest.raises(SchemaError, match=f"not that of this release: the {told}"):
             check(engine)
+        engine.dispose()
+
+    def test_drift_by_alembic(self, tampered):
+        """So does `alembic check`."""
+        path, _ = tampered
+        engine = create_buffer_engine(path)
+        with pytest.raises(CommandError, match="New upgrade operations detected"):
+            command.check(migrate._config(engine))
+        engine.dispose()
+
+    def test_of_others(self, path, file_engine):
+        """Other tables, views and triggers are not ours to judge, on our tables either."""
+        with file_engine.begin() as connection:
+            connection.execute(text("CREATE TABLE goods (id INTEGER PRIMARY KEY)"))
+            connection.execute(text("CREATE INDEX idx_goods ON goods (id)"))
+            connection.execute(text("CREATE VIEW v_shop AS SELECT pos_id FROM receipts"))
+            connection.execute(text("CREATE TRIGGER shop AFTER INSERT ON receipts BEGIN SELECT 1; END"))
+        check(file_engine)
+        command.check(migrate._config(file_engine))
 
     def test_not_migrated(self, tmp_path):
         with pytest.raises(SchemaError, match="has no schema .*python -m kkt_buffer upgrade PATH"):
@@ -408,6 +561,58 @@ class TestLeases:
         assert objects(engine) == objects(buffer)
         assert expected == contents(buffer)
         check(buffer)
+
+
+class TestRevision:
+    """What `make migration` writes."""
+
+    def test_numbered_and_written(self, tmp_path):
+        """The next number, the rules, and what the models and `schema` differ in, triggers too."""
+        copy = tmp_path / "copy"
+        for folder in ("src", "migrations", ".ci"):
+            shutil.copytree(ROOT / folder, copy / folder, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copy(ROOT / "alembic.ini", copy)
+        for name, old, new in (
+            (
+                "models.py",
+                "    changed_at: Mapped[int | None]\n",
+                "    changed_at: Mapped[int | None]\n    colour: Mapped[str | None]\n",
+            ),
+            ("schema.py", "'Buffer full'", "'Buffer is full'"),
+        ):
+            file = copy / "src" / "kkt_buffer" / name
+            before = file.read_text()
+            assert before.count(old) >= 1
+            file.write_text(before.replace(old, new))
+        environment = {**os.environ, "PYTHONPATH": str(copy / "src")}
+        done = subprocess.run(
+            ["sh", ".ci/migration.sh", Path(sys.executable).parent, "Add the colour."],
+            cwd=copy,
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        (script,) = (copy / "migrations" / "versions").glob("0003_*.py")
+        assert script.name == "0003_add_the_colour.py"
+        written = script.read_text()
+        for expected in (
+            'down_revision = "0002"',
+            "Rules of our migrations",
+            '"colour"',
+            "DROP TRIGGER trg_guard_capacity",
+        ):
+            assert expected in written
+        path = tmp_path / "buffer.db"
+        for step in (["upgrade", "head"], ["check"], ["downgrade", "0002"], ["upgrade", "head"], ["check"]):
+            done = alembic("-x", f"db={path}", *step, cwd=copy, PYTHONPATH=environment["PYTHONPATH"])
+            assert done.returncode == 0, done.stdout
+
+    def test_needs_words(self):
+        done = subprocess.run(["make", "migration"], cwd=ROOT, capture_output=True, text=True, check=False)
+        assert "make migration m=" in done.stderr
+        assert done.returncode != 0
 
 
 class TestAlembic:

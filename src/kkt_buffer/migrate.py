@@ -99,7 +99,7 @@ def release() -> str:
 def _release_of(connection: Connection) -> str:
     try:
         found = connection.scalar(text("SELECT value FROM config WHERE key = :key"), {"key": RELEASE_KEY})
-    except SQLAlchemyError:  # who knows what a later release has made of that table
+    except (SchemaError, SQLAlchemyError):  # who knows what a later release has made of that table
         found = None
     return str(found) if found else "of a newer release"
 

@@ -1,13 +1,18 @@
 """Threads and processes on one file: nothing lost, nothing doubled, nothing out of order, never one too many."""
 
 import contextlib
+import os
+import subprocess
 import threading
 
+import predecessor
 import pytest
+from alembic import command
 from builders import new_receipt, open_files, run_python, start_python
 
-from kkt_buffer import BufferFullError, ReceiptRepository, create_buffer_engine
+from kkt_buffer import BufferFullError, ReceiptRepository, create_buffer_engine, migrate
 
+PROOF = bool(os.environ.get("KKT_BUFFER_PROOF"))
 THREADS = 16
 PROCESSES = 4
 
@@ -107,23 +112,43 @@ class TestProcesses:
         assert [said[0]] * PROCESSES == said
         assert said[0] == stored(path)[0]
 
-    def test_start_together(self, tmp_path):
-        """Six processes that open one new buffer at once all succeed."""
+    @pytest.mark.parametrize("buffer", ["new", "old", "of the sqlite3 version"])
+    def test_start_together(self, tmp_path, buffer):
+        """Six processes that open one buffer at once all succeed, and one of them makes or migrates it."""
         program = """
-            import sys
+            import logging, sys
+            logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
             from kkt_buffer import buffer
             sys.stdin.readline()
             buffer.init_buffer_db(sys.argv[1])
-            print(buffer.insert_receipt({"pos_id": "till-1", "fiscal_doc": "{}"}))
+            print("id", buffer.insert_receipt({"pos_id": "till-1", "fiscal_doc": "{}"}))
         """
-        path = tmp_path / "new" / "buffer.db"
-        with contextlib.ExitStack() as stack:
-            starters = [stack.enter_context(start_python(program, path, stdin=-1)) for _ in range(6)]
-            for starter in starters:
-                starter.stdin.write("go\n")
-                starter.stdin.flush()
-            acknowledged = [starter.stdout.read().strip() for starter in starters]
-        assert_all_there(path, acknowledged)
+        for number in range(50 if PROOF else 5):
+            path = tmp_path / f"{number}" / "buffer.db"
+            if buffer != "new":
+                path.parent.mkdir()
+                predecessor.make(path, 30) if buffer != "old" else self.an_old_one(path)
+            with contextlib.ExitStack() as stack:
+                starters = [
+                    stack.enter_context(start_python(program, path, stdin=-1, stderr=subprocess.PIPE)) for _ in range(6)
+                ]
+                for starter in starters:
+                    starter.stdin.write("go\n")
+                    starter.stdin.flush()
+                said = [starter.communicate() for starter in starters]
+            lines = [line.split() for out, _ in said for line in out.splitlines()]
+            acknowledged = [line[1] for line in lines if line[0] == "id"]
+            assert len(acknowledged) == 6, said
+            assert sum(line[:2] == ["Running", "upgrade"] for line in lines) == (1 if buffer == "old" else 2)
+            ids, stamps = stored(path)
+            assert sorted(ids[-6:]) == sorted(acknowledged)
+            assert sorted(set(stamps[-6:])) == stamps[-6:]
+
+    @staticmethod
+    def an_old_one(path):
+        engine = create_buffer_engine(path)
+        command.upgrade(migrate._config(engine), "0001")
+        engine.dispose()
 
 
 class TestThreads:
