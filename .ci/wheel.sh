@@ -23,6 +23,7 @@ from kkt_buffer import buffer
 assert "site-packages" in kkt_buffer.__file__, kkt_buffer.__file__
 engine = buffer.init_buffer_db("shop/buffer.db")
 kkt_buffer.check(engine)
+kkt_buffer.upgrade(engine)
 receipt_id = buffer.insert_receipt({"pos_id": "till-1", "fiscal_doc": {"totalSum": 6490}})
 assert [receipt.id for receipt in buffer.get_pending_receipts()] == [receipt_id]
 buffer.close_buffer_db()

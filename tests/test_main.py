@@ -236,7 +236,7 @@ class TestErrors:
             connection.execute("UPDATE kkt_buffer_version SET version_num = '9999'")
             connection.commit()
         before = everything(used)
-        assert "schema 9999, which a newer release made" in refused(command, used)
+        assert "schema 9999, made by kkt-buffer 1.0.0; this is" in refused(command, used)
         assert before == everything(used)
 
     def test_no_wal(self, of_another_program, refused):

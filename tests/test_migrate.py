@@ -235,14 +235,6 @@ class TestCurrent:
             buffer.init_buffer_db(newer, **options)
         assert before == everything(newer)
 
-    @pytest.mark.parametrize("entry", [["-m", "kkt_buffer", "upgrade"], ["-m", "kkt_buffer", "status"]])
-    def test_newer_by_command(self, newer, entry):
-        before = everything(newer)
-        done = subprocess.run([sys.executable, *entry, newer], capture_output=True, text=True, check=False)
-        assert done.returncode == 1
-        assert re.search(self.NEWER, done.stderr)
-        assert before == everything(newer)
-
     @pytest.mark.parametrize("step", [["upgrade", "head"], ["downgrade", "base"], ["check"]])
     def test_newer_by_alembic(self, newer, step):
         before = everything(newer)
