@@ -1,5 +1,6 @@
 """How the schema comes, is recognised, and goes."""
 
+import contextlib
 import logging
 import os
 import re
@@ -16,6 +17,7 @@ from builders import NOON, a_receipt, everything, new_receipt, run_python
 from sqlalchemy import inspect, text
 
 from kkt_buffer import (
+    BufferBusyError,
     ReceiptRepository,
     SchemaError,
     buffer,
@@ -30,12 +32,13 @@ from kkt_buffer.models import CONFIG_RULES, Base
 from kkt_buffer.schema import SQLITE_TRIGGERS, SQLITE_VIEWS
 
 ROOT = Path(__file__).parents[1]
+ALEMBIC = (str(Path(sys.executable).with_name("alembic")),)
 
 
 def alembic(*arguments, cwd=ROOT, **environment):
     """Run the `alembic` of this environment in the checkout."""
     return subprocess.run(
-        [Path(sys.executable).with_name("alembic"), *map(str, arguments)],
+        [*ALEMBIC, *map(str, arguments)],
         cwd=cwd,
         env={**os.environ, **environment},
         stdout=subprocess.PIPE,
@@ -195,6 +198,40 @@ class TestUpgrade:
         with caplog.at_level(logging.WARNING, logger="kkt_buffer.migrations"):
             upgrade(file_engine)
         assert "foreign keys were violated before the migration" in caplog.text
+
+
+class TestPatience:
+    """Somebody else has the file locked: most likely it is upgrading it."""
+
+    @pytest.fixture
+    def locked(self, tmp_path):
+        """A new buffer that is locked, and how to unlock it."""
+        engine = create_buffer_engine(tmp_path / "buffer.db", busy_timeout=0.05)
+        with contextlib.closing(sqlite3.connect(tmp_path / "buffer.db", isolation_level=None)) as other:
+            other.execute("BEGIN IMMEDIATE")
+            yield engine, other
+        engine.dispose()
+
+    def test_waits(self, locked, caplog, monkeypatch):
+        engine, other = locked
+        rolled_back = []
+
+        def run(*arguments):
+            if "waiting for the process" in caplog.text and not rolled_back:
+                rolled_back.append(other.execute("ROLLBACK"))
+            original(*arguments)
+
+        original = command.upgrade
+        monkeypatch.setattr(command, "upgrade", run)
+        upgrade(engine)
+        assert rolled_back
+        check(engine)
+
+    def test_gives_up(self, locked, monkeypatch):
+        engine, _ = locked
+        monkeypatch.setattr(migrate, "PATIENCE_SECONDS", 0)
+        with pytest.raises(BufferBusyError, match="kept"):
+            upgrade(engine)
 
 
 class TestCurrent:
@@ -576,7 +613,9 @@ class TestRevision:
             before = file.read_text()
             assert before.count(old) >= 1
             file.write_text(before.replace(old, new))
-        environment = {**os.environ, "PYTHONPATH": str(copy / "src")}
+        # Without the coverage of this process, which would look into the copy.
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("COVERAGE")}
+        environment["PYTHONPATH"] = str(copy / "src")
         done = subprocess.run(
             ["sh", ".ci/migration.sh", Path(sys.executable).parent, "Add the colour."],
             cwd=copy,
@@ -598,8 +637,15 @@ class TestRevision:
             assert expected in written
         path = tmp_path / "buffer.db"
         for step in (["upgrade", "head"], ["check"], ["downgrade", "0002"], ["upgrade", "head"], ["check"]):
-            done = alembic("-x", f"db={path}", *step, cwd=copy, PYTHONPATH=environment["PYTHONPATH"])
-            assert done.returncode == 0, done.stdout
+            done = subprocess.run(
+                [*ALEMBIC, "-x", f"db={path}", *step],
+                cwd=copy,
+                env=environment,
+                capture_output=True,
+                text=True,
+                check=False,
+            )
+            assert done.returncode == 0, done.stderr
 
     def test_needs_words(self):
         done = subprocess.run(["make", "migration"], cwd=ROOT, capture_output=True, text=True, check=False)
