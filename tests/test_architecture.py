@@ -34,7 +34,9 @@ ARROWS = {
     "drift": {"models", "schema"},
     "adoption": {"backup", "progress"},
     "migrate": {"adoption", "drift", "engine", "errors"},
-    "repository": {f"repository.{subject}" for subject in ("dead_letters", "events", "leases", "pruning", "status")},
+    "repository": {
+        f"repository.{subject}" for subject in ("dead_letters", "events", "integrity", "leases", "pruning", "status")
+    },
     "repository.transactions": {"engine", "errors"},
     "repository.settings": {"arguments", "errors", "models", "repository.transactions"},
     "repository.status": {"arguments", "models", "repository.settings", "schema"},
@@ -43,6 +45,7 @@ ARROWS = {
     "repository.leases": {"arguments", "errors", "models", "repository.receipts"},
     "repository.dead_letters": {"arguments", "errors", "models", "repository.receipts"},
     "repository.pruning": {"repository.settings"},
+    "repository.integrity": {"backup", "errors", "models", "repository.settings"},
     "delivery": {"arguments", "errors", "models", "repository"},
     "buffer": {"delivery", "engine", "migrate", "models", "repository"},
     "demo": {"delivery", "engine", "errors", "migrate", "models", "repository"},
@@ -67,6 +70,7 @@ THIRD_PARTY = {
     "repository.leases": {"sqlalchemy"},
     "repository.dead_letters": {"sqlalchemy"},
     "repository.pruning": {"sqlalchemy"},
+    "repository.integrity": {"sqlalchemy"},
     "buffer": {"sqlalchemy"},
     "demo": {"sqlalchemy"},
 }

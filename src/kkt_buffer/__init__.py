@@ -27,7 +27,7 @@ from kkt_buffer.errors import (
 from kkt_buffer.hlc import HybridLogicalClock, HybridTimestamp
 from kkt_buffer.migrate import check, current, upgrade
 from kkt_buffer.models import BufferEvent, ConfigEntry, DeadLetter, EventType, Receipt, ReceiptStatus, Resolution
-from kkt_buffer.repository import BufferStatus, PruneReport, ReceiptRepository
+from kkt_buffer.repository import BufferStatus, IntegrityReport, PruneReport, ReceiptRepository
 
 __all__ = [
     "BufferBusyError",
@@ -46,6 +46,7 @@ __all__ = [
     "EventType",
     "HybridLogicalClock",
     "HybridTimestamp",
+    "IntegrityReport",
     "InvalidConfigError",
     "InvalidDocumentError",
     "InvalidTransitionError",

@@ -1,7 +1,8 @@
 """
-The command line: `python -m kkt_buffer demo | upgrade PATH | status PATH`.
+The command line: `python -m kkt_buffer demo | upgrade PATH | status PATH | verify PATH`.
 
-Exit status 0 for done, 1 for an error that is told in one line, 2 for a command that is not understood.
+Exit status 0 for done, 1 for an error that is told in one line or a buffer that is not whole, 2 for a command that is
+not understood.
 """
 
 import argparse
@@ -13,10 +14,12 @@ from dataclasses import asdict
 from datetime import UTC, datetime
 from typing import Any
 
+from sqlalchemy import Engine, text
+
 from kkt_buffer import demo
-from kkt_buffer.engine import create_buffer_engine
+from kkt_buffer.engine import create_buffer_engine, known_bugs, pragmas
 from kkt_buffer.errors import ReceiptBufferError
-from kkt_buffer.migrate import current, require, upgrade
+from kkt_buffer.migrate import check, current, require, upgrade
 from kkt_buffer.repository import ReceiptRepository
 
 
@@ -24,7 +27,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status."""
     arguments = _parser().parse_args(argv)
     try:
-        arguments.run(arguments)
+        status: int = arguments.run(arguments) or 0
         sys.stdout.flush()
     except (ReceiptBufferError, RuntimeError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -36,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted; what was acknowledged is safe", file=sys.stderr)
         return 130
-    return 0
+    return status
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -50,6 +53,10 @@ def _parser() -> argparse.ArgumentParser:
     command = commands.add_parser("upgrade", help="make the buffer, or bring it to the schema of this release")
     command.add_argument("path")
     command.set_defaults(run=_upgrade)
+
+    command = commands.add_parser("verify", help="read all of the buffer and say whether it is whole; changes nothing")
+    command.add_argument("path")
+    command.set_defaults(run=_verify)
 
     command = commands.add_parser("status", help="show how full the buffer is; changes nothing")
     command.add_argument("path")
@@ -81,6 +88,42 @@ def _status(arguments: argparse.Namespace) -> None:
         _print_status(status)
 
 
+def _verify(arguments: argparse.Namespace) -> int:
+    rows = {"buffer": arguments.path}
+    engine = create_buffer_engine(arguments.path, read_only=True)
+    try:
+        rows["SQLite"] = known_bugs(engine)
+        require(engine)
+        report = ReceiptRepository(engine).check_integrity()
+        try:
+            check(engine)
+            findings = {"schema": (), **report.findings}
+        except ReceiptBufferError as error:
+            findings = {"schema": (str(error),), **report.findings}
+        rows |= {what: "\n".join(problems) or "ok" for what, problems in findings.items()}
+        is_sound = not any(findings.values())
+        if is_sound:
+            rows["open leases"] = _leases(engine)
+    finally:
+        engine.dispose()
+    if is_sound:
+        # A damaged file is not opened for writing, not even to ask.
+        engine = create_buffer_engine(arguments.path)
+        rows["settings of a connection"] = ", ".join(f"{name} {value}" for name, value in pragmas(engine).items())
+        engine.dispose()
+    _print_rows(rows)
+    print("The buffer is whole." if is_sound else "The buffer is NOT whole. Nothing was changed. Restore a backup.")
+    return 0 if is_sound else 1
+
+
+def _leases(engine: Engine) -> str:
+    with engine.execution_options(kkt_buffer_read_only=True).connect() as connection:
+        held, until = connection.execute(
+            text("SELECT COUNT(*), MAX(lease_expires_at) FROM receipts WHERE status = 'syncing'")
+        ).one()
+    return f"{held}, the last of them until {_moment(until)}" if held else "none"
+
+
 def _read_status(path: str) -> dict[str, Any]:
     engine = create_buffer_engine(path, read_only=True)
     try:
@@ -104,9 +147,13 @@ def _print_status(status: dict[str, Any]) -> None:
         "oldest undelivered": _moment(status["oldest_undelivered_at"]),
         "deliver before": _moment(status["deadline_at"]),
     }
+    _print_rows(rows)
+
+
+def _print_rows(rows: dict[str, str]) -> None:
     width = max(map(len, rows))
     for name, value in rows.items():
-        print(f"{name:<{width}} | {value}")
+        print(f"{name:<{width}} | " + value.replace("\n", f"\n{'':<{width}} | "))
 
 
 def _moment(seconds: int | None) -> str:

@@ -153,6 +153,11 @@ class Predecessor:
         )
         for table in self._tables:
             self._db.execute(f"DROP TABLE old_{table}")
+        # Up to here timestamps need not be in order.
+        self._db.execute(
+            "INSERT OR REPLACE INTO config SELECT 'adopted_rows', COALESCE(MAX(rowid), 0), ? FROM receipts",
+            (self._now,),
+        )
         kept = ", ".join(f"{count} rows of {table}" for table, count in self._copied.items())
         repairs = "; ".join(f"{count} times {what}" for what, count in self._repairs.items())
         logger.warning("took over %s; repaired: %s", kept, repairs or "nothing")

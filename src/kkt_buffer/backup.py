@@ -26,9 +26,12 @@ def backup(engine: Engine, path: str | os.PathLike[str]) -> None:
 
     What was at `path` is replaced when the copy is complete and on disk: a crash leaves the old file or the new one.
 
-    Raises `BufferStorageError` if the copy cannot be written; nothing was changed then.
+    Raises `BufferStorageError` if the copy cannot be written; nothing was changed then. Raises `ValueError` if `path`
+    is the database itself or one of the files that belong to it.
     """
     target = Path(os.path.realpath(path))
+    if str(target) in {f"{engine.url.database}{suffix}" for suffix in ("", "-wal", "-shm", "-gate")}:
+        raise ValueError(f"path: {target} belongs to the buffer itself; give another one. Nothing was copied.")
     unfinished = target.with_name(f".{target.name}.unfinished")
     with storage_errors(f"the backup {target}", driver_of(engine)):
         target.parent.mkdir(parents=True, exist_ok=True)

@@ -81,7 +81,9 @@ _FAULTS = {
     5: _Fault(BufferBusyError, "another program has kept it locked", f"{_SAFE} Try again; close it."),
     6: _Fault(BufferBusyError, "another connection has kept it locked", f"{_SAFE} Try again."),
     8: _Fault(BufferStorageError, "it is read-only here", f"{_SAFE} Check folder, file and mount."),
-    10: _Fault(BufferStorageError, "the disk reported an error", f"{_SAFE} Check the disk; try again."),
+    10: _Fault(
+        BufferStorageError, "the disk reported an error", f"{_SAFE} Check the disk and its free room; try again."
+    ),
     11: _Fault(
         BufferDamagedError, "SQLite found it damaged", f"{_LEFT} Stop, keep a copy of all its files, restore a backup."
     ),
@@ -170,11 +172,30 @@ def _driver(*, writing: bool) -> ModuleType:
             "Nothing was opened. Install kkt-buffer[sqlite], which brings its own."
         )
     if writing and _has_wal_reset_bug(version):
-        _warn_once(
-            f"SQLite {driver.sqlite_version} has the WAL-reset bug (fixed in 3.51.3, 3.50.7 and 3.44.6): let no other "
-            "program write to the buffer or checkpoint it. The extra `sqlite` of kkt-buffer brings a fixed SQLite."
-        )
+        _warn_once(f"SQLite {driver.sqlite_version} {WAL_RESET_BUG}")
     return driver
+
+
+WAL_RESET_BUG = (
+    "has the WAL-reset bug (fixed in 3.51.3, 3.50.7 and 3.44.6): let no other program write to the buffer or "
+    "checkpoint it. The extra `sqlite` of kkt-buffer brings a fixed SQLite."
+)
+
+
+def known_bugs(engine: Engine) -> str:
+    """The version of the SQLite in use, and what is wrong with it."""
+    driver = driver_of(engine)
+    affected = _has_wal_reset_bug(driver.sqlite_version_info)
+    return f"{driver.sqlite_version} {WAL_RESET_BUG if affected else 'no known bug that concerns a buffer'}"
+
+
+def pragmas(engine: Engine) -> dict[str, str | int]:
+    """The settings of a connection that writes, read back."""
+    with engine.execution_options(**{READ_ONLY: True}).connect() as connection:
+        return {
+            pragma.name: connection.exec_driver_sql(f"PRAGMA {pragma.name}").scalar_one()
+            for pragma in (WAL, *DURABLE, *COMMON)
+        }
 
 
 def _has_wal_reset_bug(version: tuple[int, int, int]) -> bool:

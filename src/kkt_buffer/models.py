@@ -251,7 +251,7 @@ class Receipt(Base):
         """The fiscal document, decoded. Raises `InvalidDocumentError` if the stored text is not JSON."""
         try:
             return json.loads(self.fiscal_doc)
-        except (ValueError, RecursionError) as error:
+        except (TypeError, ValueError, RecursionError) as error:
             raise InvalidDocumentError(self.id, str(error)) from error
 
     def to_dict(self) -> dict[str, Any]:

@@ -7,14 +7,15 @@ are triggers, in `schema`; what an argument may be, in `arguments`.
 
 from kkt_buffer.repository.dead_letters import DeadLetters
 from kkt_buffer.repository.events import Events
+from kkt_buffer.repository.integrity import Integrity, IntegrityReport
 from kkt_buffer.repository.leases import Leases
 from kkt_buffer.repository.pruning import PruneReport, Pruning
 from kkt_buffer.repository.status import BufferStatus
 
-__all__ = ["BufferStatus", "PruneReport", "ReceiptRepository"]
+__all__ = ["BufferStatus", "IntegrityReport", "PruneReport", "ReceiptRepository"]
 
 
-class ReceiptRepository(Leases, DeadLetters, Pruning, Events):
+class ReceiptRepository(Leases, DeadLetters, Pruning, Events, Integrity):
     """
     The buffer, for any number of threads.
 

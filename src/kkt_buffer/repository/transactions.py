@@ -44,6 +44,7 @@ class Transactions:
         now: Callable[[], float] = time.time,
         jitter: Callable[[], float] = random.random,
     ) -> None:
+        self._engine = engine
         self._readers = sessionmaker(engine.execution_options(**{READ_ONLY: True}))
         self._sessions = scoped_session(sessionmaker(engine, expire_on_commit=False))
         self._local = threading.local()

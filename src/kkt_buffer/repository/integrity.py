@@ -1,0 +1,129 @@
+"""Care for the file: copies of it, and whether it is whole."""
+
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from sqlalchemy import text
+from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.orm import Session
+
+from kkt_buffer.backup import backup
+from kkt_buffer.errors import BufferDamagedError, InvalidConfigError, ReceiptBufferError
+from kkt_buffer.models import CONFIG_RULES
+from kkt_buffer.repository.settings import Settings
+
+
+@dataclass(frozen=True, slots=True)
+class IntegrityReport:
+    """What was checked, and what was found wrong with each: an empty tuple where all is well."""
+
+    findings: Mapping[str, tuple[str, ...]]
+
+    @property
+    def is_sound(self) -> bool:
+        """Whether nothing was found."""
+        return not any(self.findings.values())
+
+    def __str__(self) -> str:
+        return "; ".join(f"{what}: {problem}" for what, problems in self.findings.items() for problem in problems)
+
+
+# Each invariant as a query for what breaks it: one text for each problem.
+_INVARIANTS = {
+    "statuses": """
+        SELECT 'receipt ' || id || ' is ' || status || ', which its times or its lease deny' FROM receipts
+        WHERE (status = 'synced') <> (synced_at IS NOT NULL AND hlc_server_time IS NOT NULL)
+            OR (status = 'syncing') <> (lease_token IS NOT NULL)""",
+    "dead letters": """
+        SELECT 'receipt ' || receipts.id || ' is ' || status || ' and has an open dead letter'
+        FROM dlq JOIN receipts ON receipts.id = original_receipt_id WHERE resolved_at IS NULL AND status <> 'failed'
+        UNION ALL
+        SELECT 'receipt ' || id || ' is failed without a dead letter' FROM receipts
+        WHERE status = 'failed' AND NOT EXISTS (SELECT 1 FROM dlq WHERE original_receipt_id = receipts.id)""",
+    "counts": """
+        SELECT name || ' are counted as ' || value || ', and are ' || rows FROM (
+            SELECT name, value, CASE name
+                WHEN 'open_dead_letters' THEN (SELECT COUNT(*) FROM dlq WHERE resolved_at IS NULL)
+                ELSE (SELECT COUNT(*) FROM receipts WHERE status = name) END AS rows
+            FROM buffer_counts)
+        WHERE value <> rows
+        UNION ALL
+        SELECT 'a counter is missing' WHERE (SELECT COUNT(*) FROM buffer_counts) <> 5""",
+    # In the order of commits, which the rowid tells. What was taken over from the sqlite3 version keeps its own.
+    "order of timestamps": """
+        SELECT 'receipt ' || id || ' has a timestamp that is not above the one before it' FROM (
+            SELECT rowid AS number, id, hlc_local_time AS time, hlc_logical_counter AS counter,
+                LAG(hlc_local_time) OVER (ORDER BY rowid) AS time_before,
+                LAG(hlc_logical_counter) OVER (ORDER BY rowid) AS counter_before
+            FROM receipts)
+        WHERE (time, counter) <= (time_before, counter_before)
+            AND number > COALESCE((SELECT CAST(value AS INTEGER) FROM config WHERE key = 'adopted_rows'), 0)""",
+}
+AT_MOST = 100  # problems of one kind that are told
+
+
+class Integrity(Settings):
+    """The operations on the file as a whole."""
+
+    def backup(self, path: str | os.PathLike[str]) -> None:
+        """
+        Copy the buffer as it is at this moment to the file `path`, readable for the owner alone, whoever writes.
+
+        What was at `path` is replaced once the copy is complete and on disk: a crash leaves the old one or the new one.
+        The copy is a buffer like any other. Where stderr is a terminal, it says how far it is.
+
+        Raises `BufferStorageError` if the copy cannot be written, and inside `transaction()`, whose changes would not
+        be in it; `ValueError` if `path` is the buffer itself.
+        """
+        if self.in_transaction:
+            raise ReceiptBufferError(
+                "backup was called inside transaction(): what that has changed so far would not be in the copy. "
+                "Nothing was copied. Call it outside."
+            )
+        backup(self._engine, path)
+
+    def check_integrity(self) -> IntegrityReport:
+        """
+        Read all of the buffer and report what is wrong with it; changes nothing, and locks nobody out.
+
+        Checked are the pages and indexes of the file, the references between its rows, statuses, dead letters, counts,
+        settings, and the order of timestamps. A million receipts take some seconds.
+        """
+        checks: dict[str, Callable[[Session], list[str]]] = {
+            "pages and indexes": _pages,
+            "references": _references,
+            "settings": _settings,
+        }
+        checks |= {what: _query(sql) for what, sql in _INVARIANTS.items()}
+        return IntegrityReport({what: self._found(check) for what, check in checks.items()})
+
+    def _found(self, check: Callable[[Session], list[str]]) -> tuple[str, ...]:
+        try:
+            with self._reading() as session:
+                return tuple(check(session)[:AT_MOST])
+        except (BufferDamagedError, SQLAlchemyError, ValueError) as error:
+            return (str(error),)
+
+
+def _query(sql: str) -> Callable[[Session], list[str]]:
+    return lambda session: list(session.scalars(text(sql)).fetchmany(AT_MOST))
+
+
+def _pages(session: Session) -> list[str]:
+    return [found for found in session.scalars(text(f"PRAGMA integrity_check({AT_MOST})")) if found != "ok"]
+
+
+def _references(session: Session) -> list[str]:
+    return [
+        f"row {row.rowid} of {row.table} refers to a row of {row.parent} that is not there"
+        for row in session.execute(text("PRAGMA foreign_key_check"))
+    ]
+
+
+def _settings(session: Session) -> list[str]:
+    problems = []
+    for key, value in session.execute(text("SELECT key, value FROM config")):
+        if key in CONFIG_RULES and CONFIG_RULES[key].parse(value) is None:
+            problems.append(str(InvalidConfigError(key, value, CONFIG_RULES[key].expected)))
+    return problems
