@@ -1,5 +1,6 @@
 """
-The command line: `python -m kkt_buffer demo | upgrade PATH | status PATH | verify PATH`.
+The command line: `python -m kkt_buffer demo | upgrade PATH | status PATH | verify PATH |
+backup PATH TARGET`.
 
 Exit status 0 for done, 1 for an error that is told in one line or a buffer that is not whole, 2 for a command that is
 not understood.
@@ -13,8 +14,6 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
 from typing import Any
-
-from sqlalchemy import Engine, text
 
 from kkt_buffer import demo
 from kkt_buffer.engine import create_buffer_engine, known_bugs, pragmas
@@ -54,6 +53,11 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("path")
     command.set_defaults(run=_upgrade)
 
+    command = commands.add_parser("backup", help="copy a buffer in use to another file")
+    command.add_argument("path")
+    command.add_argument("target", help="replaced once the copy is complete")
+    command.set_defaults(run=_backup)
+
     command = commands.add_parser("verify", help="read all of the buffer and say whether it is whole; changes nothing")
     command.add_argument("path")
     command.set_defaults(run=_verify)
@@ -88,13 +92,24 @@ def _status(arguments: argparse.Namespace) -> None:
         _print_status(status)
 
 
+def _backup(arguments: argparse.Namespace) -> None:
+    engine = create_buffer_engine(arguments.path, read_only=True)
+    try:
+        require(engine)
+        ReceiptRepository(engine).backup(arguments.target)
+        print(f"{arguments.target}: complete, and on disk")
+    finally:
+        engine.dispose()
+
+
 def _verify(arguments: argparse.Namespace) -> int:
     rows = {"buffer": arguments.path}
     engine = create_buffer_engine(arguments.path, read_only=True)
     try:
         rows["SQLite"] = known_bugs(engine)
         require(engine)
-        report = ReceiptRepository(engine).check_integrity()
+        repository = ReceiptRepository(engine)
+        report = repository.check_integrity()
         try:
             check(engine)
             findings = {"schema": (), **report.findings}
@@ -103,7 +118,8 @@ def _verify(arguments: argparse.Namespace) -> int:
         rows |= {what: "\n".join(problems) or "ok" for what, problems in findings.items()}
         is_sound = not any(findings.values())
         if is_sound:
-            rows["open leases"] = _leases(engine)
+            leased, lasts = repository.get_buffer_status().syncing, repository.get_config("lease_seconds")
+            rows["open leases"] = f"{leased} (each is over after {lasts} s)" if leased else "none"
     finally:
         engine.dispose()
     if is_sound:
@@ -114,14 +130,6 @@ def _verify(arguments: argparse.Namespace) -> int:
     _print_rows(rows)
     print("The buffer is whole." if is_sound else "The buffer is NOT whole. Nothing was changed. Restore a backup.")
     return 0 if is_sound else 1
-
-
-def _leases(engine: Engine) -> str:
-    with engine.execution_options(kkt_buffer_read_only=True).connect() as connection:
-        held, until = connection.execute(
-            text("SELECT COUNT(*), MAX(lease_expires_at) FROM receipts WHERE status = 'syncing'")
-        ).one()
-    return f"{held}, the last of them until {_moment(until)}" if held else "none"
 
 
 def _read_status(path: str) -> dict[str, Any]:

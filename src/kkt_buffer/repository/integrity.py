@@ -4,13 +4,13 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from sqlalchemy import text
+from sqlalchemy import CheckConstraint, text
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import Session
 
 from kkt_buffer.backup import backup
-from kkt_buffer.errors import BufferDamagedError, InvalidConfigError, ReceiptBufferError
-from kkt_buffer.models import CONFIG_RULES
+from kkt_buffer.errors import BufferDamagedError, BufferStorageError, InvalidConfigError, ReceiptBufferError
+from kkt_buffer.models import CONFIG_RULES, Base
 from kkt_buffer.repository.settings import Settings
 
 
@@ -29,12 +29,18 @@ class IntegrityReport:
         return "; ".join(f"{what}: {problem}" for what, problems in self.findings.items() for problem in problems)
 
 
+# SQLite leaves them out where the file is opened for reading alone.
+_RULES = " UNION ALL ".join(
+    f"SELECT 'row ' || rowid || ' of {table.name} breaks {constraint.name}' FROM {table.name}"
+    f" WHERE NOT ({constraint.sqltext})"
+    for table in Base.metadata.sorted_tables
+    for constraint in sorted(table.constraints, key=lambda constraint: str(constraint.name))
+    if isinstance(constraint, CheckConstraint)
+)
+
 # Each invariant as a query for what breaks it: one text for each problem.
 _INVARIANTS = {
-    "statuses": """
-        SELECT 'receipt ' || id || ' is ' || status || ', which its times or its lease deny' FROM receipts
-        WHERE (status = 'synced') <> (synced_at IS NOT NULL AND hlc_server_time IS NOT NULL)
-            OR (status = 'syncing') <> (lease_token IS NOT NULL)""",
+    "rules of the tables": _RULES,
     "dead letters": """
         SELECT 'receipt ' || receipts.id || ' is ' || status || ' and has an open dead letter'
         FROM dlq JOIN receipts ON receipts.id = original_receipt_id WHERE resolved_at IS NULL AND status <> 'failed'
@@ -73,8 +79,8 @@ class Integrity(Settings):
         What was at `path` is replaced once the copy is complete and on disk: a crash leaves the old one or the new one.
         The copy is a buffer like any other. Where stderr is a terminal, it says how far it is.
 
-        Raises `BufferStorageError` if the copy cannot be written, and inside `transaction()`, whose changes would not
-        be in it; `ValueError` if `path` is the buffer itself.
+        Raises `BufferStorageError` if the copy cannot be written, `ReceiptBufferError` inside `transaction()`, whose
+        changes would not be in it, `ValueError` if `path` is the buffer itself.
         """
         if self.in_transaction:
             raise ReceiptBufferError(
@@ -87,8 +93,8 @@ class Integrity(Settings):
         """
         Read all of the buffer and report what is wrong with it; changes nothing, and locks nobody out.
 
-        Checked are the pages and indexes of the file, the references between its rows, statuses, dead letters, counts,
-        settings, and the order of timestamps. A million receipts take some seconds.
+        Checked are the pages and indexes of the file, the references between its rows, what a row may be, dead letters,
+        counts, settings, and the order of timestamps. A million receipts take some seconds.
         """
         checks: dict[str, Callable[[Session], list[str]]] = {
             "pages and indexes": _pages,
@@ -102,7 +108,7 @@ class Integrity(Settings):
         try:
             with self._reading() as session:
                 return tuple(check(session)[:AT_MOST])
-        except (BufferDamagedError, SQLAlchemyError, ValueError) as error:
+        except (BufferStorageError, SQLAlchemyError, ValueError) as error:
             return (str(error),)
 
 
@@ -111,7 +117,12 @@ def _query(sql: str) -> Callable[[Session], list[str]]:
 
 
 def _pages(session: Session) -> list[str]:
-    return [found for found in session.scalars(text(f"PRAGMA integrity_check({AT_MOST})")) if found != "ok"]
+    try:
+        found = list(session.scalars(text(f"PRAGMA integrity_check({AT_MOST})")))
+    except BufferDamagedError as error:
+        # It gives up where it cannot read on; this one goes around, and names the page.
+        found = [*session.scalars(text(f"PRAGMA quick_check({AT_MOST})")), str(error)]
+    return [line for line in found if line != "ok"]
 
 
 def _references(session: Session) -> list[str]:
