@@ -236,16 +236,24 @@ class TestFullDisk:
         assert sorted(kept) == sorted(stored(small_disk / "buffer.db"))
         print(f"filled by {by}: {len(kept) - 50} kept before, 50 after")
 
-    def test_open(self, repository, small_disk):
-        """Without room for a WAL a buffer is refused with the reason; what it holds is not touched."""
+    def test_restart(self, repository, small_disk):
+        """A service that is started again on the disk that it has filled finds all that it acknowledged."""
         kept = self.fill_up(repository)
-        repository._sessions.get_bind().dispose()  # now the WAL is gone, and its room taken
+        repository._sessions.get_bind().dispose()
+        with contextlib.closing(create_buffer_engine(small_disk / "buffer.db").raw_connection()) as other:
+            assert len(kept) == other.cursor().execute("SELECT COUNT(*) FROM receipts").fetchone()[0]
+        assert len(kept) == repository.get_buffer_status().pending
+
+    def test_no_room_to_open(self, repository, small_disk):
+        """Without room for a WAL a buffer is refused with the reason, and not touched; with room it is opened."""
+        repository.insert_receipt(new_receipt())
+        repository._sessions.get_bind().dispose()
         fill(small_disk)
         with pytest.raises(BufferStorageError, match="disk") as refusal:
-            create_buffer_engine(small_disk / "buffer.db")
+            repository.get_buffer_status()
         print(refusal.value)
         (small_disk / "ballast").unlink()
-        assert len(kept) == repository.get_buffer_status().pending
+        assert repository.get_buffer_status().pending == 1
 
     def test_new(self, small_disk):
         """A new buffer for which there is no room is refused; with room, the same call succeeds."""
