@@ -7,6 +7,7 @@ import subprocess
 import sys
 import textwrap
 import uuid
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -78,10 +79,10 @@ def run_python(program: str, *arguments: object, **options: Any) -> subprocess.C
     return done
 
 
-def start_python(program: str, *arguments: object, **options: Any) -> subprocess.Popen[str]:
-    """Start a program in a fresh interpreter; what it prints is read from `stdout`."""
+def start_python(program: str, *arguments: object, before: Iterable[str] = (), **options: Any) -> subprocess.Popen[str]:
+    """Start a program in a fresh interpreter, under the command `before`; what it prints is read from `stdout`."""
     return subprocess.Popen(
-        [sys.executable, "-c", textwrap.dedent(program), *map(str, arguments)],
+        [*before, sys.executable, "-c", textwrap.dedent(program), *map(str, arguments)],
         stdout=subprocess.PIPE,
         text=True,
         **options,
