@@ -8,7 +8,6 @@ another process cannot read, and no lock may be inherited.
 import contextlib
 import os
 import signal
-import time
 
 import pytest
 from builders import new_receipt, run_python, start_python
@@ -229,6 +228,7 @@ def die():
         say("inside", os.getpid())
         time.sleep(60)
 
+say("ready")
 sys.stdin.readline()
 waiter = threading.Thread(target=die, daemon=True)
 waiter.start()
@@ -243,7 +243,7 @@ time.sleep(60)
             own = create_buffer_engine(path, busy_timeout=2)
             stack.callback(own.dispose)
             repository = ReceiptRepository(own)
-            time.sleep(1)
+            assert parent.stdout.readline() == "ready\n"
             with repository.transaction():
                 repository.insert_receipt(new_receipt())
                 parent.stdin.write("go\n")

@@ -301,11 +301,12 @@ class TestWalReset:
 
     def test_gate(self, in_memory):
         """Writes and checkpoints behind the gate leave the file whole, on the SQLite that is in use."""
-        rounds = 28 if PROOF else 4
+        rounds = 28 if PROOF else 2
         for _ in range(rounds):
             assert_not_damaged(in_memory(), 1.0, "nothing")
         print(f"WAL reset, SQLite {sqlite3.sqlite_version}: {rounds} rounds with the gate, nothing damaged")
 
+    @pytest.mark.skipif(not PROOF, reason="a race that a busy machine may need minutes for; `make proof` shows it")
     def test_would_be_found(self, in_memory):
         """Without the gate an affected SQLite damages the file, or loses what was acknowledged."""
         if not engine._has_wal_reset_bug(sqlite3.sqlite_version_info):
