@@ -7,13 +7,17 @@ import subprocess
 import sys
 import textwrap
 import uuid
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
+
+import pytest
 
 from kkt_buffer import Receipt, ReceiptRepository, ReceiptStatus
 
 NOON = 1_772_366_400  # 2026-03-01 12:00 UTC
+PROOF = bool(os.environ.get("KKT_BUFFER_PROOF"))  # `make proof`: deeper, and nothing may be left out
 
 
 @dataclass
@@ -54,6 +58,13 @@ def an_id() -> str:
     return str(uuid.uuid4())
 
 
+def unproven(reason: str) -> NoReturn:
+    """Say loudly what this machine cannot show; where everything has to be shown, that is a failure."""
+    if PROOF:
+        pytest.fail(f"NOT PROVEN: {reason}")
+    pytest.skip(f"NOT PROVEN: {reason}")
+
+
 def run_python(program: str, *arguments: object, **options: Any) -> subprocess.CompletedProcess[str]:
     """Run a program in a fresh interpreter, and fail with what it printed if it fails."""
     done = subprocess.run(
@@ -68,10 +79,10 @@ def run_python(program: str, *arguments: object, **options: Any) -> subprocess.C
     return done
 
 
-def start_python(program: str, *arguments: object, **options: Any) -> subprocess.Popen[str]:
-    """Start a program in a fresh interpreter; what it prints is read from `stdout`."""
+def start_python(program: str, *arguments: object, before: Iterable[str] = (), **options: Any) -> subprocess.Popen[str]:
+    """Start a program in a fresh interpreter, under the command `before`; what it prints is read from `stdout`."""
     return subprocess.Popen(
-        [sys.executable, "-c", textwrap.dedent(program), *map(str, arguments)],
+        [*before, sys.executable, "-c", textwrap.dedent(program), *map(str, arguments)],
         stdout=subprocess.PIPE,
         text=True,
         **options,
