@@ -76,7 +76,6 @@ class TestClaimPending:
         assert first.lease_token != second.lease_token
         assert second.retry_count == 0
 
-    @pytest.mark.xfail(reason="src bug 4 of h3.patch-notes.md: the time is read before the write lock is waited for")
     def test_after_waiting(self, engine, repository, clock):
         """A worker that waited while the clock went on does not take a fresh lease for one out of the future."""
         asked, claimed = threading.Event(), []

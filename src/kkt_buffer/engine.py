@@ -225,6 +225,7 @@ class GuardedConnection(sqlite3.Connection if TYPE_CHECKING else object):  # typ
     pid = 0
     in_write = False
     in_begun = False
+    lost = False  # SQLite has rolled the transaction back by itself, and the program believes to be inside it
 
     def begin(self, *, write: bool) -> None:
         """Begin a transaction; a write takes the gate first."""
@@ -233,7 +234,7 @@ class GuardedConnection(sqlite3.Connection if TYPE_CHECKING else object):  # typ
         try:
             if write:
                 self.database.gate.acquire(self)
-            self._refuse_replaced("Nothing was written.")
+            self._refuse_changed_files()
             self.execute("BEGIN IMMEDIATE" if write else "BEGIN")
             self.in_begun = True
         except BaseException:
@@ -243,15 +244,30 @@ class GuardedConnection(sqlite3.Connection if TYPE_CHECKING else object):  # typ
     def commit(self) -> None:
         """Commit what `begin` began, or raise if it is not there any more."""
         self.refuse_child()
-        if self.in_begun and not self.in_transaction:
-            raise BufferStorageError(
-                f"{self.database}: SQLite had to roll the transaction back (see the error before this one). "
-                "Nothing of it was stored; what was acknowledged before is safe. Try again."
-            )
+        self.notice_loss()
+        self.refuse_lost()
         super().commit()
         if self.in_write:
-            self._refuse_replaced("The last transaction may be lost.")
+            self.database.sizes = self._sizes("The last transaction may be lost.")
         self._finish()
+
+    def notice_loss(self) -> None:
+        """If SQLite has rolled back by itself, begin a transaction in its place, so that nothing commits on its own."""
+        if self.in_begun and not self.in_transaction and self.pid == os.getpid():
+            self.lost = True
+            self.execute("BEGIN")
+
+    def refuse_lost(self) -> None:
+        """Raise if SQLite has rolled back by itself."""
+        if self.lost:
+            raise self.lost_error()
+
+    def lost_error(self) -> BufferStorageError:
+        """What is said of a transaction that SQLite has rolled back by itself."""
+        return BufferStorageError(
+            f"{self.database}: SQLite had to roll the transaction back (see the error before this one). "
+            "Nothing of it was stored; what was acknowledged before is safe. Try again."
+        )
 
     def rollback(self) -> None:
         """Roll back, and let the next writer in."""
@@ -279,28 +295,43 @@ class GuardedConnection(sqlite3.Connection if TYPE_CHECKING else object):  # typ
 
     def _finish(self) -> None:
         self.database.gate.release(self)
-        self.in_begun = self.in_write = False
+        self.in_begun = self.in_write = self.lost = False
 
     def refuse_child(self) -> None:
         """Raise if this is not the process that opened the connection."""
         if self.pid != os.getpid():
             raise self.database.forked()
 
-    def _refuse_replaced(self, consequence: str) -> None:
+    def _refuse_changed_files(self) -> None:
+        known = self.database.sizes  # before we look: what another thread commits meanwhile makes them larger
+        found = self._sizes("Nothing was written.")
+        if any(size < before for size, before in zip(found, known, strict=False)):
+            self.database.refuse_cut_files(found)
+
+    def _sizes(self, consequence: str) -> tuple[int, ...]:
+        """How large the files are that we have open; raises if they are not those that others would open now."""
+        sizes = []
         for name, identity in self.files:
-            if _identity(name) != identity:
+            status = _stat(name)
+            if status is None or (status.st_dev, status.st_ino) != identity:
                 raise BufferStorageError(
                     f"{name} was deleted or replaced while it was in use. {consequence} Stop every program that uses "
                     "the buffer, put the right files in place, and start again."
                 )
+            sizes.append(status.st_size)
+        return tuple(sizes)
+
+
+def _stat(name: str) -> os.stat_result | None:
+    try:
+        return os.stat(name)  # noqa: PTH116 (four times in every transaction)
+    except OSError:
+        return None
 
 
 def _identity(name: str) -> tuple[int, int] | None:
-    try:
-        status = os.stat(name)  # noqa: PTH116 (four times in every transaction)
-    except OSError:
-        return None
-    return status.st_dev, status.st_ino
+    status = _stat(name)
+    return None if status is None else (status.st_dev, status.st_ino)
 
 
 class _Database:
@@ -313,6 +344,7 @@ class _Database:
         self.read_only = read_only
         self.busy_timeout = busy_timeout
         self.connections: weakref.WeakSet[GuardedConnection] = weakref.WeakSet()
+        self.sizes: tuple[int, ...] = ()  # of the database and its WAL after the last commit here
         self.inherited = False
         self._driver = driver
         self._class = type("Connection", (GuardedConnection, driver.Connection), {})
@@ -328,7 +360,7 @@ class _Database:
         self._target = f"file:{quote(str(path))}?mode={'ro' if read_only else 'rw'}"
         if _identity(str(path)) in _inherited_files:
             raise self.forked()
-        with self._explained():
+        with self.explained():
             if path.is_dir():
                 raise BufferStorageError(f"{path} is a folder; give the path of a file in it. Nothing was opened.")
             if path.exists() and not path.is_file():
@@ -347,7 +379,7 @@ class _Database:
         with _fork_lock:
             if self.inherited or self.identity in _inherited_files:
                 raise self.forked()
-            with self._explained():
+            with self.explained():
                 connection = cast("GuardedConnection", self._open(factory=self._class))
             connection.database = self
             connection.pid = os.getpid()
@@ -356,7 +388,7 @@ class _Database:
 
     def configure(self, connection: GuardedConnection, _record: object) -> None:
         """Apply the PRAGMAs and read them back. For the pool's `connect` event."""
-        with self._explained():
+        with self.explained():
             for pragma in self._journal(connection):
                 self._set(connection, pragma)
             # The first read opens the WAL; from now on it must stay the file that it is.
@@ -396,20 +428,47 @@ class _Database:
                 "buffer was not used. Put it on a local disk: a network or read-only mount cannot keep a receipt safe."
             )
 
+    def refuse_cut_files(self, sizes: tuple[int, ...]) -> None:
+        """
+        Raise if a file that is smaller than it was has lost something.
+
+        SQLite itself makes a long WAL shorter, to `journal_size_limit`; another program's checkpoint or VACUUM may do
+        more. Whether all is there can only be said by reading it, on a connection that has nothing in its cache yet.
+        """
+        try:
+            with contextlib.closing(self._open()) as fresh:
+                found = fresh.execute("PRAGMA quick_check(1)").fetchone()[0]
+        except self._driver.Error as error:
+            found = str(error)
+        if found != "ok":
+            raise BufferDamagedError(
+                f"{self} or its WAL was cut short while it was in use ({found}). Nothing was written. Stop every "
+                "program that uses the buffer, keep a copy of all its files, and restore a backup."
+            )
+        self.sizes = sizes
+
     def begin(self, connection: Connection) -> None:
         """Begin in the way that the transaction needs. For the engine's `begin` event."""
         write = not (self.read_only or connection.get_execution_options().get(READ_ONLY, False))
         driver_connection = cast("GuardedConnection", connection.connection.dbapi_connection)
-        with self._explained():
+        with self.explained():
             driver_connection.begin(write=write)
 
     def join(self, connection: Connection, _name: str) -> None:
         """Refuse to go on with the parent's transaction in a forked child. For the engine's `savepoint` event."""
-        cast("GuardedConnection", connection.connection.dbapi_connection).refuse_child()
+        driver_connection = cast("GuardedConnection", connection.connection.dbapi_connection)
+        driver_connection.refuse_child()
+        driver_connection.refuse_lost()
 
     def explain(self, context: ExceptionContext) -> BaseException | None:
         """Turn what the driver says of the file, or of a missing table of ours, into our errors. For `handle_error`."""
         error = context.original_exception
+        connection = context.connection
+        if connection is not None and not connection.closed and not connection.invalidated:
+            driver_connection = cast("GuardedConnection", connection.connection.dbapi_connection)
+            if driver_connection.lost and str(error).startswith("no such savepoint"):
+                return driver_connection.lost_error()
+            driver_connection.notice_loss()
         if NOT_MIGRATED.match(str(error)):
             return SchemaError(
                 f"{self} was not migrated ({error}). Nothing was written. Call upgrade(engine), or run "
@@ -453,8 +512,32 @@ class _Database:
                 for folder in path.parents:
                     sync_folder(folder)
 
-    def _explained(self) -> contextlib.AbstractContextManager[None]:
+    def explained(self) -> contextlib.AbstractContextManager[None]:
+        """Turn what the driver and the system say of the file into our errors."""
         return storage_errors(self, self._driver)
+
+
+def checkpoint(engine: Engine) -> None:
+    """Bring what is in the WAL into the database, as far as no reader needs it there."""
+    database = _databases[engine]
+    with database.gate.held(), database.explained():
+        connection = engine.raw_connection()
+        try:
+            cast("GuardedConnection", connection.dbapi_connection).execute("PRAGMA wal_checkpoint").fetchone()
+        finally:
+            connection.close()
+
+
+@contextlib.contextmanager
+def lenient_text(connection: Connection) -> Iterator[None]:
+    """Read text that is no UTF-8 all the same, its stray bytes as escapes."""
+    driver_connection = cast("GuardedConnection", connection.connection.dbapi_connection)
+    before = driver_connection.text_factory
+    driver_connection.text_factory = lambda raw: raw.decode("utf-8", "backslashreplace")
+    try:
+        yield
+    finally:
+        driver_connection.text_factory = before
 
 
 def driver_of(engine: Engine) -> ModuleType:
@@ -474,6 +557,9 @@ def storage_errors(what: object, driver: ModuleType) -> Iterator[None]:
 
 
 def _translated(what: object, error: BaseException | None) -> BufferStorageError | None:
+    if isinstance(error, UnicodeDecodeError) or str(error).startswith("Could not decode to UTF-8"):
+        error_of_text = _FAULTS[11]
+        return error_of_text.error(f"{what}: it holds text that is no UTF-8 ({error}). {error_of_text.advice}")
     if isinstance(error, OSError):
         return BufferStorageError(
             f"{what} cannot be used: {error.strerror or error}. Nothing was written. Check that the folder exists "

@@ -10,6 +10,7 @@ import fcntl
 import os
 import threading
 import time
+from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
@@ -31,9 +32,11 @@ class WriteGate:
         self._path = path
         self._timeout = timeout
         self._descriptor: int | None = None
+        self._queued: set[int] = set()  # descriptors that helpers wait with
         # The holder and its thread, in a dict of at most one item: dict.setdefault takes the place in one step.
         self._place: dict[str, tuple[object, int]] = {}
-        self._bell = _bell()
+        # The threads that wait for it, in the order in which they came, each with the bell that wakes it.
+        self._waiting: deque[tuple[object, threading.Lock]] = deque()
 
     def acquire(self, holder: object) -> None:
         """Wait for the gate. Raises `BufferBusyError` when the timeout is over, or when waiting could never end."""
@@ -57,8 +60,8 @@ class WriteGate:
         if self._descriptor is not None:
             fcntl.flock(self._descriptor, fcntl.LOCK_UN)
         self._place.clear()
-        with contextlib.suppress(RuntimeError):  # it has been rung, and nobody has heard it yet
-            self._bell.release()
+        with contextlib.suppress(RuntimeError, IndexError):  # it has been rung already; nobody waits
+            self._waiting[0][1].release()
 
     @property
     def is_mine(self) -> bool:
@@ -100,21 +103,40 @@ class WriteGate:
     def forget(self) -> None:
         """Start afresh in a forked child: the parent's lock is not ours, and its threads are not here."""
         self._close()
+        for descriptor in self._queued:  # else this child would keep the lock of a parent that is killed later
+            os.close(descriptor)
+        self._queued = set()
         self._place = {}
-        self._bell = _bell()
+        self._waiting = deque()
 
     def _is_held_by(self, holder: object) -> bool:
         return self._place.get("", (None, None))[0] is holder
 
     def _take_place(self, holder: object, deadline: float) -> None:
         place = (holder, threading.get_ident())
-        while self._place.setdefault("", place)[0] is not holder:
-            left = deadline - time.monotonic()
-            if left <= 0:
-                raise self._busy("another thread of this process")
-            # Whoever hears the bell looks; and everybody looks now and then, should it be lost on one who was
-            # interrupted.
-            self._bell.acquire(timeout=min(left, 0.01))
+        if not self._waiting and self._place.setdefault("", place)[0] is holder:
+            return
+        me, looks = (holder, _bell()), 0
+        try:
+            self._waiting.append(me)
+            while not (self._may_go(me, looks) and self._place.setdefault("", place)[0] is holder):
+                left = deadline - time.monotonic()
+                if left <= 0:
+                    raise self._busy("another thread of this process")
+                # Everybody looks now and then, should the bell be lost on one who was interrupted.
+                me[1].acquire(timeout=min(left, 0.01))
+                looks = 0 if self._place else looks + 1
+        finally:
+            with contextlib.suppress(ValueError):  # one who was in a hurry has taken us for lost
+                self._waiting.remove(me)
+
+    def _may_go(self, me: tuple[object, threading.Lock], looks: int) -> bool:
+        with contextlib.suppress(IndexError):
+            if looks > 1 and self._waiting[0] is not me:
+                # Nobody takes the place: whoever is first was interrupted on the way, and is not here any more.
+                self._waiting.popleft()
+            return looks > 1 or self._waiting[0] is me
+        return True
 
     def _open_and_lock(self) -> int | None:
         if self._path is None:
@@ -134,9 +156,13 @@ class WriteGate:
         # flock knows no timeout, and polling it would lose our place: a helper waits in the kernel's queue instead. It
         # has the descriptor to itself until it is granted.
         descriptor, self._descriptor = self._descriptor, None
+        assert descriptor is not None  # noqa: S101 (it has just been locked by somebody else)
+        self._queued.add(descriptor)
         granted: Future[None] = Future()
         try:
-            threading.Thread(target=_wait, args=(descriptor, granted), daemon=True, name="kkt-buffer gate").start()
+            threading.Thread(
+                target=_wait, args=(descriptor, granted, self._queued), daemon=True, name="kkt-buffer gate"
+            ).start()
             granted.result(max(0.0, deadline - time.monotonic()))
         except BaseException as error:
             # Either the helper closes it when its turn comes, or it has come already.
@@ -145,9 +171,11 @@ class WriteGate:
                     raise self._busy("another process") from None
                 raise
             self._descriptor = descriptor
+            self._queued.discard(descriptor)
             if not isinstance(error, TimeoutError):
                 raise
         self._descriptor = descriptor
+        self._queued.discard(descriptor)
 
     def _close(self) -> None:
         if self._descriptor is not None:
@@ -168,10 +196,11 @@ def _bell() -> threading.Lock:
     return bell
 
 
-def _wait(descriptor: int, granted: "Future[None]") -> None:
+def _wait(descriptor: int, granted: "Future[None]", queued: set[int]) -> None:
     fcntl.flock(descriptor, fcntl.LOCK_EX)
     if granted.set_running_or_notify_cancel():
         granted.set_result(None)
     else:
         fcntl.flock(descriptor, fcntl.LOCK_UN)  # a forked child may have a copy of the descriptor
+        queued.discard(descriptor)
         os.close(descriptor)

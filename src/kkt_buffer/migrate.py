@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from sqlalchemy import Connection, Engine, inspect, text
 from sqlalchemy.exc import SQLAlchemyError
 
-from kkt_buffer.engine import READ_ONLY, driver_of
+from kkt_buffer.engine import READ_ONLY, checkpoint, driver_of
 from kkt_buffer.errors import BufferBusyError, SchemaError
 
 if TYPE_CHECKING:
@@ -69,6 +69,8 @@ def upgrade(engine: Engine) -> None:
                 f"{reason}"
             ) from error
         else:
+            # A copy of the database without its WAL must not look as if there were no schema yet.
+            checkpoint(engine)
             return
 
 

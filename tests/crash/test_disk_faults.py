@@ -400,7 +400,6 @@ class TestRolledBackBySqlite:
         full.insert_receipt(new_receipt())
         assert full.get_buffer_status().pending == 1
 
-    @pytest.mark.xfail(reason="src bug 2 of h3.patch-notes.md: what follows the rollback commits by itself")
     @pytest.mark.parametrize("nested", [False, True])
     def test_nothing_stored(self, full, nested):
         """What the program did after it inside the same block is not stored either, and every error is ours."""

@@ -289,9 +289,6 @@ class Shop:
 
 @pytest.mark.slow
 class TestKills:
-    @pytest.mark.xfail(
-        reason="src bug 4 of h3.patch-notes.md: a claim that waited takes a fresh lease away", strict=False
-    )
     def test_nothing_lost(self, path, tmp_path):
         """Whatever moment the kills fall into: nothing lost, doubled, stuck or out of order, never one too many."""
         seed = random.randrange(10**6)

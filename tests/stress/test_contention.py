@@ -155,7 +155,6 @@ def wide(path):
 
 @pytest.mark.slow
 class TestWriters:
-    @pytest.mark.xfail(reason="src bug 5 of h3.patch-notes.md: threads of one process starve each other", strict=False)
     @pytest.mark.parametrize("slow", [False, True], ids=["good disk", "slow disk"])
     def test_crowd(self, wide, slow):
         """No lock reaches a caller, nobody waits long, the WAL stays short, and all that was acknowledged is there."""

@@ -468,7 +468,6 @@ class TestFiles:
         assert ends["changed"] == 0
         assert all(ends[end] for end in ("refused", "partly", "worked"))
 
-    @pytest.mark.xfail(reason="src bug 6 of h3.patch-notes.md: text that is not UTF-8, values of a wrong type")
     def test_documented(self, sample, folder):
         """Only documented errors come out."""
         assert [] == self.tally(folder, sample, 300)[1]

@@ -93,13 +93,14 @@ class Integrity(Settings):
         """
         Read all of the buffer and report what is wrong with it; changes nothing, and locks nobody out.
 
-        Checked are the pages and indexes of the file, the references between its rows, what a row may be, dead letters,
-        counts, settings, and the order of timestamps. A million receipts take some seconds.
+        Checked are the pages and indexes of the file, the references between its rows, what a row may be, texts,
+        dead letters, counts, settings, and the order of timestamps. A million receipts take some seconds.
         """
         checks: dict[str, Callable[[Session], list[str]]] = {
             "pages and indexes": _pages,
             "references": _references,
             "settings": _settings,
+            "texts": _texts,
         }
         checks |= {what: _query(sql) for what, sql in _INVARIANTS.items()}
         return IntegrityReport({what: self._found(check) for what, check in checks.items()})
@@ -130,6 +131,19 @@ def _references(session: Session) -> list[str]:
         f"row {row.rowid} of {row.table} refers to a row of {row.parent} that is not there"
         for row in session.execute(text("PRAGMA foreign_key_check"))
     ]
+
+
+def _texts(session: Session) -> list[str]:
+    problems = []
+    columns = ("pos_id", "fiscal_doc", "last_error")
+    blobs = ", ".join(f"CAST({column} AS BLOB)" for column in columns)
+    for receipt_id, *values in session.execute(text(f"SELECT CAST(id AS BLOB), {blobs} FROM receipts")):
+        for column, value in zip(("id", *columns), (receipt_id, *values), strict=True):
+            try:
+                (value or b"").decode()
+            except UnicodeDecodeError as error:
+                problems.append(f"{column} of receipt {receipt_id.decode(errors='backslashreplace')}: {error}")
+    return problems
 
 
 def _settings(session: Session) -> list[str]:

@@ -20,11 +20,12 @@ from kkt_buffer.repository.receipts import NO_LEASE, Receipts, status_of
 _receipts = cast("Table", Receipt.__table__)
 
 # A lease is over when it has expired, and when it was taken in the future: then the clock was set back, and nobody
-# knows how long it would last.
+# knows how long it would last. By a minute it may be: a clock that is corrected a little must not take a fresh lease
+# away from its worker.
 _free = {"status": literal_column("'pending'"), **NO_LEASE}
 RECOVER = (
     update(_receipts)
-    .where(text(SYNCING_ONLY + " AND (lease_expires_at <= :now OR lease_taken_at > :now)"))
+    .where(text(SYNCING_ONLY + " AND (lease_expires_at <= :now OR lease_taken_at > :now + 60)"))
     .values(_free)
 )
 
@@ -88,8 +89,8 @@ class Leases(Receipts):
         if pos_id is not None:
             parameters["pos"] = arguments.name("pos_id", pos_id)
         token = str(uuid.uuid4())
-        now = self._seconds()
         with self.transaction() as session:
+            now = self._seconds()  # not earlier: others may have claimed while we waited for the write lock
             numbers = self._numbers("lease_seconds", "retry_backoff_max")
             lasts = numbers["lease_seconds"] if lease_seconds is None else _lease(lease_seconds)
             connection = session.connection()
@@ -114,8 +115,8 @@ class Leases(Receipts):
         """
         receipt_id = arguments.lookup_id(receipt_id)
         token = arguments.name("lease_token", lease_token)
-        now = self._seconds()
         with self.transaction() as session:
+            now = self._seconds()
             lasts = self._numbers("lease_seconds")["lease_seconds"] if lease_seconds is None else _lease(lease_seconds)
             held = {"receipt_id": receipt_id, "token": token, "now": now, "expires": now + lasts}
             connection = session.connection()

@@ -4,6 +4,7 @@ Transactions: a scoped session for each thread, opened by the outermost block an
 How a transaction begins, commits and fails on the connection is in `engine`.
 """
 
+import logging
 import random
 import threading
 import time
@@ -15,8 +16,10 @@ from typing import Any
 from sqlalchemy import Engine, Select
 from sqlalchemy.orm import Session, scoped_session, sessionmaker
 
-from kkt_buffer.engine import READ_ONLY
-from kkt_buffer.errors import ReceiptBufferError
+from kkt_buffer.engine import READ_ONLY, lenient_text
+from kkt_buffer.errors import BufferDamagedError, ReceiptBufferError
+
+logger = logging.getLogger(__name__)
 
 
 class _Block:
@@ -107,7 +110,13 @@ class Transactions:
         with self._reading() as session:
             # The session may be the caller's, and know an older state of the same row.
             options = {"populate_existing": True}
-            rows = list(session.scalars(statement, parameters, execution_options=options))
+            try:
+                rows = list(session.scalars(statement, parameters, execution_options=options))
+            except BufferDamagedError as error:
+                # A stray byte in one document must not keep all the others from being delivered.
+                logger.error("%s Reading on without them; see check_integrity().", error)  # noqa: TRY400 (it is handled)
+                with lenient_text(session.connection()):
+                    rows = list(session.scalars(statement, parameters, execution_options=options))
             if self.in_transaction:
                 for row in rows:
                     session.expunge(row)
