@@ -37,6 +37,8 @@ EXPRESSION_INDEXES = ("idx_receipts_status", "idx_receipts_pos_id")
 def _is_ours(name: str | None, kind: str, parents: Mapping[Any, str | None]) -> bool:
     """A host application may keep its tables in the same database; they are no business of ours."""
     table = name if kind == "table" else parents.get("table_name")
+    if kind == "column" and table in OUR_TABLES:
+        return str(name) in Base.metadata.tables[str(table)].columns  # a shop may have added some
     return table is None or table in OUR_TABLES
 
 
@@ -48,7 +50,9 @@ def _add_what_autogenerate_misses(ctx: Any, _revision: Any, directives: list[Mig
             continue
         told = str(up.as_diffs())
         for difference in differences(ctx.connection):
-            if f"'{difference.name}'" not in told:
+            if difference.kind == "table" and not difference.constraints and f"'{difference.name}'" in told:
+                continue  # its columns, which autogenerate has seen
+            if difference.kind == "table" or f"'{difference.name}'" not in told:
                 _mend(difference, up, down)
 
 
@@ -59,7 +63,8 @@ def _mend(difference: Difference, up: UpgradeOps, down: DowngradeOps) -> None:
         return
     drop = f"DROP {kind.upper()} {name}"
     up.ops += [ExecuteSQLOp(sql) for sql in (drop if found else None, expected) if sql]
-    down.ops += [ExecuteSQLOp(sql) for sql in (drop if expected else None, found) if sql]
+    # First of all: a trigger may use what the steps after it take away.
+    down.ops[:0] = [ExecuteSQLOp(sql) for sql in (drop if expected else None, found) if sql]
 
 
 def _note_release(connection: Connection) -> None:

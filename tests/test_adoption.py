@@ -277,7 +277,7 @@ class TestRepairs:
         assert became == {name: row[name] for name in became}
         assert event in repairs(old, "r")
         assert f"repaired receipt r: {event[0].split(':')[0]}" in caplog.text
-        assert f"1 times {event[0].split(':')[0]} → {event[1]}" in caplog.text
+        assert f"{event[0].split(':')[0]} → {event[1]} (1)" in caplog.text
         engine = create_buffer_engine(old)
         repository = ReceiptRepository(engine)
         if row["status"] == "pending":
@@ -344,7 +344,76 @@ class TestRepairs:
         adopt(old)
         assert len(rows(old, "receipts")) == wanted
         limit = 2 if capacity == "2" else 200
-        assert [(f"more receipts than buffer_capacity: {wanted} > {limit}", "all kept")] == repairs(old, None)
+        assert repairs(old, None)[-1] == (f"more receipts than buffer_capacity: {wanted} > {limit}", "all kept")
+        assert rows(old, "config")["buffer_capacity"]["value"] == str(limit)
+
+    IDS = (
+        ("0F8FAD5B-D9CB-469F-A165-70867728950E", "0f8fad5b-d9cb-469f-a165-70867728950e"),
+        (b"a-blob", "a-blob"),
+        (b"\xcc1", "\\xcc1"),
+    )
+
+    @pytest.mark.parametrize(("found", "became"), IDS)
+    def test_id(self, old, found, became):
+        """An id that operations would look for in vain becomes one that they find, wherever it is referred to."""
+        run(old, "CREATE TABLE sales (receipt_id TEXT REFERENCES receipts (id))")
+        run(old, receipt(id=found, status="failed"), ("INSERT INTO sales VALUES (?)", (found,)))
+        run(old, letter(found), ("UPDATE buffer_events SET receipt_id = ?", (found,)))
+        adopt(old)
+        assert [became] == list(rows(old, "receipts")) == list(rows(old, "sales"))
+        assert rows(old, "buffer_events")[1]["receipt_id"] == became
+        assert ("another" in dict(repairs(old, became)).values()) == (found != became)
+        engine = create_buffer_engine(old)
+        repository = ReceiptRepository(engine)
+        (open_letter,) = repository.list_dead_letters()
+        repository.requeue(open_letter.original_receipt_id, actor="Anna", reason="again")
+        assert deliver_pending(repository, lambda _: NOON).count(Outcome.SYNCED) == 1
+        engine.dispose()
+
+    def test_id_is_taken(self, old):
+        """Two ids that differ by their letters' case alone are two receipts."""
+        lower = "0f8fad5b-d9cb-469f-a165-70867728950e"
+        run(old, receipt(id=lower), receipt(id=lower.upper(), hlc_logical_counter=1))
+        adopt(old)
+        assert len({lower, *rows(old, "receipts")}) == 2
+
+    @pytest.mark.parametrize(
+        ("created_at", "became"),
+        [("2026-03-01 12:00:00", NOON), ("2026-03-01T15:00:00+03:00", NOON), ("yesterday", NOON - 9), (1e30, NOON - 9)],
+    )
+    def test_deadline(self, old, created_at, became):
+        """The 30 days run from when the receipt was made: from its text, or from its other time."""
+        run(old, receipt(created_at=created_at, hlc_local_time=NOON - 9))
+        adopt(old)
+        assert rows(old, "receipts")["r"]["created_at"] == became
+
+    def test_fresh_attempts(self, old):
+        """A receipt that nobody gave up has its attempts before it, as after a requeue."""
+        run(old, receipt(status="failed", retry_count=20))
+        adopt(old)
+        assert rows(old, "receipts")["r"]["retry_count"] == 0
+
+    def test_resolved_when(self, old):
+        """A dead letter that was resolved at some odd time stays resolved, by whom it was."""
+        run(old, receipt(status="failed"), letter(resolved_at="2026-03-01 12:00:00", resolved_by="Анна"))
+        run(old, letter(failed_at=NOON + 1, resolved_at="once", resolved_by="Иван"))
+        adopt(old)
+        assert ["Анна", "Иван"] == [row["resolved_by"] for row in rows(old, "dlq").values()]
+        assert rows(old, "dlq")[f"letter {NOON}"]["resolved_at"] == NOON
+
+    @pytest.mark.parametrize(
+        ("value", "became"), [("200.0", "200"), (b"300", "300"), ("0", "1"), ("-5", "1"), ("many", "200")]
+    )
+    def test_setting(self, old, value, became):
+        """A setting that is no whole number would stop the buffer."""
+        run(old, ("UPDATE config SET value = ? WHERE key = 'buffer_capacity'", (value,)))
+        adopt(old)
+        assert rows(old, "config")["buffer_capacity"]["value"] == became
+
+    def test_event_times(self, old):
+        run(old, receipt(), "UPDATE buffer_events SET timestamp = '2026-03-01 12:00:00'")
+        adopt(old)
+        assert rows(old, "buffer_events")[1]["timestamp"] == NOON
 
     LETTERS = (
         ("failed", [letter(failed_at=NOON), letter(failed_at=NOON + 1)], [NOON + 1]),
@@ -426,13 +495,72 @@ class TestOthers:
         assert "foreign keys were violated before" in caplog.text
         assert [row["amount"] for row in rows(path, "cash_transactions").values()].count(1) == 1
 
-    def test_column_of_the_shop(self, old, caplog):
-        """A column that a shop has added to a table of ours is kept; `check` names it."""
-        run(old, 'ALTER TABLE receipts ADD COLUMN "shift no" INTEGER NOT NULL DEFAULT 7', receipt())
-        with pytest.raises(SchemaError, match="shift no"):
-            adopt(old)
-        assert rows(old, "receipts")["r"]["shift no"] == 7
+    def test_columns_of_the_shop(self, old, caplog):
+        """Columns that a shop has added to a table of ours are kept as they were defined, and work."""
+        for column in (
+            '"shift no" INTEGER NOT NULL DEFAULT 7',
+            "cashier TEXT NOT NULL DEFAULT 'Иванова, А.' COLLATE NOCASE",
+            "[length] INTEGER GENERATED ALWAYS AS (length(fiscal_doc)) VIRTUAL",
+        ):
+            run(old, f"ALTER TABLE receipts ADD COLUMN {column}")
+        run(
+            old,
+            receipt(),
+            "CREATE TABLE lengths (n INTEGER)",
+            "CREATE TRIGGER shop_length AFTER INSERT ON receipts BEGIN INSERT INTO lengths VALUES (NEW.length); END",
+        )
+        adopt(old)
+        engine = create_buffer_engine(old)
+        ReceiptRepository(engine).insert_receipt({"pos_id": "t", "fiscal_doc": "{}"})
+        engine.dispose()
+        found = list(rows(old, "receipts").values())
+        assert [7, 7] == [row["shift no"] for row in found]
+        assert ["Иванова, А."] * 2 == [row["cashier"] for row in found]
+        assert 2 in rows(old, "lengths")
         assert "kept the column shift no of receipts, which is not ours" in caplog.text
+
+    def test_stored_column(self, tmp_path):
+        """What SQLite cannot add again as it was is kept as a plain column, with its values."""
+        ddl = "email TEXT UNIQUE, -- a comment, with a comma\n    pos_id TEXT NOT NULL"
+        path = tmp_path / "old.db"
+        with contextlib.closing(sqlite3.connect(path)) as db:
+            db.executescript(predecessor.DDL.replace("pos_id TEXT NOT NULL", ddl, 1))
+        run(path, receipt(), "UPDATE receipts SET email = 'a@b'")
+        adopt(path)
+        assert rows(path, "receipts")["r"]["email"] == "a@b"
+
+    def test_unique_index(self, old, caplog):
+        """An index of the shop's own goes, and where it was a rule, the log says so."""
+        run(old, "CREATE UNIQUE INDEX shop_unique ON receipts (pos_id, created_at)")
+        adopt(old)
+        assert "dropped the index shop_unique" in caplog.text
+
+    @pytest.mark.parametrize(
+        ("change", "told"),
+        [
+            (
+                "ALTER TABLE receipts ADD COLUMN next_attempt_at TEXT",
+                "duplicate column name: next_attempt_at. What has",
+            ),
+            (
+                "ALTER TABLE receipts ADD COLUMN changed_at TEXT",
+                "duplicate column name: changed_at. What has this name",
+            ),
+            ("CREATE TABLE buffer_counts (a)", "buffer_counts already exists. What has this name there is not ours"),
+            (
+                "ALTER TABLE dlq DROP COLUMN last_error",
+                "table dlq is not that of the sqlite3 version: it has no column",
+            ),
+        ],
+    )
+    def test_names_of_ours(self, old, change, told):
+        """What has a name of ours stands in the way; it is named, and nothing is changed, nor left beside the file."""
+        run(old, receipt(), change)
+        before = everything(old)
+        with pytest.raises(SchemaError, match=told):
+            adopt(old)
+        assert before == everything(old)
+        assert [] == list(old.parent.glob("*before-adoption*"))
 
     def test_ids_of_events(self, old):
         """An id of an event is never given twice, even if the latest events were deleted."""
@@ -484,6 +612,13 @@ class TestBackup:
             adopt(old)
         assert before == everything(old)
 
+    def test_unfinished(self, old):
+        """What a kill left of an earlier copy is taken away."""
+        unfinished = old.with_name(f".{old.name}.before-adoption-20260301-120000.unfinished")
+        unfinished.touch()
+        adopt(old)
+        assert not unfinished.exists()
+
     def test_fails_later(self, old, monkeypatch):
         """An adoption that fails at its end leaves the file as it was, and says so."""
         run(old, receipt(), "CREATE TRIGGER trg_guard_capacity AFTER INSERT ON loyalty BEGIN SELECT 1; END")
@@ -495,6 +630,7 @@ class TestBackup:
             upgrade(engine)
         engine.dispose()
         assert before == everything(old)
+        assert [] == list(old.parent.glob("*before-adoption*"))
 
 
 class TestRefused:

@@ -32,7 +32,7 @@ ARROWS = {
     "progress": set(),
     "backup": {"engine", "progress"},
     "drift": {"models", "schema"},
-    "adoption": {"backup", "progress"},
+    "adoption": {"backup", "engine", "errors", "progress"},
     "migrate": {"adoption", "drift", "engine", "errors"},
     "repository": {
         f"repository.{subject}" for subject in ("dead_letters", "events", "integrity", "leases", "pruning", "status")

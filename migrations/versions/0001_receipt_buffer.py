@@ -289,6 +289,13 @@ def downgrade() -> None:
                 f"refusing to drop the buffer: it holds {held} {what}. Nothing was changed. "
                 "Deliver and prune them, or keep a backup and delete the file yourself."
             )
+    stored = op.get_bind().execute(sa.text("SELECT key, value FROM config WHERE key <> 'release' ORDER BY key"))
+    own = [row.key for row in stored if CONFIG.get(row.key) != row.value]
+    if own:
+        raise CommandError(
+            f"refusing to drop the buffer: its settings are its own ({', '.join(own)}). Nothing was changed. "
+            "Keep a backup and delete the file yourself."
+        )
     op.execute("DROP VIEW v_buffer_status")
     for table in ("buffer_counts", "config", "buffer_events", "dlq", "receipts"):
         op.drop_table(table)

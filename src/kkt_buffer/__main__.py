@@ -18,7 +18,7 @@ from typing import Any
 from kkt_buffer import demo
 from kkt_buffer.engine import create_buffer_engine, known_bugs, pragmas
 from kkt_buffer.errors import ReceiptBufferError
-from kkt_buffer.migrate import check, current, require, upgrade
+from kkt_buffer.migrate import check, current, require, stage, upgrade
 from kkt_buffer.repository import ReceiptRepository
 
 
@@ -77,9 +77,9 @@ def _demo(arguments: argparse.Namespace) -> None:
 def _upgrade(arguments: argparse.Namespace) -> None:
     engine = create_buffer_engine(arguments.path)
     try:
-        before = current(engine)
+        before = stage(engine)
         upgrade(engine)
-        print(f"{arguments.path}: schema {current(engine)} (was {before or 'none'})")
+        print(f"{arguments.path}: schema {current(engine)} (was {before})")
     finally:
         engine.dispose()
 

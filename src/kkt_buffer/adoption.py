@@ -6,18 +6,23 @@ It is a part of migration 0001 and, like a migration, history: it speaks of that
 """
 
 import functools
+import glob
 import json
 import logging
+import re
 import time
 import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from sqlalchemy import Connection, inspect
+from sqlalchemy import Connection, event, inspect
 
 from kkt_buffer.backup import backup
+from kkt_buffer.engine import driver_of
+from kkt_buffer.errors import SchemaError
 from kkt_buffer.progress import progress
 
 if TYPE_CHECKING:
@@ -25,13 +30,17 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-CAPACITY = 200  # where the predecessor's config has none
+# The predecessor's settings, and what they are where its config has none, or nonsense.
+SETTINGS = {
+    "buffer_capacity": 200,
+    "circuit_breaker_threshold": 5,
+    "circuit_breaker_timeout": 60,
+    "max_retry_attempts": 20,
+}
 BY = "adoption"  # who resolves a dead letter here
 
-# The predecessor's columns; the first one is the key.
+# The predecessor's columns; the first one is the key. Receipts come first: the others speak of their ids.
 COLUMNS = {
-    "config": ("key", "value", "updated_at"),
-    "buffer_events": ("id", "event_type", "receipt_id", "timestamp", "metadata"),
     "receipts": (
         "id",
         "pos_id",
@@ -56,10 +65,14 @@ COLUMNS = {
         "resolved_at",
         "resolved_by",
     ),
+    "buffer_events": ("id", "event_type", "receipt_id", "timestamp", "metadata"),
+    "config": ("key", "value", "updated_at"),
 }
 ADDED = {"dlq": ("resolution_reason",)}  # the columns of 0001 that a repair fills
 TRIGGERS = ("trg_receipt_added", "trg_receipt_synced")
 VIEW = "v_buffer_status"
+
+UUID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 
 Row = dict[str, Any]
 
@@ -101,7 +114,16 @@ class Predecessor:
         if is_predecessor(connection):
             names = inspect(connection).get_table_names()
             self._tables = [table for table in COLUMNS if table in names]
+        for table in self._tables:
+            missing = set(COLUMNS[table]).difference(self._columns(table))
+            if missing:
+                raise SchemaError(
+                    f"the table {table} is not that of the sqlite3 version: it has no column {min(missing)}. "
+                    "Nothing was touched. Give it another name, or put the column back, and upgrade again."
+                )
+        self._connection = connection
         self._triggers: list[str] = []  # the shop's own
+        self._new_ids: dict[object, str] = {}
         self._now = int(time.time())
         self._events: list[tuple[str | None, int, str, str]] = []
         self._copied: Counter[str] = Counter()
@@ -111,12 +133,9 @@ class Predecessor:
         """Back the file up; then give its tables other names, and drop what stands on them."""
         if not self._tables:
             return
-        path = self._engine.url.database
-        if path and path != ":memory:":
-            # Nobody can write meanwhile: this transaction holds the write lock.
-            target = f"{path}.before-adoption-{datetime.now(UTC):%Y%m%d-%H%M%S}"
-            backup(self._engine, target)
-            logger.warning("taking over the buffer of the sqlite3 version; as it was, it is kept in %s", target)
+        path = Path(self._engine.url.database or ":memory:")
+        if path.name != ":memory:":
+            self._back_up(path)
         marks = ", ".join("?" * len(self._tables))
         standing = self._db.execute(
             "SELECT type, name, sql FROM sqlite_master"  # noqa: S608 (question marks)
@@ -126,10 +145,22 @@ class Predecessor:
         for kind, name, sql in standing:
             if kind == "trigger" and name not in TRIGGERS:
                 self._triggers.append(sql)
+            elif kind == "index" and "UNIQUE" in sql.upper():
+                logger.warning("dropped the index %s, which is not ours and may stand in the way: %s", name, sql)
             self._db.execute(f"DROP {kind} {_quoted(name)}")
         self._db.execute(f"DROP VIEW IF EXISTS {VIEW}")
         for table in self._tables:
             self._db.execute(f"ALTER TABLE {table} RENAME TO old_{table}")
+
+    def _back_up(self, path: Path) -> None:
+        for unfinished in path.parent.glob(f".{glob.escape(path.name)}.before-adoption-*.unfinished"):
+            unfinished.unlink()
+        target = path.with_name(f"{path.name}.before-adoption-{datetime.now(UTC):%Y%m%d-%H%M%S}")
+        # Nobody can write meanwhile: this transaction holds the write lock.
+        backup(self._engine, target)
+        # If all of this is taken back, the file is what it was, and each new attempt would leave one more copy.
+        event.listen(self._connection, "rollback", lambda _connection: target.unlink(missing_ok=True))
+        logger.warning("taking over the buffer of the sqlite3 version; as it was, it is kept in %s", target)
 
     def take_over(self) -> None:
         """Copy every row into our tables, repaired where it must be, with an event and a line in the log for each."""
@@ -137,10 +168,15 @@ class Predecessor:
             return
         read_as = self._db.text_factory
         self._db.text_factory = _text
-        mended = {"receipts": self._receipts, "dlq": self._letters}
+        mended = {
+            "receipts": self._receipts,
+            "dlq": self._letters,
+            "buffer_events": self._events_of_old,
+            "config": self._settings,
+        }
         for table in self._tables:
-            rows = self._rows(table)
-            self._copy(table, mended[table](rows) if table in mended else rows)
+            self._copy(table, mended[table](self._rows(table)))
+        self._rename_references()
         self._compare_with_capacity()
         self._db.text_factory = read_as
         # The ids of the events go on where they were, even if the latest events are gone.
@@ -159,7 +195,7 @@ class Predecessor:
             (self._now,),
         )
         kept = ", ".join(f"{count} rows of {table}" for table, count in self._copied.items())
-        repairs = "; ".join(f"{count} times {what}" for what, count in self._repairs.items())
+        repairs = "; ".join(f"{what} ({count})" for what, count in self._repairs.items())
         logger.warning("took over %s; repaired: %s", kept, repairs or "nothing")
 
     def put_back(self) -> None:
@@ -179,22 +215,56 @@ class Predecessor:
                 row = dict(zip(columns, values, strict=True))
                 if row[key] is None:  # SQLite lets a primary key be null
                     row[key] = str(uuid.uuid4())
+                    self._repaired(
+                        row[key] if table == "receipts" else None, f"a row of {table} without {key}", "got one"
+                    )
                 yield row
                 self._copied[table] = done
                 tell(done)
 
     def _copy(self, table: str, rows: Iterator[Row]) -> None:
-        ours = {column[1] for column in self._db.execute(f"PRAGMA table_info({table})")}
-        found = {column[1]: column[2] for column in self._db.execute(f"PRAGMA table_info(old_{table})")}
-        for name in found.keys() - ours:
-            self._db.execute(f"ALTER TABLE {table} ADD COLUMN {_quoted(name)} {found[name]}")
-            logger.warning("kept the column %s of %s, which is not ours", name, table)
-        columns = ["rowid", *found, *(name for name in ADDED.get(table, ()) if name not in found)]
+        found = self._columns(f"old_{table}")
+        for name in found:
+            if name not in COLUMNS[table]:
+                self._keep_column(table, name, found[name])
+        stored = [name for name, (_, generated) in found.items() if not generated]
+        columns = ["rowid", *stored, *ADDED.get(table, ())]
         names, marks = ", ".join(map(_quoted, columns)), ", ".join("?" * len(columns))
         self._db.executemany(
             f"INSERT INTO {table} ({names}) VALUES ({marks})",  # noqa: S608 (quoted names)
             ([row[column] for column in columns] for row in rows),
         )
+
+    def _columns(self, table: str) -> dict[str, tuple[str, bool]]:
+        """Each column with its type, and whether it is computed from others."""
+        return {column[1]: (column[2], column[6] != 0) for column in self._db.execute(f"PRAGMA table_xinfo({table})")}
+
+    def _keep_column(self, table: str, name: str, kind: tuple[str, bool]) -> None:
+        """Add a column of the shop's own to our table, as it was defined where SQLite can do that."""
+        (sql,) = self._db.execute("SELECT sql FROM sqlite_master WHERE name = ?", (f"old_{table}",)).fetchone()
+        clauses = {_first_word(clause): clause for clause in _clauses(sql)}
+        try:
+            self._db.execute(f"ALTER TABLE {table} ADD COLUMN {clauses[name.lower()]}")
+        except (KeyError, driver_of(self._engine).OperationalError) as error:
+            if "duplicate column" in str(error) or kind[1]:
+                raise
+            self._db.execute(f"ALTER TABLE {table} ADD COLUMN {_quoted(name)} {kind[0]}")
+        logger.warning("kept the column %s of %s, which is not ours", name, table)
+
+    def _rename_references(self) -> None:
+        """Ids that had to change are followed by the tables of others that refer to them by a foreign key."""
+        if not self._new_ids:
+            return
+        references = self._db.execute(
+            'SELECT m.name, f."from" FROM sqlite_master AS m, pragma_foreign_key_list(m.name) AS f'
+            " WHERE m.type = 'table' AND f.\"table\" = 'receipts' COLLATE NOCASE"
+        ).fetchall()
+        for table, column in references:
+            if table not in COLUMNS and table.removeprefix("old_") not in COLUMNS:
+                self._db.executemany(
+                    f"UPDATE {_quoted(table)} SET {_quoted(column)} = ? WHERE {_quoted(column)} = ?",  # noqa: S608 (quoted)
+                    [(new, old) for old, new in self._new_ids.items()],
+                )
 
     def _repaired(self, receipt_id: str | None, found: str, became: str, detail: object = "") -> None:
         self._events.append((receipt_id, self._now, f"{found}: {detail}" if detail else found, became))
@@ -202,14 +272,18 @@ class Predecessor:
         logger.info("repaired receipt %s: %s %s → %s", receipt_id, found, detail, became)
 
     def _receipts(self, rows: Iterator[Row]) -> Iterator[Row]:
-        numbers: dict[str, int | None] = {"created_at": self._now, "hlc_local_time": self._now}
-        numbers |= {"hlc_logical_counter": 0, "hlc_server_time": None, "retry_count": 0, "synced_at": None}
         dead = set()
         if "dlq" in self._tables:
             dead = {row[0] for row in self._db.execute("SELECT original_receipt_id FROM old_dlq")}
+            dead |= {self._mended_id(receipt_id) for receipt_id in dead}
         latest = (-1, -1)
         for row in rows:
+            row["id"] = self._mend_id(row["id"])
             note = functools.partial(self._repaired, row["id"])
+            # One time stands in for the other: the 30 days of a receipt run from when it was made.
+            made = _whole(row["created_at"], _whole(row["hlc_local_time"], self._now))
+            numbers = {"created_at": made, "hlc_local_time": made, "hlc_logical_counter": 0}
+            numbers |= {"hlc_server_time": None, "retry_count": 0, "synced_at": None}
             _mend_values(row, numbers, ("pos_id", "fiscal_doc", "last_error"), note)
             if row["retry_count"] is None:
                 row["retry_count"] = 0
@@ -222,6 +296,19 @@ class Predecessor:
                 note("a timestamp that is not above the ones before it", "kept", stamp)
             latest = max(latest, stamp)
             yield row
+
+    def _mend_id(self, given: object) -> str:
+        """The id as operations look for it: a text, and a UUID in lower-case letters."""
+        wanted = _text(given) if isinstance(given, bytes) else str(given)
+        if UUID.fullmatch(wanted.lower()):
+            wanted = wanted.lower()
+        if wanted == given and not isinstance(given, _Mended):
+            return wanted
+        if self._db.execute("SELECT 1 FROM old_receipts WHERE id = ?", (str(wanted),)).fetchone():
+            wanted = str(uuid.uuid4())
+        self._new_ids[given] = wanted
+        self._repaired(wanted, "an id that cannot be looked for", "another", f"{given!r} → {wanted}")
+        return wanted
 
     @staticmethod
     def _mend_status(row: Row, dead: set[str], note: Callable[..., None]) -> None:
@@ -239,7 +326,8 @@ class Predecessor:
             row["status"] = "pending"
             note("syncing, and nobody works on it", "pending")
         elif row["status"] == "failed" and row["id"] not in dead:
-            row["status"] = "pending"
+            # As after a requeue: with fresh attempts.
+            row["status"], row["retry_count"] = "pending", 0
             note("failed without a dead letter", "pending")
 
     def _letters(self, rows: Iterator[Row]) -> Iterator[Row]:
@@ -247,15 +335,16 @@ class Predecessor:
             "SELECT original_receipt_id, rowid FROM old_dlq WHERE resolved_at IS NULL ORDER BY failed_at, rowid"
         )
         newest = dict(opened.fetchall())
-        numbers = {"failed_at": self._now, "retry_attempts": 0, "resolved_at": None}
+        numbers = {"failed_at": self._now, "retry_attempts": 0, "resolved_at": self._now}
         for row in rows:
-            receipt_id = row["original_receipt_id"]
+            is_newest = newest.get(row["original_receipt_id"]) == row["rowid"]
+            receipt_id = row["original_receipt_id"] = self._mended_id(row["original_receipt_id"])
             note = functools.partial(self._repaired, receipt_id)
             _mend_values(row, numbers, ("reason", "fiscal_doc", "last_error", "resolved_by"), note)
             row["resolution_reason"] = None
             if row["resolved_at"] is None:
                 row["resolved_by"] = None
-                why = self._why_closed(receipt_id, is_newest=newest[receipt_id] == row["rowid"])
+                why = self._why_closed(receipt_id, is_newest=is_newest)
                 if why:
                     row["resolved_at"], row["resolved_by"], row["resolution_reason"] = self._now, BY, why
                     note(f"an open dead letter, but {why}", f"resolved by {BY}")
@@ -272,10 +361,35 @@ class Predecessor:
             return f"its receipt is {status[0]}"
         return None if is_newest else "there is a newer one"
 
+    def _mended_id(self, given: object) -> Any:  # noqa: ANN401 (whatever stands there)
+        if given in self._new_ids:
+            return self._new_ids[given]
+        wanted = _text(given) if isinstance(given, bytes) else given
+        lowered = wanted.lower() if isinstance(wanted, str) else wanted
+        return lowered if isinstance(lowered, str) and UUID.fullmatch(lowered) else wanted
+
+    def _events_of_old(self, rows: Iterator[Row]) -> Iterator[Row]:
+        for row in rows:
+            note = functools.partial(self._repaired, None)
+            _mend_values(row, {"timestamp": self._now}, ("event_type", "receipt_id", "metadata"), note)
+            if row["receipt_id"] is not None:
+                row["receipt_id"] = self._mended_id(row["receipt_id"])
+            yield row
+
+    def _settings(self, rows: Iterator[Row]) -> Iterator[Row]:
+        for row in rows:
+            note = functools.partial(self._repaired, None)
+            _mend_values(row, {"updated_at": self._now}, ("key", "value"), note)
+            value = row["value"]
+            if row["key"] in SETTINGS and not (value.isascii() and value.isdigit() and int(value) > 0):
+                row["value"] = str(max(_whole(value, SETTINGS[row["key"]]) or 0, 1))
+                note(f"{row['key']} is no whole number", "made one", f"{value!r} → {row['value']}")
+            yield row
+
     def _compare_with_capacity(self) -> None:
         (undelivered,) = self._db.execute("SELECT COUNT(*) FROM receipts WHERE status = 'pending'").fetchone()
         given = self._db.execute("SELECT value FROM config WHERE key = 'buffer_capacity'").fetchone()
-        capacity = int(given[0]) if given and given[0].isdecimal() else CAPACITY
+        capacity = int(given[0]) if given else SETTINGS["buffer_capacity"]
         if undelivered > capacity:
             self._repaired(None, "more receipts than buffer_capacity", "all kept", f"{undelivered} > {capacity}")
 
@@ -299,11 +413,48 @@ def _mend_values(
             note(f"{column} is no UTF-8", "its stray bytes are written as \\x…")
 
 
-def _whole(value: float | str | bytes, otherwise: int | None) -> int | None:
+def _whole(value: object, otherwise: int | None) -> int | None:
+    """The whole number that is meant: a number, its text, or a date, which SQLite's own functions write in UTC."""
+    if isinstance(value, int):
+        return value
+    text = _text(value) if isinstance(value, bytes) else str(value)
     try:
-        return int(float(value))
-    except (TypeError, ValueError, OverflowError):
-        return otherwise
+        number = int(float(text))
+    except (ValueError, OverflowError):
+        try:
+            moment = datetime.fromisoformat(text)
+        except ValueError:
+            return otherwise
+        number = int((moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp())
+    return number if abs(number) < 2**63 else otherwise
+
+
+_TOKENS = re.compile(
+    r"""'(?:[^']|'')*' | "(?:[^"]|"")*" | `[^`]*` | \[[^]]*\] | --[^\n]* | /\*.*?\*/ | [(),] | [^'"`[(),/-]+ | .""",
+    re.DOTALL | re.VERBOSE,
+)
+
+
+def _clauses(sql: str) -> list[str]:
+    """The definitions of columns and constraints in the text of a table."""
+    found, depth = [""], 0
+    for piece in _TOKENS.findall(sql[sql.index("(") + 1 :]):
+        depth += {"(": 1, ")": -1}.get(piece, 0)
+        if depth < 0:
+            break
+        if piece == "," and not depth:
+            found.append("")
+        elif not piece.startswith(("--", "/*")):
+            found[-1] += piece
+    return [clause.strip() for clause in found]
+
+
+def _first_word(clause: str) -> str:
+    """The name of the column that a clause defines, in lower-case letters."""
+    if clause[:1] in {'"', "`", "["}:
+        end = {'"': '"', "`": "`", "[": "]"}[clause[0]]
+        return clause[1 : clause.index(end, 1)].lower()
+    return clause.split(maxsplit=1)[0].lower()
 
 
 def _is_json(text: str) -> bool:

@@ -26,6 +26,9 @@ PATH_VARIABLE = "BUFFER_DB_PATH"
 _lock = threading.RLock()
 _engine: Engine | None = None
 _repository: ReceiptRepository | None = None
+_refused: str | os.PathLike[str] | URL | None = (
+    None  # the buffer that could not be opened: no other one stands in for it
+)
 
 
 def init_buffer_db(db_path: str | os.PathLike[str] | URL | None = None, *, upgrade: bool = True) -> Engine:
@@ -39,32 +42,46 @@ def init_buffer_db(db_path: str | os.PathLike[str] | URL | None = None, *, upgra
     Raises `BufferStorageError`, `BufferDamagedError` or `SchemaError` if this buffer cannot be used; the one that was
     open before stays.
     """
-    global _engine, _repository
+    global _engine, _repository, _refused  # noqa: PLW0603 (as in close_buffer_db)
     with _lock:
-        engine = create_buffer_engine(os.environ.get(PATH_VARIABLE) or DEFAULT_PATH if db_path is None else db_path)
-        try:
-            (migrate.upgrade if upgrade else migrate.require)(engine)
-        except BaseException:
-            engine.dispose()
-            raise
+        path = os.environ.get(PATH_VARIABLE) or DEFAULT_PATH if db_path is None else db_path
+        _refused = path
+        engine = _opened(path, upgrade=upgrade)
         close_buffer_db()
         _engine, _repository = engine, ReceiptRepository(engine)
         return engine
 
 
+def _opened(path: str | os.PathLike[str] | URL, *, upgrade: bool) -> Engine:
+    if not upgrade:
+        # For reading at first: what is not there must not be made.
+        engine = create_buffer_engine(path, read_only=True)
+        try:
+            migrate.require(engine)
+        finally:
+            engine.dispose()
+    engine = create_buffer_engine(path)
+    try:
+        migrate.upgrade(engine)
+    except BaseException:
+        engine.dispose()
+        raise
+    return engine
+
+
 def get_db() -> Engine:
-    """The engine of the default buffer, opened on first use."""
+    """The engine of the default buffer, opened on first use; raises again if that was refused."""
     with _lock:
-        return _engine or init_buffer_db()
+        return _engine or init_buffer_db(_refused)
 
 
 def close_buffer_db() -> None:
     """Close the default buffer; the next use opens it again. Twice is once."""
-    global _engine, _repository  # noqa: PLW0603 (the default repository is what this module is for)
+    global _engine, _repository, _refused  # noqa: PLW0603 (the default repository is what this module is for)
     with _lock:
         if _engine is not None:
             _engine.dispose()
-        _engine = _repository = None
+        _engine = _repository = _refused = None
 
 
 def _default() -> ReceiptRepository:

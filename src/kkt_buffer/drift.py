@@ -2,7 +2,7 @@
 What differs between the objects of a database and those of the models and of `schema`: tables with their checks,
 defaults and references, indexes, views, triggers.
 
-Compared is the SQL text that SQLite keeps. A trigger or view of another name is somebody else's business.
+Compared is the SQL text that SQLite keeps. A trigger, a view or a column of another name is somebody else's business.
 """
 
 import re
@@ -30,8 +30,21 @@ class Difference(NamedTuple):
             return f"the {self.kind} {self.name} is not ours"
         if self.kind != "table":
             return f"the {self.kind} {self.name} differs"
-        missing, extra = _clauses(self.expected) - _clauses(self.found), _clauses(self.found) - _clauses(self.expected)
-        return f"the table {self.name} lacks {sorted(missing)} and has {sorted(extra)}"
+        missing, extra = self._clauses()
+        told = [f"lacks {', '.join(missing)}"] * bool(missing) + [f"has {', '.join(extra)}"] * bool(extra)
+        return f"the table {self.name} {' and '.join(told)}"
+
+    @property
+    def constraints(self) -> list[str]:
+        """The constraints of a table in which the two differ."""
+        missing, extra = self._clauses()
+        return [clause for clause in missing + extra if clause.startswith("CONSTRAINT")]
+
+    def _clauses(self) -> tuple[list[str], list[str]]:
+        if self.expected is None or self.found is None:
+            return [], []
+        expected, found = _clauses(self.expected), _clauses(self.found)
+        return sorted(expected - found), sorted(found - expected - _of_others(self.expected, self.found))
 
 
 def differences(connection: Connection) -> list[Difference]:
@@ -41,7 +54,7 @@ def differences(connection: Connection) -> list[Difference]:
     return [
         Difference(kind, name, expected.get((kind, name)), found.get((kind, name)))
         for kind, name in sorted(expected.keys() | found.keys())
-        if _comparable(expected.get((kind, name))) != _comparable(found.get((kind, name)))
+        if _differ(expected.get((kind, name)), found.get((kind, name)))
     ]
 
 
@@ -64,10 +77,23 @@ def _found(connection: Connection, expected: set[tuple[str, str]]) -> dict[tuple
     }
 
 
-def _comparable(sql: str | None) -> object:
-    if sql is None:
-        return None
-    return _clauses(sql) if sql.startswith("CREATE TABLE") else _plain(sql)
+def _differ(expected: str | None, found: str | None) -> bool:
+    if expected is None or found is None:
+        return True
+    if not expected.startswith("CREATE TABLE"):
+        return _plain(expected) != _plain(found)
+    return _clauses(expected) != _clauses(found) - _of_others(expected, found)
+
+
+def _of_others(expected: str, found: str) -> frozenset[str]:
+    """The columns that somebody has added to a table of ours."""
+    ours = {_first_word(clause) for clause in _clauses(expected)}
+    ours |= {"CHECK", "CONSTRAINT", "FOREIGN", "PRIMARY", "UNIQUE"}
+    return frozenset(clause for clause in _clauses(found) if _first_word(clause) not in ours)
+
+
+def _first_word(clause: str) -> str:
+    return clause.replace("(", " ").partition(" ")[0]
 
 
 def _plain(sql: str) -> str:

@@ -63,7 +63,9 @@ def upgrade(engine: Engine) -> None:
                 raise
             logger.warning("waiting for the process that has the database locked; it may be upgrading it")
         except (CommandError, SQLAlchemyError, driver_of(engine).Error) as error:
-            reason = getattr(error, "orig", None) or error  # the driver's own words, without SQLAlchemy's many lines
+            reason = str(getattr(error, "orig", None) or error)  # the driver's words, without SQLAlchemy's many lines
+            if re.search("already exists|duplicate column name", reason):
+                reason += ". What has this name there is not ours: give it another one, and upgrade again."
             raise SchemaError(
                 f"the upgrade to schema {revisions()[-1]} failed and was rolled back; the database is as it was. "
                 f"{reason}"
@@ -86,7 +88,7 @@ def current(engine: Engine) -> str | None:
         revision = connection.scalar(text(f"SELECT version_num FROM {VERSION_TABLE}"))  # noqa: S608 (our own constant)
         if revision is not None and revision not in revisions():
             raise SchemaError(
-                f"the database has schema {revision}, made by kkt-buffer {_release_of(connection)}; this is kkt-buffer "
+                f"the database has schema {revision}, made by {_release_of(connection)}; this is kkt-buffer "
                 f"{release()}, which knows schemas up to {revisions()[-1]}. Nothing was touched. Install that release "
                 "or a newer one."
             )
@@ -103,27 +105,31 @@ def _release_of(connection: Connection) -> str:
         found = connection.scalar(text("SELECT value FROM config WHERE key = :key"), {"key": RELEASE_KEY})
     except (SchemaError, SQLAlchemyError):  # who knows what a later release has made of that table
         found = None
-    return str(found) if found else "of a newer release"
+    return f"kkt-buffer {found}" if found else "a newer release"
 
 
 def require(engine: Engine) -> None:
     """Raise `SchemaError` unless the database has the schema of this release."""
     found = current(engine)
-    if found == revisions()[-1]:
-        return
+    if found != revisions()[-1]:
+        what = "no schema" if found is None else f"the old schema {found}"
+        if found is None and stage(engine) != "none":
+            what = f"the schema of {stage(engine)}"
+        raise SchemaError(
+            f"the database has {what} where this release needs {revisions()[-1]}. Nothing was touched. "
+            "Run `python -m kkt_buffer upgrade PATH`, or `upgrade(engine)`."
+        )
+
+
+def stage(engine: Engine) -> str:
+    """The revision of the database as people call it: its number, "the sqlite3 version", or "none"."""
     from kkt_buffer.adoption import is_predecessor  # noqa: PLC0415 (rarely needed)
 
+    found = current(engine)
+    if found is not None:
+        return found
     with engine.connect().execution_options(**{READ_ONLY: True}) as connection:
-        if found is not None:
-            what = f"the old schema {found}"
-        elif is_predecessor(connection):
-            what = "the schema of the sqlite3 version"
-        else:
-            what = "no schema"
-    raise SchemaError(
-        f"the database has {what} where this release needs {revisions()[-1]}. Nothing was touched. "
-        "Run `python -m kkt_buffer upgrade PATH`, or `upgrade(engine)`."
-    )
+        return "the sqlite3 version" if is_predecessor(connection) else "none"
 
 
 def check(engine: Engine) -> None:
@@ -136,7 +142,7 @@ def check(engine: Engine) -> None:
     if found:
         raise SchemaError(
             "the schema of the database is not that of this release: " + "; ".join(map(str, found)) + ". Nothing was "
-            "touched. Somebody changed it by hand: put that back, or restore a backup."
+            "touched. Somebody changed it by hand: put that back (drop an index that is not ours), or restore a backup."
         )
 
 
