@@ -1,8 +1,8 @@
 """
 What a power loss may leave of a recording: what is certainly on disk at a moment, and what is not yet.
 
-The rules are those of POSIX, and no kinder: a file's data is certain once a sync of that file has ended that began after
-the write had ended; a name, once a sync of its folder has. Syncing a file does nothing for its name.
+The rules are those of POSIX, and no kinder: a file's data is certain once a sync of that file has ended that began
+after the write had ended; a name, once a sync of its folder has. Syncing a file does nothing for its name.
 """
 
 import heapq
@@ -20,7 +20,7 @@ class Effect:
 
 
 class Disk:
-    """The disk as a recording goes on. `certain` and `pending` are by inode; what is pending comes after what is not."""
+    """The disk as a recording goes on: by inode, what is certain, and `pending` what has begun since."""
 
     def __init__(self, recording: Recording) -> None:
         self.recording = recording

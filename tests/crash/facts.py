@@ -1,8 +1,8 @@
 """
 What is known of a buffer, as plain JSON by key: in these words the writer acknowledges and a disk image is read.
 
-The keys are `schema` (the revision), `objects` (tables, triggers and so on), `config:KEY`, `event:NUMBER`, `hlc:ID` and,
-for all there is about a receipt in every table, its id.
+The keys are `schema` (the revision), `objects` (tables, triggers and so on), `config:KEY`, `event:NUMBER`, `hlc:ID`
+and, for all there is about a receipt in every table, its id.
 """
 
 import hashlib
@@ -62,10 +62,6 @@ class Story:
     def resolved(self):
         self._close_letter("resolved")
         self.events.append("receipt_resolved")
-
-    def pruned(self):
-        """What is left of a receipt that was pruned: its events, which have a retention of their own."""
-        return {"events": self.events}
 
     def _close_letter(self, how):
         if self.letters and self.letters[-1][1] is None:

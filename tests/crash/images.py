@@ -48,7 +48,19 @@ def _last(_random: random.Random, count: int) -> list[bool]:
 
 
 _all = _not(_none)
-CHOICES = [_none, _all, _prefix, _not(_prefix), _one, _not(_one), _last, _not(_last), _some(0.1), _some(0.5), _some(0.9)]
+CHOICES = [
+    _none,
+    _all,
+    _prefix,
+    _not(_prefix),
+    _one,
+    _not(_one),
+    _last,
+    _not(_last),
+    _some(0.1),
+    _some(0.5),
+    _some(0.9),
+]
 CORNER_CHOICES = [(_none, _none), (_all, _all), (_none, _all), (_all, _none)]
 
 

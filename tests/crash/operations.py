@@ -83,6 +83,11 @@ class Recording:
     def acknowledgements(self):
         return [one for one in self.operations if isinstance(one, Acknowledgement)]
 
+    @property
+    def end(self):
+        """After everything."""
+        return max(one.ended for one in self.operations) + 1
+
     def without(self, *syncs):
         """What it would be, had these never been called."""
         gone = set(map(id, syncs))

@@ -1,9 +1,9 @@
 """
-A day in the life of a buffer, through the public API alone: `python -m crash.writer DATABASE ACKNOWLEDGED DAY [FAULT]`.
+A day of a buffer, through the public API alone: `python -m crash.writer DATABASE ACKNOWLEDGED DAY [FAULT]`.
 
-Runs under strace. After each call that has returned, one line in ACKNOWLEDGED says what is true from now on: a JSON list
-with the facts that each transaction has changed. Each till is a thread of its own with receipts of its own, so that the
-changes of one receipt come one after another. A FAULT takes away one thing that durability stands on.
+Runs under strace. After each call that has returned, one line in ACKNOWLEDGED says what is true from now on: a JSON
+list with the facts that each transaction has changed. Each till is a thread of its own with receipts of its own, so
+that the changes of one receipt come one after another. A FAULT takes away one thing that durability stands on.
 """
 
 import json
@@ -14,6 +14,7 @@ import time
 import uuid
 
 from crash.facts import Story, digest
+
 from kkt_buffer import DeliveryRejected, ReceiptRepository, buffer, engine, migrate
 
 TILLS = 3
@@ -155,26 +156,27 @@ class Day:
 
     def deliver(self):
         """One receipt at a time: what the sender sees is claimed, and that is acknowledged too."""
-        answers = [SERVER_TIME, DeliveryRejected("no"), SERVER_TIME, SERVER_TIME]
-        for answer in answers:
+        for answer in (SERVER_TIME, DeliveryRejected("no"), SERVER_TIME, SERVER_TIME):
             sent = []
 
             def send(receipt, answer=answer, sent=sent):
                 sent.append(receipt.id)
                 self.stories[receipt.id].claimed(receipt.lease_token)
-                self.acknowledge(self.told(sent))
+                self.acknowledge(self.told(sent), self.last_event("sync_started"))
                 if isinstance(answer, Exception):
                     raise answer
                 return answer
 
             buffer.deliver_pending(send, 1)
-            story = self.stories[sent[0]]
             if isinstance(answer, Exception):
-                letter = next(one for one in buffer.list_dead_letters() if one.original_receipt_id == sent[0])
-                story.failed(letter.reason)
+                self.stories[sent[0]].failed(f"rejected by the operator: DeliveryRejected: {answer}")
             else:
-                story.synced(answer)
-            self.acknowledge(self.told(sent))
+                self.stories[sent[0]].synced(answer)
+            self.acknowledge(self.told(sent), self.last_event("sync_completed"))
+
+    @staticmethod
+    def last_event(kind):
+        return {f"event:{buffer.get_events(1, event_type=kind)[0].id}": kind}
 
     def requeue_all(self):
         def tell(_):
@@ -194,7 +196,7 @@ class Day:
         later = ReceiptRepository(buffer.get_db(), now=lambda: time.time() + 100 * DAY)
 
         def forget(ids):
-            return {one: {"events": self.stories.pop(one).events} | {} for one in ids} | {f"hlc:{one}": None for one in ids}
+            return {one: {"events": self.stories.pop(one).events} for one in ids} | {f"hlc:{one}": None for one in ids}
 
         def history(_):
             told = []
@@ -205,12 +207,14 @@ class Day:
             return self.told(told)
 
         def resolved(_):
-            return forget([one for one, story in self.stories.items() if story.status == "failed" and story.letters[-1][1]])
+            return forget(
+                [one for one, story in self.stories.items() if story.status == "failed" and story.letters[-1][1]]
+            )
 
         def delivered(_):
             return forget([one for one, story in self.stories.items() if story.status == "synced"])
 
-        self.do(later.prune, history, resolved, delivered, lambda _: dict.fromkeys((f"event:{n}" for n in numbers)))
+        self.do(later.prune, history, resolved, delivered, lambda _: dict.fromkeys(f"event:{n}" for n in numbers))
 
     # The day.
 
