@@ -16,7 +16,7 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
-from crash.operations import Acknowledgement, Inode, Naming, Recording, Sync, Truncate, Write
+from crash.operations import Acknowledgement, Inode, Naming, Operation, Recording, Sync, Truncate, Write
 
 # They read, wait, or have to do with memory and signals alone. A question mark: not every machine has it.
 HARMLESS = """
@@ -31,12 +31,13 @@ FILTER = "trace=!" + ",".join(f"?{name}" for name in HARMLESS.split())
 
 # On files of ours, these change owners, modes and locks.
 NO_DATA = {"execve", "fchown", "fchmod", "flock", "fcntl", "fadvise64"}
+# They may fail, and nothing has happened.
+NAMES = {"openat", "mkdir", "mkdirat", "unlink", "unlinkat"}
 # A process of its own would have descriptors of its own, and io_uring writes without a call.
 NEVER = {"fork", "vfork", "io_uring_setup", "memfd_create"}
 
 CALL = re.compile(r"(\d+) +(?:<\.\.\. )?(\w+)(?: resumed>|\()(.*)", re.DOTALL)
 TEXT = re.compile(r'"((?:\\x[0-9a-f]{2})*)"')
-DESCRIPTOR = re.compile(r"(\d+)<")
 UNFINISHED = " <unfinished ...>"
 
 
@@ -46,6 +47,10 @@ class StraceMissingError(Exception):
 
 class UnknownOperationError(Exception):
     """The program did something that the model of the disk does not know."""
+
+
+class _Unknown(Exception):  # noqa: N818 (never seen outside)
+    """Raised where it is found out, told where the whole call is known."""
 
 
 def record(folder: Path, database: str, *arguments: str) -> Recording:
@@ -141,37 +146,41 @@ class Parser:
             raise UnknownOperationError(f"calls that never ended: {self._begun}")
         self._recording.operations.sort(key=lambda one: one.began)
 
-    def _call(self, times, name: str, arguments: str, result: str) -> None:
-        line = f"{name}({arguments[:300]}) = {result}"
-        if name in NEVER or (name in {"clone", "clone3"} and "CLONE_FILES" not in arguments):
-            raise UnknownOperationError(line)
-        if name == "write" and self._acknowledged in arguments[:1000]:
-            self._add(Acknowledgement(*times, json.loads(_texts(arguments)[0])))
-        elif self._ours.search(arguments) or self._ours.search(result):
-            if result.startswith("-1 ") and name in {"openat", "open", "mkdir", "unlink", "unlinkat"}:
-                return
-            if result.startswith(("-", "?")) and name not in NO_DATA:
-                raise UnknownOperationError(line)
-            known = getattr(self, f"_do_{name}", None)
-            if known is None and name not in NO_DATA:
-                raise UnknownOperationError(line)
-            if known is not None and known(times, arguments, result) is NotImplemented:
-                raise UnknownOperationError(line)
-            if name == "fcntl" and "F_DUPFD" in arguments:
-                raise UnknownOperationError(line)
+    def _call(self, times: tuple[float, float, int], name: str, arguments: str, result: str) -> None:
+        try:
+            if name in NEVER or (name in {"clone", "clone3"} and "CLONE_FILES" not in arguments):
+                raise _Unknown
+            if name == "write" and self._acknowledged in arguments[:1000]:
+                self._add(Acknowledgement(*times, json.loads(_texts(arguments)[0])))
+            elif self._ours.search(arguments) or self._ours.search(result):
+                self._do(times, name, arguments, result)
+        except _Unknown:
+            raise UnknownOperationError(f"{name}({arguments[:300]}) = {result}") from None
 
-    def _add(self, operation) -> None:
+    def _do(self, times: tuple[float, float, int], name: str, arguments: str, result: str) -> None:
+        """One of the methods below, unless there is nothing to note."""
+        failed = result.startswith(("-", "?"))
+        if name in NO_DATA:
+            if "F_DUPFD" in arguments:
+                raise _Unknown
+        elif name in NAMES and failed:
+            pass  # a name that was there already, or was not
+        elif failed or not hasattr(self, f"_do_{name}"):
+            raise _Unknown
+        else:
+            getattr(self, f"_do_{name}")(times, arguments, result)
+
+    def _add(self, operation: Operation) -> None:
         self._recording.operations.append(operation)
 
     # Names.
 
     def _place(self, arguments: str) -> tuple[int, str]:
         """The folder and the name of the last path among the arguments."""
-        path = os.path.join(self._folder, os.fsdecode(_texts(arguments)[-1]))
-        relative = os.path.relpath(path, self._folder)
-        if relative == ".":
-            return 0, "."
-        *folders, name = relative.split("/")
+        path = os.fsdecode(_texts(arguments)[-1])
+        if not path.startswith("/"):
+            raise _Unknown  # whose folder would be that of a descriptor
+        *folders, name = os.path.relpath(path, self._folder).split("/")
         number = 0
         for folder in folders:
             number = self._entries[number][folder]
@@ -185,77 +194,72 @@ class Parser:
                 self._entries[folder][name] = number
         self._add(Naming(*times, folder, entries))
 
-    def _do_openat(self, times, arguments: str, result: str):
+    def _do_openat(self, times, arguments: str, result: str) -> None:
         folder, name = self._place(arguments)
-        descriptor = DESCRIPTOR.match(result).group(1)
+        number: int | None = 0 if name == "." else self._entries[folder].get(name)
         if name.endswith("-shm"):
             # Shared memory, which SQLite makes anew from the WAL when nobody has it open, as after a power loss:
             # whatever of it is on disk tells nothing.
-            self._descriptors[descriptor] = None
-            return None
-        number = 0 if name == "." else self._entries[folder].get(name)
-        if number is None:
-            if "O_CREAT" not in arguments:
-                return NotImplemented
-            path = os.path.join(self._recording.inodes[folder].path, name)
-            number = self._new(path)
+            number = None
+        elif "O_APPEND" in arguments or "O_TMPFILE" in arguments:
+            raise _Unknown
+        elif number is None:
+            number = self._new(os.path.join(self._recording.inodes[folder].path, name))
             self._name(times, folder, {name: number})
-        if "O_TRUNC" in arguments:
+        elif "O_TRUNC" in arguments:
             self._add(Truncate(*times, number, 0))
-        if "O_APPEND" in arguments or "O_TMPFILE" in arguments:
-            return NotImplemented
-        self._descriptors[descriptor] = number
-        return None
+        self._descriptors[_descriptor(result)] = number
 
-    def _do_mkdir(self, times, arguments: str, _result: str):
+    def _do_mkdir(self, times, arguments: str, _result: str) -> None:
         folder, name = self._place(arguments)
         path = os.path.join(self._recording.inodes[folder].path, name)
         self._name(times, folder, {name: self._new(path, folder=True)})
 
-    def _do_unlink(self, times, arguments: str, _result: str):
+    def _do_unlink(self, times, arguments: str, _result: str) -> None:
         folder, name = self._place(arguments)
         if not name.endswith("-shm"):
             self._name(times, folder, {name: None})
 
-    def _do_rename(self, times, arguments: str, _result: str):
-        (folder, old), (target, new) = (self._place(f'"{text}"') for text in TEXT.findall(arguments))
-        if folder != target:
-            return NotImplemented
-        self._name(times, folder, {old: None, new: self._entries[folder][old]})
-        return None
+    def _do_rename(self, times, arguments: str, _result: str) -> None:
+        (folder, old), (target, new) = (self._place(f'"{path}"') for path in TEXT.findall(arguments))
+        if folder != target or "RENAME_" in arguments:
+            raise _Unknown
+        self._name(times, folder, {new: self._entries[folder][old], old: None})
+
+    _do_mkdirat, _do_unlinkat, _do_renameat, _do_renameat2 = _do_mkdir, _do_unlink, _do_rename, _do_rename
 
     # Contents.
 
-    def _inode(self, arguments: str) -> int | None:
-        return self._descriptors[DESCRIPTOR.match(arguments).group(1)]
+    def _do_close(self, _times, arguments: str, _result: str) -> None:
+        del self._descriptors[_descriptor(arguments)]
 
-    def _do_close(self, _times, arguments: str, _result: str):
-        del self._descriptors[DESCRIPTOR.match(arguments).group(1)]
-
-    def _do_pwrite64(self, times, arguments: str, result: str):
-        number = self._inode(arguments)
-        if number is None:
-            return None
+    def _do_pwrite64(self, times, arguments: str, result: str) -> None:
         data = _texts(arguments)[0]
         _, count, offset = arguments.rsplit(", ", 2)
         if len(data) != int(count):
-            return NotImplemented
-        self._add(Write(*times, number, int(offset), data[: int(result)]))
-        return None
+            raise _Unknown  # strace has not told all
+        self._add_to_file(Write, times, arguments, int(offset), data[: int(result)])
 
-    def _do_ftruncate(self, times, arguments: str, _result: str):
-        number = self._inode(arguments)
-        if number is not None:
-            self._add(Truncate(*times, number, int(arguments.rsplit(", ", 1)[1])))
+    def _do_ftruncate(self, times, arguments: str, _result: str) -> None:
+        self._add_to_file(Truncate, times, arguments, int(arguments.rsplit(", ", 1)[1]))
 
-    def _do_fsync(self, times, arguments: str, _result: str):
-        self._add(Sync(*times, self._inode(arguments)))
+    def _do_fsync(self, times, arguments: str, _result: str) -> None:
+        self._add_to_file(Sync, times, arguments)
 
     _do_fdatasync = _do_fsync  # it leaves out times and modes, which nobody reads here
 
-    def _do_mmap(self, _times, arguments: str, _result: str):
-        descriptor = DESCRIPTOR.match(arguments.split(", ")[4]).group(1)
-        return None if self._descriptors[descriptor] is None else NotImplemented
+    def _do_mmap(self, _times, arguments: str, _result: str) -> None:
+        if self._descriptors[_descriptor(arguments.split(", ")[4])] is not None:
+            raise _Unknown
+
+    def _add_to_file(self, kind: type[Operation], times, arguments: str, *rest) -> None:
+        number = self._descriptors[_descriptor(arguments)]
+        if number is not None:
+            self._add(kind(*times, number, *rest))
+
+
+def _descriptor(text: str) -> str:
+    return text[: text.index("<")]
 
 
 def _escaped(path: str) -> str:

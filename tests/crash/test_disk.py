@@ -118,13 +118,16 @@ class TestParser:
             '9 pwrite64(3<{F}>, "{B}{B}", 2, 7) = 2',
             "9 ftruncate(3<{F}>, 5) = 0",
             "9 fdatasync(3<{F}>) = 0",
-            '9 unlink("{F}") = 0',
+            '9 rename("{F}", "{D}\\x2f{B}") = 0',
+            '9 unlink("{D}\\x2f{B}") = 0',
+            '9 mkdir("{F}", 0777) = -1 EEXIST (File exists)',
         )
         expected = [
             Write(2, 3, 9, 1, 7, b"bb"),
             Truncate(4, 5, 9, 1, 5),
             Sync(6, 7, 9, 1),
-            Naming(8, 9, 9, 0, {"f": None}),
+            Naming(8, 9, 9, 0, {"b": 1, "f": None}),
+            Naming(10, 11, 9, 0, {"b": None}),
         ]
         assert expected == recording.operations
         assert recording.inodes[1].content == b"old"
@@ -152,6 +155,7 @@ class TestParser:
             "9 mmap(NULL, 4096, PROT_READ|PROT_WRITE, MAP_SHARED, 3<{F}>, 0) = 0x7f8df2b4d000",
             "9 dup(3<{F}>) = 4<{F}>",
             "9 fcntl(3<{F}>, F_DUPFD_CLOEXEC, 0) = 4<{F}>",
+            '9 unlinkat(4<{D}>, "{B}", 0) = 0',
             '9 link("{F}", "{D}{B}") = 0',
             '9 symlink("{F}", "/elsewhere") = 0',
             '9 truncate("{F}", 0) = 0',
