@@ -115,9 +115,12 @@ def hunt(recording, known, removal, most=600):
     return None, looked
 
 
-def assert_noticed(what, recording, known, removal):
-    finding, looked = hunt(recording, known, removal)
+def assert_noticed(what, recording, known, removal, most=600):
+    """An image is bad without those syncs; with them, at the same moment, none is."""
+    finding, looked = hunt(recording, known, removal, most)
     assert finding is not None, f"{what}: {looked} images, and none of them bad"
+    if removal.syncs:
+        assert [] == [str(one) for one in examine(recording, known, [finding.moment], 6) if one.complaints]
     print(f"\n{what}: bad is image {looked}: {str(finding)[:160]}")
 
 
@@ -181,9 +184,7 @@ class TestNoticed:
         commits = removals.wal_commits(recording)
         assert len(commits) > 80
         for removal in commits[part::PARTS]:
-            finding, looked = hunt(recording, known, removal, most=30)
-            assert finding is not None, f"{removal.syncs}: {looked} images, and none of them bad"
-        print(f"\n{len(commits[part::PARTS])} of {len(commits)} single syncs, each noticed")
+            assert_noticed("a single sync of the WAL", recording, known, removal, most=30)
 
     def test_checkpoint(self, recorded):
         """The last sync of the WAL before a checkpoint, which SQLite calls twice: each pair in its turn."""
