@@ -7,7 +7,7 @@ import pickle
 import random
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from unittest import mock
@@ -106,17 +106,17 @@ def compare(facts: Facts, under_way: list[list[Facts]], there: Facts) -> Iterato
 
 def judge(path: Path, facts: Facts, under_way: list[list[Facts]]) -> list[str]:
     """Open the buffer as a service does after a power loss, and say all that is wrong with it."""
-    revision = []
+    revisions = []
 
-    def spying_upgrade(engine: Engine) -> None:
-        # Afterwards nobody could tell a lost upgrade from one that was never lost.
-        revision.append(migrate.current(engine))
-        migrate.upgrade(engine)
+    def spying_current(engine: Engine, look: Callable[[Engine], str | None] = migrate.current) -> str | None:
+        # `upgrade` looks first of all; afterwards nobody could tell a lost upgrade from one that was never lost.
+        revisions.append(look(engine))
+        return revisions[-1]
 
     try:
-        with mock.patch.object(buffer, "upgrade", spying_upgrade):
+        with mock.patch.object(migrate, "current", spying_current):
             engine = buffer.init_buffer_db(path)
-        there = found(engine) | {"schema": revision[0]}
+        there = found(engine) | {"schema": revisions[0]}
         complaints = list(compare(facts, under_way, there)) + _broken(engine)
         complaints += _go_on(engine, [value for key, value in (there | facts).items() if key.startswith("hlc:")])
         complaints += _broken(engine)
