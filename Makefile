@@ -21,7 +21,7 @@ test: $(VENV)/$(READY) ## all tests, with coverage
 check: lint types test wheel oldest ## everything that CI runs
 	@echo "make check: all good"
 
-proof: $(VENV)/$(READY) ## the same tests, deeper: thousands of random histories
+proof: $(VENV)/$(READY) ## the same tests, deeper: thousands of random histories, 50,000 power losses
 	KKT_BUFFER_PROOF=1 $(BIN)/python -m pytest -s tests/stress tests/crash
 
 bench: $(VENV)/$(READY) ## speed, side by side with plain sqlite3
