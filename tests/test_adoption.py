@@ -183,7 +183,7 @@ class TestWhole:
         status = ReceiptRepository(engine).get_buffer_status()
         engine.dispose()
         assert status.total_receipts == 100_000
-        assert "took over 6 rows of config, " in caplog.text
+        assert "6 rows of config" in caplog.text
         assert "100000 rows of receipts" in caplog.text
         with contextlib.closing(sqlite3.connect(path)) as db:
             assert ("ok",) == db.execute("PRAGMA integrity_check").fetchone()

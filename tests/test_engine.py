@@ -9,6 +9,7 @@ import sys
 import textwrap
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from builders import a_receipt, everything, new_receipt, open_files, run_python, start_python
@@ -25,6 +26,7 @@ from kkt_buffer import (
     engine,
     upgrade,
 )
+from kkt_buffer import engine as layer
 from kkt_buffer.engine import COMMON, DURABLE, MEMORY, QUERY_ONLY, READ_ONLY, WAL
 
 ADD = text(
@@ -750,3 +752,24 @@ class TestNotMigrated:
 
         with pytest.raises(SchemaError, match="no schema where this release needs"):
             require(create_buffer_engine(tmp_path / "buffer.db"))
+
+
+def test_error_without_a_connection(engine):
+    """An error that comes before there is a connection is explained too."""
+    error = UnicodeDecodeError("utf-8", b"\xff", 0, 1, "invalid start byte")
+    context = SimpleNamespace(original_exception=error, connection=None)
+    explained = layer._databases[engine].explain(context)
+    assert isinstance(explained, BufferDamagedError)
+    assert "it holds text that is no UTF-8" in str(explained)
+
+
+def test_stray_bytes(repository, caplog):
+    """One stray byte in one document does not keep the others from being delivered."""
+    for _ in range(3):
+        repository.insert_receipt(new_receipt())
+    with repository.transaction() as session:
+        session.execute(text("UPDATE receipts SET fiscal_doc = CAST(X'7B22CF' AS TEXT) WHERE rowid = 2"))
+    claimed = repository.claim_pending()
+    assert ['{"\\xcf'] == [found.fiscal_doc for found in claimed][1:2]
+    assert len(claimed) == 3
+    assert "it holds text that is no UTF-8" in caplog.text

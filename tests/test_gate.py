@@ -240,3 +240,13 @@ try:
 except BufferBusyError:
     print("busy")
 """
+
+
+def test_forgets_what_waits(tmp_path):
+    """A child closes the lock file that a thread of its parent was waiting with."""
+    gate = WriteGate(tmp_path / "gate", 1)
+    descriptor = os.open(tmp_path / "gate", os.O_RDWR | os.O_CREAT)
+    gate._queued.add(descriptor)
+    gate.forget()
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(descriptor)

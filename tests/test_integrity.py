@@ -16,6 +16,7 @@ CHECKS = (
     "pages and indexes",
     "references",
     "settings",
+    "texts",
     "rules of the tables",
     "dead letters",
     "counts",
@@ -88,6 +89,7 @@ class TestCheckIntegrity:
             ),
             ("UPDATE dlq SET original_receipt_id = 'gone'", "references", "row 1 of dlq refers to a row of receipts"),
             ("UPDATE config SET value = 'much' WHERE key = 'lease_seconds'", "settings", "lease_seconds"),
+            ("UPDATE receipts SET last_error = CAST(X'41CF' AS TEXT)", "texts", "last_error of receipt"),
             (
                 "UPDATE receipts SET retry_count = -1",
                 "rules of the tables",

@@ -438,10 +438,8 @@ _TOKENS = re.compile(
 def _clauses(sql: str) -> list[str]:
     """The definitions of columns and constraints in the text of a table."""
     found, depth = [""], 0
-    for piece in _TOKENS.findall(sql[sql.index("(") + 1 :]):
+    for piece in _TOKENS.findall(sql[sql.index("(") + 1 : sql.rindex(")")]):
         depth += {"(": 1, ")": -1}.get(piece, 0)
-        if depth < 0:
-            break
         if piece == "," and not depth:
             found.append("")
         elif not piece.startswith(("--", "/*")):

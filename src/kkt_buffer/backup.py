@@ -29,6 +29,10 @@ def backup(engine: Engine, path: str | os.PathLike[str]) -> None:
     Raises `BufferStorageError` if the copy cannot be written; nothing was changed then. Raises `ValueError` if `path`
     is the database itself or one of the files that belong to it.
     """
+    if not isinstance(path, str | os.PathLike):
+        raise TypeError(f"path: expected the path of a file, got {path!r}")
+    if not Path(path).name or "\0" in str(path):
+        raise ValueError(f"path: expected the path of a file, got {path!r}")
     target = Path(os.path.realpath(path))
     if str(target) in {f"{engine.url.database}{suffix}" for suffix in ("", "-wal", "-shm", "-gate")}:
         raise ValueError(f"path: {target} belongs to the buffer itself; give another one. Nothing was copied.")

@@ -550,7 +550,7 @@ def storage_errors(what: object, driver: ModuleType) -> Iterator[None]:
     """Turn what the driver and the system say of the file `what` into our errors."""
     try:
         yield
-    except (OSError, driver.Error) as error:
+    except (OSError, UnicodeDecodeError, driver.Error) as error:
         raise _translated(what, error) or BufferStorageError(
             f"{what}: SQLite refused to go on ({error}). Nothing was written."
         ) from error
@@ -599,7 +599,9 @@ def _before_fork() -> None:
 def _after_fork_in_child() -> None:
     import ctypes  # noqa: PLC0415 (slow to import, and few processes fork)
 
-    for database in _databases.values():
+    for engine, database in list(_databases.items()):
+        # Another thread may have been inside the pool: its locks would never be free here.
+        engine.pool = engine.pool.recreate()
         database.gate.forget()
         database.inherited = database.path is None or bool(database.connections)
         if database.identity is not None and database.connections:

@@ -23,7 +23,7 @@ from sqlalchemy import (
 )
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
-from kkt_buffer.errors import InvalidDocumentError
+from kkt_buffer.errors import BufferDamagedError, InvalidDocumentError
 
 
 class ReceiptStatus(StrEnum):
@@ -143,7 +143,13 @@ class StatusText(TypeDecorator[ReceiptStatus]):
     def process_result_value(self, value: str | None, dialect: Dialect) -> ReceiptStatus | None:
         """Decode, for SQLAlchemy."""
         del dialect
-        return None if value is None else ReceiptStatus(value)
+        try:
+            return None if value is None else ReceiptStatus(value)
+        except ValueError as error:
+            raise BufferDamagedError(
+                f"a receipt has the status {value!r}, which does not exist: the file is damaged. It was left as it is. "
+                "Stop, keep a copy of all its files, restore a backup."
+            ) from error
 
 
 class Base(DeclarativeBase):

@@ -123,7 +123,7 @@ class BufferMachine(RuleBasedStateMachine):
 
     def recover(self):
         for one in self.model.values():
-            if one.status == "syncing" and (one.expires <= self.now or one.taken > self.now):
+            if one.status == "syncing" and (one.expires <= self.now or one.taken > self.now + 60):
                 one.free("pending")
 
     def is_due(self, one):

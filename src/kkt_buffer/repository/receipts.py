@@ -9,6 +9,7 @@ from sqlalchemy.exc import IntegrityError
 
 from kkt_buffer import arguments
 from kkt_buffer.errors import (
+    BufferDamagedError,
     BufferFullError,
     DuplicateReceiptError,
     InvalidTransitionError,
@@ -143,6 +144,11 @@ class Receipts(Status):
     def _add(self, connection: Connection, receipts: list[arguments.NewReceipt]) -> None:
         now = self._seconds()
         last = connection.execute(LAST_HLC).first()
+        if last and not all(isinstance(number, int) for number in last):
+            raise BufferDamagedError(
+                f"the last timestamp is {tuple(last)!r}: the file is damaged. Nothing was written. Stop, keep a copy "
+                "of all its files, restore a backup."
+            )
         hlc = HybridTimestamp(*last) if last else None
         rows = []
         for receipt in receipts:
