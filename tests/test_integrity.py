@@ -10,7 +10,7 @@ import predecessor
 import pytest
 from builders import NOON, Clock, a_receipt, everything, new_receipt, start_python
 
-from kkt_buffer import ReceiptBufferError, ReceiptRepository, create_buffer_engine, upgrade
+from kkt_buffer import BufferStorageError, ReceiptBufferError, ReceiptRepository, create_buffer_engine, upgrade
 
 CHECKS = (
     "pages and indexes",
@@ -154,6 +154,16 @@ class TestBackup:
     def test_onto_itself(self, path, file_repository, suffix):
         with pytest.raises(ValueError, match="belongs to the buffer itself; give another one. Nothing was copied"):
             file_repository.backup(f"{path}{suffix}")
+
+    @pytest.mark.parametrize("target", ["", "/", "\0", ".."])
+    def test_no_file(self, file_repository, target):
+        with pytest.raises((ValueError, BufferStorageError)):
+            file_repository.backup(target)
+
+    @pytest.mark.parametrize("target", [None, 5, b"x"])
+    def test_no_path(self, file_repository, target):
+        with pytest.raises(TypeError, match="path: expected the path of a file"):
+            file_repository.backup(target)
 
     @pytest.mark.slow
     def test_under_load(self, tmp_path, path):

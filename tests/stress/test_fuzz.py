@@ -122,7 +122,6 @@ OPERATIONS = {
     "insert_receipt": ([receipts], {"exist_ok": values}),
     "insert_receipts": ([st.one_of(values, st.lists(receipts, max_size=3))], {"exist_ok": values}),
     "get_pending_receipts": ([values], {}),
-    "backup": ([st.one_of(st.none(), st.integers(), st.just(""), st.just("\0"), st.just("/"))], {}),
     "get_receipt_by_id": ([values], {}),
     "mark_synced": ([values, values], {}),
     "increment_retry_count": ([values, values], {}),
@@ -175,7 +174,8 @@ class TestOperations:
     def test_all_are_tried(self):
         """No public operation is left out."""
         public = {name for name in dir(ReceiptRepository) if not name.startswith("_")}
-        assert public | {"deliver_pending"} == set(OPERATIONS) | WITHOUT_ARGUMENTS | {"deliver_pending"}
+        # Not `backup`, which writes a file wherever it is told to: test_integrity.py has its nonsense.
+        assert public | {"deliver_pending"} == set(OPERATIONS) | WITHOUT_ARGUMENTS | {"backup", "deliver_pending"}
 
     def judge(self, error):
         """An error of ours, or one of Python's own that we raised on purpose: not one that happened to come by."""
