@@ -90,6 +90,7 @@ class BufferMachine(RuleBasedStateMachine):
         self.now = NOON
         self.model = {}
         self.made = 0
+        self.has_pruned = False
         self.leases = []
         self.open()
         self.repository.set_config("buffer_capacity", CAPACITY)
@@ -339,6 +340,7 @@ class BufferMachine(RuleBasedStateMachine):
         before = set(self.model)
         last = max(self.model, key=lambda key: self.model[key].number, default=None)
         self.repository.prune()
+        self.has_pruned = True
         with self.engine.connect() as connection:
             left = set(connection.scalars(text("SELECT id FROM receipts")))
         gone = before - left
@@ -399,12 +401,14 @@ class BufferMachine(RuleBasedStateMachine):
 
     @invariant()
     def stories(self):
-        """Each fact has left one event, in order, as far as pruning has left the story whole."""
+        """Each fact has left one event, in order; pruning goes by their times, which a clock set back may have mixed."""
         if not hasattr(self, "engine"):
             return
         for receipt_id, one in self.model.items():
             told = [event.event_type for event in reversed(self.repository.get_events(receipt_id=receipt_id))]
-            assert list(one.events[len(one.events) - len(told) :]) == told
+            rest = iter(one.events)
+            assert all(event in rest for event in told)
+            assert self.has_pruned or list(one.events) == told
 
 
 BufferMachine.TestCase.settings = settings(
