@@ -401,7 +401,7 @@ class BufferMachine(RuleBasedStateMachine):
 
     @invariant()
     def stories(self):
-        """Each fact has left one event, in order; pruning goes by their times, which a clock set back may have mixed."""
+        """Each fact has left one event, in order; pruning goes by times, which a clock set back has mixed."""
         if not hasattr(self, "engine"):
             return
         for receipt_id, one in self.model.items():
