@@ -684,6 +684,18 @@ class TestFork:
         """
         assert run_python(FORK + textwrap.dedent(program), path).stdout.endswith("\n1\n")
 
+    def test_closed_in_child(self, path):
+        """A child that closes the parent's connection leaves the parent's files and locks alone."""
+        program = """
+            engine = buffer.init_buffer_db(path)
+            with engine.connect() as connection:
+                driver = connection.connection.driver_connection
+                assert in_child(lambda: (driver.close(), driver.total_changes)) == 0  # an error, had it been closed
+                buffer.insert_receipt(receipt)
+            print(buffer.get_buffer_status().pending, os.path.getsize(path + "-wal") > 0)
+        """
+        assert run_python(FORK + textwrap.dedent(program), path).stdout == "1 True\n"
+
     def test_memory(self):
         """A database in memory does not come along: what the child wrote there, nobody would ever see."""
         program = """
