@@ -9,15 +9,16 @@ import random
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from typing import Any
 
 from sqlalchemy import Engine, Select
 from sqlalchemy.orm import Session, scoped_session, sessionmaker
 
-from kkt_buffer.engine import READ_ONLY, lenient_text
+from kkt_buffer.engine import READ_ONLY, gate_of, lenient_text
 from kkt_buffer.errors import BufferDamagedError, ReceiptBufferError
+from kkt_buffer.repository.direct import Direct, Driver, Place
 
 logger = logging.getLogger(__name__)
 
@@ -48,9 +49,11 @@ class Transactions:
         jitter: Callable[[], float] = random.random,
     ) -> None:
         self._engine = engine
+        self._gate = gate_of(engine)
         self._readers = sessionmaker(engine.execution_options(**{READ_ONLY: True}))
         self._sessions = scoped_session(sessionmaker(engine, expire_on_commit=False))
         self._local = threading.local()
+        self._place = Place()
         self._now = now
         self._jitter = jitter
 
@@ -74,7 +77,7 @@ class Transactions:
             with outer.session.begin_nested():
                 yield outer.session
             return
-        self._sessions.remove()  # one may be left over if a signal interrupted the end of the last block
+        self._tidy()
         block = _Block(self._sessions())
         before = _opened.get()
         try:
@@ -87,9 +90,33 @@ class Transactions:
             _opened.set(before)
             self._sessions.remove()
 
+    def _tidy(self) -> None:
+        """Put right what is left over if a signal interrupted the end of this thread's last block."""
+        if self._sessions.registry.has():
+            self._sessions.remove()
+        self._place.tidy()
+
+    def _direct(self, *, write: bool) -> AbstractContextManager[Driver]:
+        """A transaction for one operation that a till runs all day; or the one that this thread has open."""
+        if self._block() is not None:
+            return self._joined()
+        if write:
+            self._tidy()
+        return Direct(self._engine, self._place, write=write)
+
+    @contextmanager
+    def _joined(self) -> Iterator[Driver]:
+        with self.transaction() as session:
+            yield Driver.of(session)
+
     def _block(self) -> _Block | None:
         block: _Block | None = getattr(self._local, "block", None)
         return block if block is not None and block.open else None
+
+    @property
+    def _is_writing(self) -> bool:
+        """Whether this thread has a write transaction open, through us or in another way: others wait for it."""
+        return self._block() is not None or self._gate.is_mine
 
     @property
     def in_transaction(self) -> bool:
