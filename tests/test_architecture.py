@@ -39,7 +39,7 @@ ARROWS = {
     },
     "repository.direct": {"engine", "errors"},
     "repository.group_commit": {"errors"},
-    "repository.transactions": {"engine", "errors", "repository.direct"},
+    "repository.transactions": {"engine", "errors", "migrate", "repository.direct"},
     "repository.settings": {"arguments", "errors", "models", "repository.transactions"},
     "repository.status": {"arguments", "models", "repository.direct", "repository.settings", "schema"},
     "repository.events": {"arguments", "models", "repository.transactions"},

@@ -762,24 +762,14 @@ class TestDispose:
         assert any("till-1" in line for line in everything(path))
 
 
-class TestNotMigrated:
-    def test_operations(self, tmp_path):
-        """A forgotten upgrade is told as such."""
-        bare = ReceiptRepository(create_buffer_engine(tmp_path / "buffer.db"))
-        for operation in (
-            bare.get_buffer_status,
-            bare.get_pending_receipts,
-            lambda: bare.insert_receipt(new_receipt()),
-        ):
-            with pytest.raises(SchemaError, match="was not migrated .*upgrade"):
-                operation()
-
-    def test_repository(self, tmp_path):
-        """What works on a database without a schema fails with a clear error."""
-        from kkt_buffer.migrate import require  # noqa: PLC0415
-
-        with pytest.raises(SchemaError, match="no schema where this release needs"):
-            require(create_buffer_engine(tmp_path / "buffer.db"))
+def test_missing_table(engine):
+    """A table of ours that somebody has dropped is told as such."""
+    repository = ReceiptRepository(engine)
+    repository.get_buffer_status()
+    with engine.begin() as connection:
+        connection.execute(text("DROP TABLE dlq"))
+    with pytest.raises(SchemaError, match="lacks a table of ours .*restore a backup"):
+        repository.list_dead_letters()
 
 
 def test_error_without_a_connection(engine):

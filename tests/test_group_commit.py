@@ -238,6 +238,7 @@ class TestInterrupted:
                 event.remove(file_engine, "reset", stop)
                 raise SystemExit
 
+        assert [] == crowd.stored  # the repository has seen its schema
         event.listen(file_engine, "reset", stop)
         outcomes = crowd.insert([new_receipt() for _ in range(4)])
         assert len(of_kind(SystemExit, outcomes)) == 1

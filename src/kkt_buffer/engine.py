@@ -44,7 +44,9 @@ BUSY_TIMEOUT_SECONDS = 10.0
 SQLITE_MINIMUM = (3, 38, 0)  # unixepoch() in our triggers
 
 # What SQLite says when a table of ours is looked for in vain.
-NOT_MIGRATED = re.compile(r"no such table: (main\.)?(receipts|dlq|buffer_events|config|buffer_counts|v_buffer_status)$")
+MISSING_TABLE = re.compile(
+    r"no such table: (main\.)?(receipts|dlq|buffer_events|config|buffer_counts|v_buffer_status)$"
+)
 
 # Execution option: with True, BEGIN DEFERRED, which locks nobody and must not write.
 READ_ONLY = "kkt_buffer_read_only"
@@ -529,10 +531,10 @@ class _Database:
 
     def translated(self, error: BaseException) -> ReceiptBufferError | None:
         """Our error for what the driver says; None if it speaks of neither the file nor our tables."""
-        if NOT_MIGRATED.match(str(error)):
+        if MISSING_TABLE.match(str(error)):
             return SchemaError(
-                f"{self} was not migrated ({error}). Nothing was written. Call upgrade(engine), or run "
-                "`python -m kkt_buffer upgrade PATH`."
+                f"{self} lacks a table of ours ({error}). Nothing was written. If it was never upgraded, run "
+                "`python -m kkt_buffer upgrade PATH`; if somebody has changed it by hand, restore a backup."
             )
         return _translated(self, error)
 

@@ -28,7 +28,7 @@ from kkt_buffer.models import (
     ReceiptStatus,
     Resolution,
 )
-from kkt_buffer.repository.direct import Direct, Driver
+from kkt_buffer.repository.direct import Driver
 from kkt_buffer.repository.group_commit import Batch, GroupCommit, Member
 from kkt_buffer.repository.status import Status, status_by
 
@@ -186,8 +186,7 @@ class Receipts(Status):
 
     def _commit(self, batch: Batch[_Insertion]) -> None:
         """Store single receipts together: one that is refused leaves the others alone."""
-        self._tidy()
-        transaction = Direct(self._engine, self._place, write=True)
+        transaction = self._alone(write=True)
         try:
             with transaction as driver:
                 now = self._seconds()

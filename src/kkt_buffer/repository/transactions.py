@@ -18,6 +18,7 @@ from sqlalchemy.orm import Session, scoped_session, sessionmaker
 
 from kkt_buffer.engine import READ_ONLY, gate_of, lenient_text
 from kkt_buffer.errors import BufferDamagedError, ReceiptBufferError
+from kkt_buffer.migrate import require
 from kkt_buffer.repository.direct import Direct, Driver, Place
 
 logger = logging.getLogger(__name__)
@@ -50,6 +51,7 @@ class Transactions:
     ) -> None:
         self._engine = engine
         self._gate = gate_of(engine)
+        self._has_schema = False
         self._readers = sessionmaker(engine.execution_options(**{READ_ONLY: True}))
         self._sessions = scoped_session(sessionmaker(engine, expire_on_commit=False))
         self._local = threading.local()
@@ -77,6 +79,7 @@ class Transactions:
             with outer.session.begin_nested():
                 yield outer.session
             return
+        self._require_schema()
         self._tidy()
         block = _Block(self._sessions())
         before = _opened.get()
@@ -100,9 +103,19 @@ class Transactions:
         """A transaction for one operation that a till runs all day; or the one that this thread has open."""
         if self._block() is not None:
             return self._joined()
+        return self._alone(write=write)
+
+    def _alone(self, *, write: bool) -> Direct:
+        self._require_schema()
         if write:
             self._tidy()
         return Direct(self._engine, self._place, write=write)
+
+    def _require_schema(self) -> None:
+        """Refuse to work on the schema of another release, as long as it has not been seen to be this one's."""
+        if not self._has_schema:
+            require(self._engine)
+            self._has_schema = True
 
     @contextmanager
     def _joined(self) -> Iterator[Driver]:
@@ -129,6 +142,7 @@ class Transactions:
             with self.transaction() as session:
                 yield session
         else:
+            self._require_schema()
             with self._readers() as session:
                 yield session
 
