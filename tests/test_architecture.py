@@ -37,11 +37,12 @@ ARROWS = {
     "repository": {
         f"repository.{subject}" for subject in ("dead_letters", "events", "integrity", "leases", "pruning", "status")
     },
-    "repository.direct": {"engine", "errors"},
+    "repository.refusals": {"errors", "schema"},
+    "repository.direct": {"engine", "errors", "repository.refusals"},
     "repository.group_commit": {"errors"},
-    "repository.transactions": {"engine", "errors", "migrate", "repository.direct"},
+    "repository.transactions": {"engine", "errors", "migrate", "repository.direct", "repository.refusals"},
     "repository.settings": {"arguments", "errors", "models", "repository.transactions"},
-    "repository.status": {"arguments", "models", "repository.direct", "repository.settings", "schema"},
+    "repository.status": {"arguments", "errors", "models", "repository.direct", "repository.settings", "schema"},
     "repository.events": {"arguments", "models", "repository.transactions"},
     "repository.receipts": {
         "arguments",
@@ -50,6 +51,7 @@ ARROWS = {
         "models",
         "repository.direct",
         "repository.group_commit",
+        "repository.refusals",
         "repository.status",
     },
     "repository.leases": {"arguments", "errors", "models", "repository.receipts"},
@@ -73,6 +75,7 @@ THIRD_PARTY = {
     "adoption": {"sqlalchemy"},
     "migrate": {"sqlalchemy", "alembic"},
     "repository.direct": {"sqlalchemy"},
+    "repository.refusals": {"sqlalchemy"},
     "repository.transactions": {"sqlalchemy"},
     "repository.settings": {"sqlalchemy"},
     "repository.status": {"sqlalchemy"},

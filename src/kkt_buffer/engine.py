@@ -10,7 +10,6 @@ import importlib
 import importlib.util
 import logging
 import os
-import re
 import sqlite3
 import sys
 import threading
@@ -31,8 +30,6 @@ from kkt_buffer.errors import (
     BufferBusyError,
     BufferDamagedError,
     BufferStorageError,
-    ReceiptBufferError,
-    SchemaError,
 )
 
 if TYPE_CHECKING:
@@ -42,11 +39,6 @@ logger = logging.getLogger(__name__)
 
 BUSY_TIMEOUT_SECONDS = 10.0
 SQLITE_MINIMUM = (3, 38, 0)  # unixepoch() in our triggers
-
-# What SQLite says when a table of ours is looked for in vain.
-MISSING_TABLE = re.compile(
-    r"no such table: (main\.)?(receipts|dlq|buffer_events|config|buffer_counts|v_buffer_status)$"
-)
 
 # Execution option: with True, BEGIN DEFERRED, which locks nobody and must not write.
 READ_ONLY = "kkt_buffer_read_only"
@@ -519,7 +511,7 @@ class _Database:
         driver_connection.refuse_lost()
 
     def explain(self, context: ExceptionContext) -> BaseException | None:
-        """Turn what the driver says of the file, or of a missing table of ours, into our errors. For `handle_error`."""
+        """Turn what the driver says of the file into our errors. For `handle_error`."""
         error = context.original_exception
         connection = context.connection
         if connection is not None and not connection.closed and not connection.invalidated:
@@ -527,16 +519,7 @@ class _Database:
             if driver_connection.lost and str(error).startswith("no such savepoint"):
                 return driver_connection.lost_error()
             driver_connection.notice_loss()
-        return self.translated(error)
-
-    def translated(self, error: BaseException) -> ReceiptBufferError | None:
-        """Our error for what the driver says; None if it speaks of neither the file nor our tables."""
-        if MISSING_TABLE.match(str(error)):
-            return SchemaError(
-                f"{self} lacks a table of ours ({error}). Nothing was written. If it was never upgraded, run "
-                "`python -m kkt_buffer upgrade PATH`; if somebody has changed it by hand, restore a backup."
-            )
-        return _translated(self, error)
+        return translated(self, error)
 
     def disposed(self, _engine: Engine) -> None:
         """Let go of the lock file, or of a database in memory. For the `engine_disposed` event."""
@@ -617,12 +600,13 @@ def storage_errors(what: object, driver: ModuleType) -> Iterator[None]:
 
 
 def _refusal(what: object, error: BaseException) -> BufferStorageError:
-    return _translated(what, error) or BufferStorageError(
+    return translated(what, error) or BufferStorageError(
         f"{what}: SQLite refused to go on ({error}). Nothing was written."
     )
 
 
-def _translated(what: object, error: BaseException | None) -> BufferStorageError | None:
+def translated(what: object, error: BaseException | None) -> BufferStorageError | None:
+    """Our error for what the driver or the system say of the file `what`; None if it is not about the file."""
     if isinstance(error, UnicodeDecodeError) or str(error).startswith("Could not decode to UTF-8"):
         error_of_text = _FAULTS[11]
         return error_of_text.error(f"{what}: it holds text that is no UTF-8 ({error}). {error_of_text.advice}")

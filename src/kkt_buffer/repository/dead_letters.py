@@ -54,7 +54,7 @@ class DeadLetters(Receipts):
         """
         receipt_id = arguments.lookup_id(receipt_id)
         who, why = arguments.note("actor", actor), arguments.note("reason", reason)
-        with self.transaction() as session:
+        with self._writing() as session:
             connection = session.connection()
             self._close(connection, receipt_id, who, why, Resolution.REQUEUED)
             refuse_if_full(Driver.of(session), 1)
@@ -67,7 +67,7 @@ class DeadLetters(Receipts):
         Raises `BufferFullError` if there are some, and room for none.
         """
         who, why = arguments.note("actor", actor), arguments.note("reason", reason)
-        with self.transaction() as session:
+        with self._writing() as session:
             connection = session.connection()
             status = self.get_buffer_status()
             if not status.dlq_size:
@@ -89,7 +89,7 @@ class DeadLetters(Receipts):
         """
         receipt_id = arguments.lookup_id(receipt_id)
         who, why = arguments.note("actor", actor), arguments.note("reason", reason)
-        with self.transaction() as session:
+        with self._writing() as session:
             self._close(session.connection(), receipt_id, who, why, Resolution.RESOLVED)
 
     def _close(self, connection: Connection, receipt_id: str, who: str, why: str, how: Resolution) -> None:

@@ -12,15 +12,16 @@ import threading
 import weakref
 from collections.abc import Mapping, Sequence
 from types import TracebackType
-from typing import cast
+from typing import Any, cast
 
 from sqlalchemy import ClauseElement, Engine, PoolProxiedConnection
 from sqlalchemy.dialects import sqlite
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session
 
-from kkt_buffer.engine import GuardedConnection
+from kkt_buffer.engine import GuardedConnection, translated
 from kkt_buffer.errors import BufferStorageError
+from kkt_buffer.repository.refusals import explanation
 
 Parameters = Mapping[str, object]
 
@@ -62,9 +63,17 @@ class Driver:
                 cursor = connection.executemany(sql, parameters)
             else:
                 cursor = connection.execute(sql, {**given, **parameters} if given else parameters)
-        except connection.database.driver.Error as error:
+        except (UnicodeDecodeError, connection.database.driver.Error) as error:
             raise _told(connection, error, sql) from error
         return cast("sqlite3.Cursor", cursor)
+
+    def first(self, statement: ClauseElement, parameters: Parameters) -> Any:  # noqa: ANN401 (a row is a tuple of whatever was asked for)
+        """Run it, and return its first row, or None."""
+        cursor = self.execute(statement, parameters)
+        try:
+            return cursor.fetchone()
+        except (UnicodeDecodeError, self.connection.database.driver.Error) as error:
+            raise _told(self.connection, error, str(statement)) from error
 
 
 class Place(threading.local):
@@ -118,6 +127,8 @@ class Direct:
                 self._commit(connection)
         finally:
             self._leave(connection)
+        if isinstance(error, DBAPIError):
+            raise explanation(connection.database, error) or error
 
     def _commit(self, connection: GuardedConnection) -> None:
         _require_transaction(connection)
@@ -149,6 +160,6 @@ def _told(connection: GuardedConnection, error: Exception, sql: str) -> BaseExce
     """What SQLAlchemy would make of the driver's error."""
     connection.notice_loss()
     database = connection.database
-    return database.translated(error) or cast(
+    return translated(database, error) or cast(
         "DBAPIError", DBAPIError.instance(sql, None, error, database.driver.Error, hide_parameters=True)
     )

@@ -28,6 +28,7 @@ from kkt_buffer.models import (
     ReceiptStatus,
     Resolution,
 )
+from kkt_buffer.repository import refusals
 from kkt_buffer.repository.direct import Driver
 from kkt_buffer.repository.group_commit import Batch, GroupCommit, Member
 from kkt_buffer.repository.status import Status, status_by
@@ -257,7 +258,7 @@ class Receipts(Status):
             .values(retry_count=_receipts.c.retry_count + 1, last_error=error, changed_at=self._seconds())
             .returning(_receipts.c.retry_count)
         )
-        with self.transaction() as session:
+        with self._writing() as session:
             count: int | None = session.connection().execute(statement).scalar_one_or_none()
         if count is None:
             raise ReceiptNotFoundError(receipt_id)
@@ -272,7 +273,7 @@ class Receipts(Status):
         receipt_id = arguments.lookup_id(receipt_id)
         why = arguments.note("reason", reason)
         now = self._seconds()
-        with self.transaction() as session:
+        with self._writing() as session:
             connection = session.connection()
             letter = {"receipt_id": receipt_id, "letter_id": str(uuid.uuid4()), "now": now, "why": why}
             if connection.execute(DEAD_LETTER, letter).rowcount:
@@ -296,7 +297,7 @@ class Receipts(Status):
             raise ValueError(f"Invalid status: {status!r}; expected {', '.join(ReceiptStatus)}")
         wanted = ReceiptStatus(status)
         now = self._seconds()
-        with self.transaction() as session:
+        with self._writing() as session:
             connection = session.connection()
             found = status_of(connection, receipt_id)
             if found is None or found is wanted:
@@ -330,12 +331,9 @@ def refuse_if_full(driver: Driver, wanted: int) -> None:
 
 
 def _last_hlc(driver: Driver) -> HybridTimestamp | None:
-    last = driver.execute(LAST_HLC, {}).fetchone()
+    last = driver.first(LAST_HLC, {})
     if last and not all(isinstance(number, int) for number in last):
-        raise BufferDamagedError(
-            f"the last timestamp is {last!r}: the file is damaged. Nothing was written. Stop, keep a copy of all its "
-            "files, restore a backup."
-        )
+        raise BufferDamagedError.found(driver.connection.database, f"the last timestamp is {last!r}")
     return HybridTimestamp(*last) if last else None
 
 
@@ -350,7 +348,7 @@ def _row(receipt: arguments.NewReceipt, hlc: HybridTimestamp, now: int) -> dict[
     }
 
 
-def _reason(driver: Driver, insertion: _Insertion, refusal: IntegrityError) -> Exception | None:
+def _reason(driver: Driver, insertion: _Insertion, refused: IntegrityError) -> Exception | None:
     """Why a receipt was refused; None if it is a replay that may be."""
     try:
         if not _unknown(driver, [insertion.receipt], exist_ok=insertion.exist_ok):
@@ -358,14 +356,14 @@ def _reason(driver: Driver, insertion: _Insertion, refusal: IntegrityError) -> E
         refuse_if_full(driver, 1)
     except (BufferFullError, DuplicateReceiptError, InvalidConfigError) as error:
         return error
-    return refusal
+    return refusals.explanation(driver.connection.database, refused) or refused
 
 
 def _unknown(driver: Driver, receipts: list[arguments.NewReceipt], *, exist_ok: bool) -> list[arguments.NewReceipt]:
     known: dict[str, tuple[str, str]] = {}
     new = []
     for receipt in receipts:
-        stored = driver.execute(KNOWN, {"receipt_id": receipt.id}).fetchone()
+        stored = driver.first(KNOWN, {"receipt_id": receipt.id})
         if stored is not None:
             known[receipt.id] = stored
         if receipt.id in known:

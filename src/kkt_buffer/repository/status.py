@@ -6,6 +6,7 @@ from typing import cast
 from sqlalchemy import Table, bindparam, select, text
 
 from kkt_buffer import arguments
+from kkt_buffer.errors import BufferDamagedError
 from kkt_buffer.models import UNDELIVERED, ConfigEntry, Receipt
 from kkt_buffer.repository.direct import Driver
 from kkt_buffer.repository.settings import SECONDS_PER_DAY, Settings, number_of
@@ -90,9 +91,11 @@ class Status(Settings):
 
 def status_by(driver: Driver) -> BufferStatus:
     """The state of the buffer within a transaction."""
-    *figures, oldest, capacity, deadline_days = driver.execute(STATUS, {}).fetchone()
+    *figures, oldest, capacity, deadline_days = driver.first(STATUS, {})
     number_of("buffer_capacity", capacity)
     days = number_of("ofd_deadline_days", deadline_days)
+    if not isinstance(oldest, int | None):
+        raise BufferDamagedError.found(driver.connection.database, f"the oldest receipt was made at {oldest!r}")
     return BufferStatus(
         **dict(zip(_FIGURES, figures, strict=True)),
         oldest_undelivered_at=oldest,

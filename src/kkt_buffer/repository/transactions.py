@@ -19,6 +19,7 @@ from sqlalchemy.orm import Session, scoped_session, sessionmaker
 from kkt_buffer.engine import READ_ONLY, gate_of, lenient_text
 from kkt_buffer.errors import BufferDamagedError, ReceiptBufferError
 from kkt_buffer.migrate import require
+from kkt_buffer.repository import refusals
 from kkt_buffer.repository.direct import Direct, Driver, Place
 
 logger = logging.getLogger(__name__)
@@ -119,8 +120,14 @@ class Transactions:
 
     @contextmanager
     def _joined(self) -> Iterator[Driver]:
-        with self.transaction() as session:
+        with self._writing() as session:
             yield Driver.of(session)
+
+    @contextmanager
+    def _writing(self) -> Iterator[Session]:
+        """A transaction for an operation, or a part of the one that this thread has open."""
+        with refusals.explained(self._engine.url.database), self.transaction() as session:
+            yield session
 
     def _block(self) -> _Block | None:
         block: _Block | None = getattr(self._local, "block", None)
@@ -139,11 +146,11 @@ class Transactions:
     @contextmanager
     def _reading(self) -> Iterator[Session]:
         if self.in_transaction:
-            with self.transaction() as session:
+            with self._writing() as session:
                 yield session
         else:
             self._require_schema()
-            with self._readers() as session:
+            with refusals.explained(self._engine.url.database), self._readers() as session:
                 yield session
 
     def _load(self, statement: Select[Any], **parameters: object) -> list[Any]:
@@ -158,6 +165,9 @@ class Transactions:
                 logger.error("%s Reading on without them; see check_integrity().", error)  # noqa: TRY400 (it is handled)
                 with lenient_text(session.connection()):
                     rows = list(session.scalars(statement, parameters, execution_options=options))
+            if None in rows:
+                logger.error("a row without a key: the file is damaged. Reading on without it; see check_integrity().")
+                rows = [row for row in rows if row is not None]
             if self.in_transaction:
                 for row in rows:
                     session.expunge(row)
