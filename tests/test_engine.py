@@ -21,7 +21,6 @@ from kkt_buffer import (
     BufferDamagedError,
     BufferStorageError,
     ReceiptRepository,
-    SchemaError,
     create_buffer_engine,
     engine,
     upgrade,
@@ -760,16 +759,6 @@ class TestDispose:
             connection.execute(COUNT)
             own.dispose()
         assert any("till-1" in line for line in everything(path))
-
-
-def test_missing_table(engine):
-    """A table of ours that somebody has dropped is told as such."""
-    repository = ReceiptRepository(engine)
-    repository.get_buffer_status()
-    with engine.begin() as connection:
-        connection.execute(text("DROP TABLE dlq"))
-    with pytest.raises(SchemaError, match="lacks a table of ours .*restore a backup"):
-        repository.list_dead_letters()
 
 
 def test_error_without_a_connection(engine):

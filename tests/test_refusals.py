@@ -64,6 +64,13 @@ class TestSchema:
             operation(repository, receipt_id)
 
 
+def test_missing_table(repository, engine):
+    """A table of ours that somebody has dropped."""
+    run(engine, "DROP TABLE dlq")
+    with pytest.raises(SchemaError, match=r"not that of this release \(no such table: dlq\).* restore a backup"):
+        repository.list_dead_letters()
+
+
 class TestRows:
     def test_contradiction(self, repository, engine):
         """A receipt whose row breaks a rule of the tables."""
