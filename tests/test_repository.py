@@ -28,8 +28,6 @@ from kkt_buffer import (
 )
 from kkt_buffer.demo import sample_receipts
 from kkt_buffer.models import CONFIG_RULES, TRANSITIONS
-from kkt_buffer.repository import receipts
-from kkt_buffer.repository.status import STATUS
 
 STATUSES = tuple(str(status) for status in ReceiptStatus)
 
@@ -953,54 +951,6 @@ class TestGuards:
         with engine.begin() as connection:
             connection.execute(text("UPDATE receipts SET retry_count = retry_count + 1"))
         assert repository.get_events(1)[0].timestamp > NOON
-
-
-class TestPlans:
-    """The hot queries use their index: no scan, no sort."""
-
-    def plan(self, engine, sql, values):
-        with engine.connect() as connection:
-            rows = connection.exec_driver_sql(f"EXPLAIN QUERY PLAN {sql}", values)
-            return [row.detail for row in rows]
-
-    @pytest.mark.parametrize(
-        ("statement", "expected"),
-        [
-            ("LAST_HLC", "SCAN receipts USING COVERING INDEX idx_receipts_hlc"),
-            ("PENDING", "SCAN receipts USING INDEX idx_receipts_status"),
-            ("RECEIPT", "SEARCH receipts USING INDEX sqlite_autoindex_receipts_1 (id=?)"),
-            ("STATUS_OF", "SEARCH receipts USING INDEX sqlite_autoindex_receipts_1 (id=?)"),
-            ("MARK_SYNCED", "SEARCH receipts USING INDEX sqlite_autoindex_receipts_1 (id=?)"),
-        ],
-    )
-    def test_plan(self, engine, statement, expected):
-        sql = str(getattr(receipts, statement).compile(engine))
-        assert [expected] == self.plan(engine, sql, (1,) * sql.count("?"))
-
-    def test_status(self, engine):
-        sql = str(STATUS.compile(engine))
-        plan = self.plan(engine, sql, (1,) * sql.count("?"))
-        assert "SCAN receipts USING INDEX idx_receipts_undelivered" in plan
-        assert not [line for line in plan if "TEMP B-TREE" in line or line == "SCAN receipts"]
-
-    @pytest.mark.parametrize(
-        ("arguments", "expected"),
-        [
-            ({}, "SCAN buffer_events"),
-            ({"event_type": "receipt_added"}, "SCAN buffer_events"),
-            ({"event_type": "circuit_opened"}, "SEARCH buffer_events USING INDEX idx_events_type (event_type=?)"),
-            ({"receipt_id": "x"}, "SEARCH buffer_events USING INDEX idx_events_receipt_id (receipt_id=?)"),
-        ],
-    )
-    def test_events(self, repository, engine, arguments, expected):
-        """By number from the newest, or by index; never sorted."""
-        statements = []
-        event.listen(
-            engine, "before_cursor_execute", lambda _c, _cur, sql, values, *_: statements.append((sql, values))
-        )
-        repository.get_events(5, **arguments)
-        sql, values = statements[-1]
-        assert [expected] == self.plan(engine, sql, values)
 
 
 def test_log_is_silent(repository, caplog):

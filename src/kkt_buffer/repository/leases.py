@@ -46,12 +46,8 @@ _taken = update(_receipts).values(
 TAKE = _taken.where(_receipts.c.id.in_(_due))
 TAKE_OF_POS = _taken.where(_receipts.c.id.in_(_due.where(text("pos_id = :pos"))))
 
-# By idx_receipts_lease; UPDATE … RETURNING would not keep the order.
-TAKEN = (
-    select(Receipt)
-    .where(text(SYNCING_ONLY + " AND lease_token = :token"))
-    .order_by(text(HLC_ORDER), Receipt.hlc_logical_counter)
-)
+# By idx_receipts_lease.
+TAKEN = select(Receipt).where(text(SYNCING_ONLY + " AND lease_token = :token"))
 
 _held = text("id = :receipt_id AND lease_token = :token AND " + SYNCING_ONLY)
 RENEW = update(_receipts).where(_held).values(lease_taken_at=bindparam("now"), lease_expires_at=bindparam("expires"))
@@ -105,7 +101,8 @@ class Leases(Receipts):
                     "expires": now + lasts,
                 },
             )
-            return self._load(TAKEN, token=token) if taken.rowcount else []
+            found: list[Receipt] = self._load(TAKEN, token=token) if taken.rowcount else []
+            return sorted(found, key=lambda receipt: (receipt.hlc_local_time, receipt.hlc_logical_counter))
 
     def renew_lease(self, receipt_id: str | uuid.UUID, lease_token: str, *, lease_seconds: int | None = None) -> int:
         """
