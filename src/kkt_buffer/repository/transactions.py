@@ -70,15 +70,10 @@ class Transactions:
         and is as durable as its commit: not before. Rows of your own that you add to the session are committed with
         the receipts. Keep it short, as other writers wait; in asyncio code, never await inside it.
         """
-        outer = self._block()
+        outer = self._outer()
         if outer is not None:
-            if outer not in _opened.get():
-                raise ReceiptBufferError(
-                    "another asyncio task of this thread has a transaction open and waits inside it. Nothing was "
-                    "done. Never await inside transaction(); run it whole in a thread, with asyncio.to_thread."
-                )
-            with outer.session.begin_nested():
-                yield outer.session
+            with outer.begin_nested():
+                yield outer
             return
         self._require_schema()
         self._tidy()
@@ -93,6 +88,18 @@ class Transactions:
             block.open = False  # first, and without a call that a signal could interrupt: nobody may join it any more
             _opened.set(before)
             self._sessions.remove()
+
+    def _outer(self) -> Session | None:
+        """The session of the block that this thread has open, if this is a task that may go on in it."""
+        outer = self._block()
+        if outer is None:
+            return None
+        if outer not in _opened.get():
+            raise ReceiptBufferError(
+                "another asyncio task of this thread has a transaction open and waits inside it. Nothing was "
+                "done. Never await inside transaction(); run it whole in a thread, with asyncio.to_thread."
+            )
+        return outer.session
 
     def _tidy(self) -> None:
         """Put right what is left over if a signal interrupted the end of this thread's last block."""
@@ -145,32 +152,30 @@ class Transactions:
 
     @contextmanager
     def _reading(self) -> Iterator[Session]:
-        if self.in_transaction:
-            with self._writing() as session:
-                yield session
-        else:
+        """A session that nobody else has; inside a transaction, it reads what that has written."""
+        outer = self._outer()
+        if outer is None:
             self._require_schema()
-            with refusals.explained(self._engine.url.database), self._readers() as session:
-                yield session
+            session = self._readers()
+        else:
+            outer.flush()
+            session = Session(outer.connection(), join_transaction_mode="rollback_only")
+        with refusals.explained(self._engine.url.database), session:
+            yield session
 
     def _load(self, statement: Select[Any], **parameters: object) -> list[Any]:
         """Read rows, detached and complete."""
         with self._reading() as session:
-            # The session may be the caller's, and know an older state of the same row.
-            options = {"populate_existing": True}
             try:
-                rows = list(session.scalars(statement, parameters, execution_options=options))
+                rows = list(session.scalars(statement, parameters))
             except BufferDamagedError as error:
                 # A stray byte in one document must not keep all the others from being delivered.
                 logger.error("%s Reading on without them; see check_integrity().", error)  # noqa: TRY400 (it is handled)
                 with lenient_text(session.connection()):
-                    rows = list(session.scalars(statement, parameters, execution_options=options))
-            if None in rows:
-                logger.error("a row without a key: the file is damaged. Reading on without it; see check_integrity().")
-                rows = [row for row in rows if row is not None]
-            if self.in_transaction:
-                for row in rows:
-                    session.expunge(row)
+                    rows = list(session.scalars(statement, parameters))
+        if None in rows:
+            logger.error("a row without a key: the file is damaged. Reading on without it; see check_integrity().")
+            rows = [row for row in rows if row is not None]
         return rows
 
     def _seconds(self) -> int:
