@@ -66,7 +66,7 @@ COMMON = (
     Pragma("foreign_keys", 1, 1, "a dead letter belongs to a receipt"),
     Pragma("recursive_triggers", 1, 1, "REPLACE counts as the deletion that it is"),
     Pragma("cell_size_check", 1, 1, "a damaged page is noticed when it is read"),
-    Pragma("cache_size", -64000, -64000, "64 MB at most for each connection"),
+    Pragma("cache_size", -4000, -4000, "4 MB at most for each connection; more is not faster"),
 )
 QUERY_ONLY = Pragma("query_only", 1, 1, "a monitor must not write")
 
