@@ -7,12 +7,13 @@ import subprocess
 import sys
 import textwrap
 import uuid
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
 import pytest
+from sqlalchemy import Engine, event
 
 from kkt_buffer import Receipt, ReceiptRepository, ReceiptStatus
 
@@ -87,6 +88,21 @@ def start_python(program: str, *arguments: object, before: Iterable[str] = (), *
         text=True,
         **options,
     )
+
+
+@contextlib.contextmanager
+def commits(engine: Engine) -> Iterator[list[str]]:
+    """The COMMITs that SQLite runs meanwhile, by whatever way they reach it."""
+    seen: list[str] = []
+
+    def trace(connection: Any, *_: object) -> None:
+        connection.set_trace_callback(lambda statement: seen.append(statement) if statement == "COMMIT" else None)
+
+    engine.pool.dispose()  # so that every connection comes by
+    event.listen(engine, "connect", trace)
+    yield seen
+    event.remove(engine, "connect", trace)
+    engine.pool.dispose()
 
 
 def open_files(path: Path) -> list[str]:

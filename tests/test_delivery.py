@@ -1,8 +1,7 @@
 """`deliver_pending`: what becomes of each receipt, and of the others."""
 
 import pytest
-from builders import NOON, a_receipt, an_id, new_receipt
-from sqlalchemy import event
+from builders import NOON, a_receipt, an_id, commits, new_receipt
 
 from kkt_buffer import (
     BufferStorageError,
@@ -316,10 +315,9 @@ class TestLostLease:
 def test_commits(file_repository, file_engine):
     """A run costs one commit to claim, one for each receipt, and one for each of its two events."""
     file_repository.insert_receipts(new_receipt() for _ in range(10))
-    commits = []
-    event.listen(file_engine, "commit", commits.append)
-    deliver_pending(file_repository, lambda receipt: NOON)
-    assert len(commits) == 13
+    with commits(file_engine) as seen:
+        deliver_pending(file_repository, lambda receipt: NOON)
+    assert len(seen) == 13
 
 
 def test_two_workers(path, file_repository, file_engine):

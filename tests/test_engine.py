@@ -13,7 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 from builders import a_receipt, everything, new_receipt, open_files, run_python, start_python
-from sqlalchemy import NullPool, StaticPool, create_engine, make_url, text
+from sqlalchemy import NullPool, StaticPool, create_engine, exc, make_url, text
 from sqlalchemy.exc import IntegrityError, ProgrammingError
 
 from kkt_buffer import (
@@ -21,7 +21,6 @@ from kkt_buffer import (
     BufferDamagedError,
     BufferStorageError,
     ReceiptRepository,
-    SchemaError,
     create_buffer_engine,
     engine,
     upgrade,
@@ -249,6 +248,22 @@ class TestTransactions:
         # Not measured: coverage has a lock of its own, which a signal leaves locked.
         environment = {name: value for name, value in os.environ.items() if not name.startswith("COV")}
         assert run_python(program, path, env=environment).stdout == "free\n"
+
+    def test_pool(self, path):
+        """As many connections as are asked for at once; eight stay open between their uses."""
+        own = create_buffer_engine(path)
+        reader = own.execution_options(**{READ_ONLY: True})
+        with contextlib.ExitStack() as stack:
+            for _ in range(10):
+                stack.enter_context(reader.connect())
+            assert (0, 10) == (own.pool.checkedin(), own.pool.checkedout())
+        assert (8, 0) == (own.pool.checkedin(), own.pool.checkedout())
+
+    def test_limited_pool(self, path):
+        """Who wants to wait for a connection, waits."""
+        own = create_buffer_engine(path, pool_size=1, max_overflow=0, pool_timeout=0.05)
+        with own.connect(), pytest.raises(exc.TimeoutError, match="QueuePool limit"):
+            own.connect()
 
     def test_null_pool(self, path):
         """Another pool may be asked for."""
@@ -744,26 +759,6 @@ class TestDispose:
             connection.execute(COUNT)
             own.dispose()
         assert any("till-1" in line for line in everything(path))
-
-
-class TestNotMigrated:
-    def test_operations(self, tmp_path):
-        """A forgotten upgrade is told as such."""
-        bare = ReceiptRepository(create_buffer_engine(tmp_path / "buffer.db"))
-        for operation in (
-            bare.get_buffer_status,
-            bare.get_pending_receipts,
-            lambda: bare.insert_receipt(new_receipt()),
-        ):
-            with pytest.raises(SchemaError, match="was not migrated .*upgrade"):
-                operation()
-
-    def test_repository(self, tmp_path):
-        """What works on a database without a schema fails with a clear error."""
-        from kkt_buffer.migrate import require  # noqa: PLC0415
-
-        with pytest.raises(SchemaError, match="no schema where this release needs"):
-            require(create_buffer_engine(tmp_path / "buffer.db"))
 
 
 def test_error_without_a_connection(engine):

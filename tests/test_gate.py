@@ -111,6 +111,24 @@ class TestThreads:
             gate.release("somebody else")
             assert gate.is_mine
 
+    def test_gone_from_the_queue(self, gate):
+        """One who was interrupted in the queue, and left the name there, holds nobody up."""
+        gate._waiting.append(("interrupted", threading.Lock()))
+        assert in_thread(lambda: gate.acquire("next") or gate.release("next")) is None
+        assert not gate._waiting
+
+    def test_taken_for_lost(self, gate):
+        """One whom another took for lost still gets the turn."""
+        gate.acquire("first")
+        waiter = threading.Thread(target=lambda: gate.acquire("second") or gate.release("second"))
+        waiter.start()
+        while not gate._waiting:
+            pass
+        gate._waiting.clear()
+        gate.release("first")
+        waiter.join(5)
+        assert not waiter.is_alive()
+
     def test_without_file(self):
         """A database in memory needs no file."""
         gate = WriteGate(None, 60)

@@ -33,7 +33,40 @@ from kkt_buffer.schema import SQLITE_TRIGGERS, SQLITE_VIEWS
 
 ROOT = Path(__file__).parents[1]
 HEAD = migrate.revisions()[-1]
+NOBODY = "00000000-0000-4000-8000-000000000000"
 ALEMBIC = (str(Path(sys.executable).with_name("alembic")),)
+
+
+# Each operation that needs the schema, by its name.
+A_WHY = {"actor": "Anna", "reason": "a test"}
+OPERATIONS = {
+    "check_integrity": lambda repository: repository.check_integrity(),
+    "claim_pending": lambda repository: repository.claim_pending(),
+    "get_buffer_status": lambda repository: repository.get_buffer_status(),
+    "get_config": lambda repository: repository.get_config("buffer_capacity"),
+    "get_events": lambda repository: repository.get_events(),
+    "get_pending_receipts": lambda repository: repository.get_pending_receipts(),
+    "get_receipt_by_id": lambda repository: repository.get_receipt_by_id(NOBODY),
+    "get_receipts_due": lambda repository: repository.get_receipts_due(NOON),
+    "increment_retry_count": lambda repository: repository.increment_retry_count(NOBODY, "an error"),
+    "insert_receipt": lambda repository: repository.insert_receipt(new_receipt()),
+    "insert_receipts": lambda repository: repository.insert_receipts([new_receipt()]),
+    "list_dead_letters": lambda repository: repository.list_dead_letters(),
+    "log_event": lambda repository: repository.log_event("circuit_opened"),
+    "mark_synced": lambda repository: repository.mark_synced(NOBODY, NOON),
+    "move_to_dlq": lambda repository: repository.move_to_dlq(NOBODY, "a reason"),
+    "prune": lambda repository: repository.prune(),
+    "record_failure": lambda repository: repository.record_failure(NOBODY, "an error", NOBODY),
+    "recover_expired_leases": lambda repository: repository.recover_expired_leases(),
+    "release": lambda repository: repository.release(NOBODY, NOBODY),
+    "renew_lease": lambda repository: repository.renew_lease(NOBODY, NOBODY),
+    "requeue": lambda repository: repository.requeue(NOBODY, **A_WHY),
+    "requeue_all": lambda repository: repository.requeue_all(**A_WHY),
+    "resolve": lambda repository: repository.resolve(NOBODY, **A_WHY),
+    "set_config": lambda repository: repository.set_config("buffer_capacity", 1),
+    "transaction": lambda repository: repository.transaction().__enter__(),
+    "update_receipt_status": lambda repository: repository.update_receipt_status(NOBODY, "pending"),
+}
 
 
 def alembic(*arguments, cwd=ROOT, **environment):
@@ -254,6 +287,22 @@ class TestCurrent:
         engine.dispose()
         return path
 
+    @pytest.fixture
+    def older(self, tmp_path):
+        """A buffer that an earlier release has made."""
+        path = tmp_path / "older.db"
+        engine = create_buffer_engine(path)
+        command.upgrade(migrate._config(engine), "0001")
+        engine.dispose()
+        return path
+
+    @pytest.fixture
+    def empty(self, tmp_path):
+        """A file that was never upgraded."""
+        path = tmp_path / "empty.db"
+        create_buffer_engine(path).dispose()
+        return path
+
     NEWER = r"schema 9999, made by kkt-buffer 2.7.0; this is kkt-buffer \S+, which knows .* Nothing was touched"
 
     @pytest.mark.parametrize("entry", [current, upgrade, check, migrate.require])
@@ -290,18 +339,43 @@ class TestCurrent:
         with pytest.raises(SchemaError, match="schema 9999, made by a newer release"):
             current(engine)
 
-    def test_not_now(self, tmp_path, engine):
-        """A service that was told not to upgrade says what to run, and leaves the file alone."""
-        path = tmp_path / "buffer.db"
-        old = create_buffer_engine(path)
-        command.upgrade(migrate._config(old), "0001")
-        old.dispose()
+    OLDER = "has the old schema 0001 .* Run `python -m kkt_buffer upgrade PATH`"
+    EMPTY = "has no schema .* Run `python -m kkt_buffer upgrade PATH`"
+
+    @pytest.mark.parametrize(("fixture", "told"), [("newer", NEWER), ("older", OLDER), ("empty", EMPTY)])
+    def test_operations(self, request, fixture, told):
+        """No operation works on the schema of another release, be it the first one of a service."""
+        path = request.getfixturevalue(fixture)
         before = everything(path)
-        with pytest.raises(SchemaError, match="has the old schema 0001 .* Run `python -m kkt_buffer upgrade PATH`"):
-            buffer.init_buffer_db(path, upgrade=False)
+        engine = create_buffer_engine(path)
+        repository = ReceiptRepository(engine)
+        for operation in [*OPERATIONS.values(), *OPERATIONS.values()]:
+            with pytest.raises(SchemaError, match=told):
+                operation(repository)
+        engine.dispose()
         assert before == everything(path)
-        buffer.init_buffer_db(path)
-        buffer.init_buffer_db(path, upgrade=False)
+
+    def test_upgraded_meanwhile(self, older):
+        """A repository that was refused goes on as soon as somebody has upgraded."""
+        repository = ReceiptRepository(create_buffer_engine(older))
+        with pytest.raises(SchemaError, match=self.OLDER):
+            a_receipt(repository)
+        upgrade(create_buffer_engine(older))
+        assert a_receipt(repository)
+
+    def test_all_operations(self):
+        """None was forgotten above, but for those which need no schema."""
+        public = {name for name in dir(ReceiptRepository) if not name.startswith("_")}
+        assert set(OPERATIONS) == public - {"backup", "in_transaction"}
+
+    def test_not_now(self, older):
+        """A service that was told not to upgrade says what to run, and leaves the file alone."""
+        before = everything(older)
+        with pytest.raises(SchemaError, match=self.OLDER):
+            buffer.init_buffer_db(older, upgrade=False)
+        assert before == everything(older)
+        buffer.init_buffer_db(older)
+        buffer.init_buffer_db(older, upgrade=False)
         buffer.close_buffer_db()
 
     def test_revisions(self):

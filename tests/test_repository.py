@@ -8,7 +8,7 @@ import threading
 import uuid
 
 import pytest
-from builders import NOON, a_document, a_receipt, an_id, new_receipt
+from builders import NOON, a_document, a_receipt, an_id, commits, new_receipt
 from sqlalchemy import event, text
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
@@ -261,10 +261,9 @@ class TestInsertReceipts:
 
     def test_one_commit(self, file_repository, file_engine):
         """A batch costs one commit."""
-        commits = []
-        event.listen(file_engine, "commit", commits.append)
-        file_repository.insert_receipts(new_receipt() for _ in range(50))
-        assert len(commits) == 1
+        with commits(file_engine) as seen:
+            file_repository.insert_receipts(new_receipt() for _ in range(50))
+        assert len(seen) == 1
 
     def test_known_id(self, repository, engine):
         """One known id refuses the batch; with exist_ok an identical one is passed over."""

@@ -137,7 +137,7 @@ def details(value: object) -> dict[str, Any] | None:
 
 def _decoded(text: str) -> object:
     try:
-        return json.loads(text, parse_constant=_refuse_constant, parse_float=_finite)
+        return _decoder.decode(text)
     except RecursionError:
         raise ValueError("fiscal_doc: expected JSON of sane depth, this is nested too deeply") from None
     except json.JSONDecodeError as error:
@@ -155,6 +155,10 @@ def _finite(text: str) -> float:
     if math.isinf(value):
         raise ValueError(f"the number {text[:40]} is too large to be read back")
     return value
+
+
+# json.loads would make one for every receipt.
+_decoder = json.JSONDecoder(parse_constant=_refuse_constant, parse_float=_finite)
 
 
 def _encoded(value: object, field: str = "fiscal_doc") -> str:

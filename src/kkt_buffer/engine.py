@@ -10,12 +10,12 @@ import importlib
 import importlib.util
 import logging
 import os
-import re
 import sqlite3
 import sys
 import threading
 import uuid
 import weakref
+from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -23,16 +23,22 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 from urllib.parse import quote
 
 from sqlalchemy import URL, Connection, Engine, ExceptionContext, QueuePool, create_engine, event, make_url
+from sqlalchemy.pool import ConnectionPoolEntry
+from sqlalchemy.util.queue import Empty, Full, QueueCommon
 
-from kkt_buffer.errors import BufferBusyError, BufferDamagedError, BufferStorageError, SchemaError
+from kkt_buffer.errors import (
+    BufferBusyError,
+    BufferDamagedError,
+    BufferStorageError,
+)
+
+if TYPE_CHECKING:
+    from kkt_buffer.gate import WriteGate
 
 logger = logging.getLogger(__name__)
 
 BUSY_TIMEOUT_SECONDS = 10.0
 SQLITE_MINIMUM = (3, 38, 0)  # unixepoch() in our triggers
-
-# What SQLite says when a table of ours is looked for in vain.
-NOT_MIGRATED = re.compile(r"no such table: (main\.)?(receipts|dlq|buffer_events|config|buffer_counts|v_buffer_status)$")
 
 # Execution option: with True, BEGIN DEFERRED, which locks nobody and must not write.
 READ_ONLY = "kkt_buffer_read_only"
@@ -125,7 +131,8 @@ def create_buffer_engine(
     if "poolclass" not in engine_options:
         # As many connections as there are threads at work; a few stay open between their uses.
         engine_options = {"pool_size": 8, "max_overflow": -1, "pool_use_lifo": True} | engine_options
-    engine = create_engine(url, **({"poolclass": QueuePool} | engine_options), creator=database.connect, module=driver)
+        engine_options["poolclass"] = _UnlockedPool if engine_options["max_overflow"] == -1 else QueuePool
+    engine = create_engine(url, **engine_options, creator=database.connect, module=driver)
     event.listen(engine, "connect", database.configure)
     event.listen(engine, "begin", database.begin)
     event.listen(engine, "savepoint", database.join)
@@ -139,6 +146,47 @@ def create_buffer_engine(
         engine.dispose()
         raise
     return engine
+
+
+class _Idle(QueueCommon[ConnectionPoolEntry]):
+    """
+    The idle connections of a pool that nobody ever waits for, the last used first.
+
+    SQLAlchemy's own queue has a lock that an exception out of a signal handler can leave locked, and then every other
+    thread waits for ever. The steps of a deque cannot be interrupted.
+    """
+
+    def __init__(self, maxsize: int = 0, use_lifo: bool = True) -> None:  # noqa: FBT001, FBT002 (SQLAlchemy's signature)
+        self.maxsize = maxsize
+        self.use_lifo = use_lifo
+        self._connections: deque[ConnectionPoolEntry] = deque()
+
+    def qsize(self) -> int:
+        return len(self._connections)
+
+    def put(self, item: ConnectionPoolEntry, block: bool = True, timeout: float | None = None) -> None:  # noqa: ARG002, FBT001, FBT002
+        if len(self._connections) >= self.maxsize:
+            raise Full
+        self._connections.append(item)
+
+    def get(self, block: bool = True, timeout: float | None = None) -> ConnectionPoolEntry:  # noqa: ARG002, FBT001, FBT002
+        try:
+            return self._connections.pop()
+        except IndexError:
+            raise Empty from None
+
+
+class _UnlockedPool(QueuePool):
+    __module__ = QueuePool.__module__  # so that it logs as SQLAlchemy's pools do
+    _queue_class = _Idle
+
+
+def gate_of(engine: Engine) -> "WriteGate":
+    """The write gate of an engine that `create_buffer_engine` has made, or of one derived from it."""
+    for known, database in _databases.items():
+        if known.dialect is engine.dialect:
+            return database.gate
+    raise TypeError(f"engine: expected one that create_buffer_engine has made, got {engine!r}")
 
 
 def _path(path_or_url: str | os.PathLike[str] | URL) -> Path | None:
@@ -228,17 +276,20 @@ class GuardedConnection(sqlite3.Connection if TYPE_CHECKING else object):  # typ
     lost = False  # SQLite has rolled the transaction back by itself, and the program believes to be inside it
 
     def begin(self, *, write: bool) -> None:
-        """Begin a transaction; a write takes the gate first."""
+        """Begin a transaction; a write takes the gate first, unless this database is read-only."""
         self.refuse_child()
-        self.in_write = write
+        database = self.database
+        self.in_write = write = write and not database.read_only
         try:
             if write:
-                self.database.gate.acquire(self)
+                database.gate.acquire(self)
             self._refuse_changed_files()
             self.execute("BEGIN IMMEDIATE" if write else "BEGIN")
             self.in_begun = True
-        except BaseException:
+        except BaseException as error:
             self._finish()
+            if isinstance(error, (OSError, database.driver.Error)):
+                raise _refusal(database, error) from error
             raise
 
     def commit(self) -> None:
@@ -294,7 +345,8 @@ class GuardedConnection(sqlite3.Connection if TYPE_CHECKING else object):  # typ
         self.database.connections.discard(self)
 
     def _finish(self) -> None:
-        self.database.gate.release(self)
+        if self.in_write:
+            self.database.gate.release(self)
         self.in_begun = self.in_write = self.lost = False
 
     def refuse_child(self) -> None:
@@ -346,7 +398,7 @@ class _Database:
         self.connections: weakref.WeakSet[GuardedConnection] = weakref.WeakSet()
         self.sizes: tuple[int, ...] = ()  # of the database and its WAL after the last commit here
         self.inherited = False
-        self._driver = driver
+        self.driver = driver
         self._class = type("Connection", (GuardedConnection, driver.Connection), {})
         self.gate: WriteGate = WriteGate(None if path is None else Path(f"{path}-gate"), busy_timeout)
         self._anchor: sqlite3.Connection | None = None
@@ -438,7 +490,7 @@ class _Database:
         try:
             with contextlib.closing(self._open()) as fresh:
                 found = fresh.execute("PRAGMA quick_check(1)").fetchone()[0]
-        except self._driver.Error as error:
+        except self.driver.Error as error:
             found = str(error)
         if found != "ok":
             raise BufferDamagedError(
@@ -449,10 +501,8 @@ class _Database:
 
     def begin(self, connection: Connection) -> None:
         """Begin in the way that the transaction needs. For the engine's `begin` event."""
-        write = not (self.read_only or connection.get_execution_options().get(READ_ONLY, False))
-        driver_connection = cast("GuardedConnection", connection.connection.dbapi_connection)
-        with self.explained():
-            driver_connection.begin(write=write)
+        write = not connection.get_execution_options().get(READ_ONLY, False)
+        cast("GuardedConnection", connection.connection.dbapi_connection).begin(write=write)
 
     def join(self, connection: Connection, _name: str) -> None:
         """Refuse to go on with the parent's transaction in a forked child. For the engine's `savepoint` event."""
@@ -461,7 +511,7 @@ class _Database:
         driver_connection.refuse_lost()
 
     def explain(self, context: ExceptionContext) -> BaseException | None:
-        """Turn what the driver says of the file, or of a missing table of ours, into our errors. For `handle_error`."""
+        """Turn what the driver says of the file into our errors. For `handle_error`."""
         error = context.original_exception
         connection = context.connection
         if connection is not None and not connection.closed and not connection.invalidated:
@@ -469,12 +519,7 @@ class _Database:
             if driver_connection.lost and str(error).startswith("no such savepoint"):
                 return driver_connection.lost_error()
             driver_connection.notice_loss()
-        if NOT_MIGRATED.match(str(error)):
-            return SchemaError(
-                f"{self} was not migrated ({error}). Nothing was written. Call upgrade(engine), or run "
-                "`python -m kkt_buffer upgrade PATH`."
-            )
-        return _translated(self, error)
+        return translated(self, error)
 
     def disposed(self, _engine: Engine) -> None:
         """Let go of the lock file, or of a database in memory. For the `engine_disposed` event."""
@@ -491,10 +536,10 @@ class _Database:
         )
 
     def _open(self, **options: Any) -> sqlite3.Connection:  # noqa: ANN401 (the driver's own options)
-        if hasattr(self._driver, "LEGACY_TRANSACTION_CONTROL"):
+        if hasattr(self.driver, "LEGACY_TRANSACTION_CONTROL"):
             # The new autocommit=False opens transactions by itself, which makes BEGIN IMMEDIATE impossible.
-            options["autocommit"] = self._driver.LEGACY_TRANSACTION_CONTROL
-        connection: sqlite3.Connection = self._driver.connect(
+            options["autocommit"] = self.driver.LEGACY_TRANSACTION_CONTROL
+        connection: sqlite3.Connection = self.driver.connect(
             self._target, uri=True, isolation_level=None, check_same_thread=False, timeout=self.busy_timeout, **options
         )
         return connection
@@ -514,7 +559,7 @@ class _Database:
 
     def explained(self) -> contextlib.AbstractContextManager[None]:
         """Turn what the driver and the system say of the file into our errors."""
-        return storage_errors(self, self._driver)
+        return storage_errors(self, self.driver)
 
 
 def checkpoint(engine: Engine) -> None:
@@ -551,12 +596,17 @@ def storage_errors(what: object, driver: ModuleType) -> Iterator[None]:
     try:
         yield
     except (OSError, UnicodeDecodeError, driver.Error) as error:
-        raise _translated(what, error) or BufferStorageError(
-            f"{what}: SQLite refused to go on ({error}). Nothing was written."
-        ) from error
+        raise _refusal(what, error) from error
 
 
-def _translated(what: object, error: BaseException | None) -> BufferStorageError | None:
+def _refusal(what: object, error: BaseException) -> BufferStorageError:
+    return translated(what, error) or BufferStorageError(
+        f"{what}: SQLite refused to go on ({error}). Nothing was written."
+    )
+
+
+def translated(what: object, error: BaseException | None) -> BufferStorageError | None:
+    """Our error for what the driver or the system say of the file `what`; None if it is not about the file."""
     if isinstance(error, UnicodeDecodeError) or str(error).startswith("Could not decode to UTF-8"):
         error_of_text = _FAULTS[11]
         return error_of_text.error(f"{what}: it holds text that is no UTF-8 ({error}). {error_of_text.advice}")

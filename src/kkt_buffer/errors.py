@@ -140,7 +140,15 @@ class BufferBusyError(BufferStorageError):
 
 
 class BufferDamagedError(BufferStorageError):
-    """The file is not a database, or SQLite found it damaged; it is left as it is."""
+    """The file is not a database, or it was found damaged; it is left as it is."""
+
+    @classmethod
+    def found(cls, buffer: object, what: str) -> Self:
+        """The error for a value that this package never stores."""
+        return cls(
+            f"{buffer}: {what}: the file is damaged. Nothing was written. Stop every program that uses it, keep a copy "
+            "of all its files, and restore a backup."
+        )
 
 
 class DeliveryRejected(ReceiptBufferError):  # noqa: N818 (what the operator did, not what failed)

@@ -130,7 +130,7 @@ class JsonText(TypeDecorator[Any]):
         del dialect
         try:
             return None if value is None else json.loads(value)
-        except ValueError:
+        except (ValueError, TypeError):
             return value
 
 
@@ -146,10 +146,7 @@ class StatusText(TypeDecorator[ReceiptStatus]):
         try:
             return None if value is None else ReceiptStatus(value)
         except ValueError as error:
-            raise BufferDamagedError(
-                f"a receipt has the status {value!r}, which does not exist: the file is damaged. It was left as it is. "
-                "Stop, keep a copy of all its files, restore a backup."
-            ) from error
+            raise BufferDamagedError.found("the buffer", f"a receipt has the status {value!r}") from error
 
 
 class Base(DeclarativeBase):

@@ -33,7 +33,7 @@ def work():
             receipt_id = repository.insert_receipt({"pos_id": f"till-{seed}", "fiscal_doc": {"n": number}})
         except BufferFullError:
             return
-        print(receipt_id, flush=True)
+        print(receipt_id + "\\n", end="", flush=True)  # in one piece, as they print at the same moment
 
 workers = [threading.Thread(target=work) for _ in range(threads)]
 for worker in workers:

@@ -470,18 +470,15 @@ class TestFiles:
         return ends, [wrong for _, wrong in cases if wrong]
 
     def test_mutated(self, sample, folder):
-        """A damaged file is used as far as it goes, or refused and left as it is; nothing crashes or hangs."""
+        """
+        A damaged file is used as far as it goes, or refused and left as it is; nothing crashes or hangs.
+
+        Only documented errors come out.
+        """
         ends, wrong = self.tally(folder, sample, FILES)
-        print(*wrong, sep="\n")
+        assert [] == wrong
         assert ends["changed"] == 0
         assert all(ends[end] for end in ("refused", "partly", "worked"))
-
-    def test_documented(self, sample, folder):
-        """Only documented errors come out."""
-        found = self.tally(folder, sample, 300)[1]
-        # A trigger whose text was damaged into another name: SQLite tells it from a mistake of the caller's as little
-        # as we can.
-        assert [] == [case for case in found if "no such column: " not in case]
 
     @pytest.mark.parametrize("fault", ["changed", "another error"])
     def test_would_be_found(self, sample, folder, monkeypatch, fault):

@@ -13,7 +13,8 @@ from sqlalchemy import Connection, Table, bindparam, literal_column, null, selec
 from kkt_buffer import arguments
 from kkt_buffer.errors import InvalidTransitionError, ReceiptNotFoundError
 from kkt_buffer.models import HLC_ORDER, DeadLetter, Receipt, Resolution
-from kkt_buffer.repository.receipts import CLOSE_DEAD_LETTER, Receipts, status_of
+from kkt_buffer.repository.direct import Driver
+from kkt_buffer.repository.receipts import CLOSE_DEAD_LETTER, Receipts, refuse_if_full, status_of
 
 _receipts = cast("Table", Receipt.__table__)
 
@@ -53,10 +54,10 @@ class DeadLetters(Receipts):
         """
         receipt_id = arguments.lookup_id(receipt_id)
         who, why = arguments.note("actor", actor), arguments.note("reason", reason)
-        with self.transaction() as session:
+        with self._writing() as session:
             connection = session.connection()
             self._close(connection, receipt_id, who, why, Resolution.REQUEUED)
-            self._refuse_if_full(1)
+            refuse_if_full(Driver.of(session), 1)
             connection.execute(REVIVE, {"receipt_id": receipt_id, "now": self._seconds()})
 
     def requeue_all(self, *, actor: str, reason: str) -> int:
@@ -66,12 +67,12 @@ class DeadLetters(Receipts):
         Raises `BufferFullError` if there are some, and room for none.
         """
         who, why = arguments.note("actor", actor), arguments.note("reason", reason)
-        with self.transaction() as session:
+        with self._writing() as session:
             connection = session.connection()
             status = self.get_buffer_status()
             if not status.dlq_size:
                 return 0
-            self._refuse_if_full(1)
+            refuse_if_full(Driver.of(session), 1)
             room = status.capacity - status.pending - status.syncing
             receipt_ids = connection.scalars(OPEN_IN_ORDER, {"limit": room}).all()
             for receipt_id in receipt_ids:
@@ -88,7 +89,7 @@ class DeadLetters(Receipts):
         """
         receipt_id = arguments.lookup_id(receipt_id)
         who, why = arguments.note("actor", actor), arguments.note("reason", reason)
-        with self.transaction() as session:
+        with self._writing() as session:
             self._close(session.connection(), receipt_id, who, why, Resolution.RESOLVED)
 
     def _close(self, connection: Connection, receipt_id: str, who: str, why: str, how: Resolution) -> None:

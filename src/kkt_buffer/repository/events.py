@@ -35,7 +35,7 @@ class Events(Transactions):
             timestamp=self._seconds(),
             details=arguments.details(metadata),
         )
-        with self.transaction() as session:
+        with self._writing() as session:
             session.add(event)
             session.flush()
             return event.id

@@ -89,7 +89,7 @@ class Leases(Receipts):
         if pos_id is not None:
             parameters["pos"] = arguments.name("pos_id", pos_id)
         token = str(uuid.uuid4())
-        with self.transaction() as session:
+        with self._writing() as session:
             now = self._seconds()  # not earlier: others may have claimed while we waited for the write lock
             numbers = self._numbers("lease_seconds", "retry_backoff_max")
             lasts = numbers["lease_seconds"] if lease_seconds is None else _lease(lease_seconds)
@@ -115,7 +115,7 @@ class Leases(Receipts):
         """
         receipt_id = arguments.lookup_id(receipt_id)
         token = arguments.name("lease_token", lease_token)
-        with self.transaction() as session:
+        with self._writing() as session:
             now = self._seconds()
             lasts = self._numbers("lease_seconds")["lease_seconds"] if lease_seconds is None else _lease(lease_seconds)
             held = {"receipt_id": receipt_id, "token": token, "now": now, "expires": now + lasts}
@@ -132,7 +132,7 @@ class Leases(Receipts):
         """
         receipt_id = arguments.lookup_id(receipt_id)
         held = {"receipt_id": receipt_id, "token": arguments.name("lease_token", lease_token)}
-        with self.transaction() as session:
+        with self._writing() as session:
             connection = session.connection()
             if not connection.execute(RELEASE, held).rowcount:
                 raise _lost(connection, receipt_id)
@@ -151,7 +151,7 @@ class Leases(Receipts):
         error = arguments.note("error", error)
         token = arguments.name("lease_token", lease_token)
         now = self._seconds()
-        with self.transaction() as session:
+        with self._writing() as session:
             connection = session.connection()
             attempt = {"receipt_id": receipt_id, "token": token, "error": error, "now": now}
             count = connection.execute(FAIL_ATTEMPT, attempt).scalar_one_or_none()
@@ -174,7 +174,7 @@ class Leases(Receipts):
 
         `claim_pending` does the same first of all, so nothing waits for this; it is for whoever wants to see them now.
         """
-        with self.transaction() as session:
+        with self._writing() as session:
             return session.connection().execute(RECOVER, {"now": self._seconds()}).rowcount
 
 

@@ -115,7 +115,7 @@ class Pruning(Settings):
         """Repeat a deletion of at most BATCH rows until it finds no more."""
         deleted = 0
         while True:
-            with self.transaction() as session:
+            with self._writing() as session:
                 batch = session.connection().exec_driver_sql(statement, dict(parameters)).rowcount
             deleted += batch
             if batch < BATCH:
@@ -124,7 +124,7 @@ class Pruning(Settings):
     def _prune_resolved(self, resolved: str, parameters: Mapping[str, int]) -> tuple[int, int]:
         letters = receipts = 0
         while True:
-            with self.transaction() as session:
+            with self._writing() as session:
                 connection = session.connection()
                 found = connection.exec_driver_sql(f"{resolved} LIMIT {BATCH}", dict(parameters)).all()
                 for (receipt_id,) in found:
@@ -143,7 +143,7 @@ class Pruning(Settings):
             with self._reading() as session:
                 found = session.connection().exec_driver_sql(_EVENTS, dict(parameters)).all()
             if found:
-                with self.transaction() as session:
+                with self._writing() as session:
                     session.connection().exec_driver_sql(
                         "DELETE FROM buffer_events WHERE id = ?", [tuple(row) for row in found]
                     )

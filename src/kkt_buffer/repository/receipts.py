@@ -1,10 +1,12 @@
 """Receipts: stored, read, and moved from status to status."""
 
+import random
+import time
 import uuid
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, cast
 
-from sqlalchemy import Connection, Table, bindparam, insert, literal_column, null, select, text, update
+from sqlalchemy import Connection, Engine, Table, bindparam, insert, literal_column, null, select, text, update
 from sqlalchemy.exc import IntegrityError
 
 from kkt_buffer import arguments
@@ -12,6 +14,7 @@ from kkt_buffer.errors import (
     BufferDamagedError,
     BufferFullError,
     DuplicateReceiptError,
+    InvalidConfigError,
     InvalidTransitionError,
     ReceiptNotFoundError,
 )
@@ -25,7 +28,10 @@ from kkt_buffer.models import (
     ReceiptStatus,
     Resolution,
 )
-from kkt_buffer.repository.status import Status
+from kkt_buffer.repository import refusals
+from kkt_buffer.repository.direct import Driver
+from kkt_buffer.repository.group_commit import Batch, GroupCommit, Member
+from kkt_buffer.repository.status import Status, status_by
 
 _receipts = cast("Table", Receipt.__table__)
 _dlq = cast("Table", DeadLetter.__table__)
@@ -48,7 +54,11 @@ PENDING = (
     .limit(bindparam("limit"))
 )
 
-ADD = insert(_receipts)
+ADD = text(
+    "INSERT INTO receipts (id, pos_id, created_at, hlc_local_time, hlc_logical_counter, fiscal_doc)"
+    " VALUES (:id, :pos_id, :created_at, :hlc_local_time, :hlc_logical_counter, :fiscal_doc)"
+)
+KNOWN = select(_receipts.c.pos_id, _receipts.c.fiscal_doc).where(_receipts.c.id == bindparam("receipt_id"))
 RECEIPT = select(Receipt).where(Receipt.id == bindparam("receipt_id"))
 STATUS_OF = select(_receipts.c.status).where(_receipts.c.id == bindparam("receipt_id"))
 
@@ -100,8 +110,27 @@ class _Refused(Exception):  # noqa: N818 (never seen outside)
     """The database refused a new receipt."""
 
 
+class _Insertion(Member):
+    """A receipt on its way into the buffer."""
+
+    def __init__(self, receipt: arguments.NewReceipt, *, exist_ok: bool) -> None:
+        super().__init__()
+        self.receipt = receipt
+        self.exist_ok = exist_ok
+
+
 class Receipts(Status):
     """The operations on receipts."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        *,
+        now: Callable[[], float] = time.time,
+        jitter: Callable[[], float] = random.random,
+    ) -> None:
+        super().__init__(engine, now=now, jitter=jitter)
+        self._group: GroupCommit[_Insertion] = GroupCommit()
 
     def insert_receipt(self, receipt_data: Mapping[str, Any], *, exist_ok: bool = False) -> str:
         """
@@ -113,7 +142,11 @@ class Receipts(Status):
 
         Raises `BufferFullError` at capacity, `DuplicateReceiptError` for a known id.
         """
-        return self._insert([arguments.new_receipt(receipt_data)], exist_ok=exist_ok)[0]
+        receipt = arguments.new_receipt(receipt_data)
+        if self._is_writing:
+            return self._insert([receipt], exist_ok=exist_ok)[0]
+        self._group.add(_Insertion(receipt, exist_ok=exist_ok), self._commit)
+        return receipt.id
 
     def insert_receipts(self, many: Iterable[Mapping[str, Any]], *, exist_ok: bool = False) -> list[str]:
         """Store all of these receipts, in their order and with one commit, or none. Else like `insert_receipt`."""
@@ -130,74 +163,45 @@ class Receipts(Status):
 
     def _insert(self, receipts: list[arguments.NewReceipt], *, exist_ok: bool) -> list[str]:
         try:
-            with self.transaction() as session:
-                self._add(session.connection(), receipts)
+            with self._direct(write=True) as driver:
+                try:
+                    self._add(driver, receipts)
+                except IntegrityError as error:
+                    raise _Refused from error
         except _Refused:
             # Only now is it worth asking which and why.
-            with self.transaction() as session:
-                connection = session.connection()
-                new = self._unknown(connection, receipts, exist_ok=exist_ok)
-                self._refuse_if_full(len(new))
-                self._add(connection, new)
+            with self._direct(write=True) as driver:
+                new = _unknown(driver, receipts, exist_ok=exist_ok)
+                refuse_if_full(driver, len(new))
+                self._add(driver, new)
         return [receipt.id for receipt in receipts]
 
-    def _add(self, connection: Connection, receipts: list[arguments.NewReceipt]) -> None:
+    def _add(self, driver: Driver, receipts: list[arguments.NewReceipt]) -> None:
         now = self._seconds()
-        last = connection.execute(LAST_HLC).first()
-        if last and not all(isinstance(number, int) for number in last):
-            raise BufferDamagedError(
-                f"the last timestamp is {tuple(last)!r}: the file is damaged. Nothing was written. Stop, keep a copy "
-                "of all its files, restore a backup."
-            )
-        hlc = HybridTimestamp(*last) if last else None
+        hlc = _last_hlc(driver)
         rows = []
         for receipt in receipts:
             hlc = successor(hlc, now)
-            rows.append(
-                {
-                    "id": receipt.id,
-                    "pos_id": receipt.pos_id,
-                    "created_at": now,
-                    "hlc_local_time": hlc.local_time,
-                    "hlc_logical_counter": hlc.logical_counter,
-                    "fiscal_doc": receipt.fiscal_doc,
-                }
-            )
+            rows.append(_row(receipt, hlc, now))
+        driver.execute(ADD, rows)
+
+    def _commit(self, batch: Batch[_Insertion]) -> None:
+        """Store single receipts together: one that is refused leaves the others alone."""
+        transaction = self._alone(write=True)
         try:
-            if rows:
-                connection.execute(ADD, rows)
-        except IntegrityError as error:
-            raise _Refused from error
-
-    def _unknown(
-        self, connection: Connection, receipts: list[arguments.NewReceipt], *, exist_ok: bool
-    ) -> list[arguments.NewReceipt]:
-        columns = (_receipts.c.id, _receipts.c.pos_id, _receipts.c.fiscal_doc)
-        known: dict[str, tuple[str, str]] = {}
-        new = []
-        for receipt in receipts:
-            stored = connection.execute(select(*columns).where(_receipts.c.id == receipt.id)).first()
-            if stored is not None:
-                known[receipt.id] = (stored.pos_id, stored.fiscal_doc)
-            if receipt.id in known:
-                pos_id, fiscal_doc = known[receipt.id]
-                error = DuplicateReceiptError(
-                    receipt.id,
-                    same_pos_id=pos_id == receipt.pos_id,
-                    same_document=fiscal_doc == receipt.fiscal_doc,
-                )
-                if not (exist_ok and error.identical):
-                    raise error
-            else:
-                known[receipt.id] = (receipt.pos_id, receipt.fiscal_doc)
-                new.append(receipt)
-        return new
-
-    def _refuse_if_full(self, wanted: int) -> None:
-        status = self.get_buffer_status()
-        undelivered = status.pending + status.syncing
-        if wanted and undelivered + wanted > status.capacity:
-            raise BufferFullError(undelivered, status.capacity, wanted)
+            with transaction as driver:
+                now = self._seconds()
+                last = _last_hlc(driver)
+                for insertion in batch:
+                    hlc = successor(last, now)
+                    try:
+                        driver.execute(ADD, _row(insertion.receipt, hlc, now))
+                    except IntegrityError as error:
+                        insertion.error = _reason(driver, insertion, error)
+                    else:
+                        last = hlc
+        finally:
+            batch.committed = transaction.committed
 
     def get_pending_receipts(self, limit: int = 50) -> list[Receipt]:
         """The pending receipts that come first in HLC order, at most `limit`."""
@@ -222,13 +226,12 @@ class Receipts(Status):
             "server_time": arguments.whole_number("server_time", server_time, 0),
             "now": now,
         }
-        with self.transaction() as session:
-            connection = session.connection()
-            if connection.execute(MARK_SYNCED, parameters).rowcount:
+        with self._direct(write=True) as driver:
+            if driver.execute(MARK_SYNCED, parameters).rowcount:
                 return True
-            status = status_of(connection, receipt_id)
+            status = status_of(driver, receipt_id)
             if status is ReceiptStatus.FAILED:
-                connection.execute(
+                driver.execute(
                     CLOSE_DEAD_LETTER,
                     {
                         "receipt_id": receipt_id,
@@ -238,7 +241,7 @@ class Receipts(Status):
                         "how": Resolution.DELIVERED,
                     },
                 )
-                connection.execute(MARK_FAILED_SYNCED, parameters)
+                driver.execute(MARK_FAILED_SYNCED, parameters)
             return status is not None
 
     def increment_retry_count(self, receipt_id: str | uuid.UUID, error: str) -> int:
@@ -255,7 +258,7 @@ class Receipts(Status):
             .values(retry_count=_receipts.c.retry_count + 1, last_error=error, changed_at=self._seconds())
             .returning(_receipts.c.retry_count)
         )
-        with self.transaction() as session:
+        with self._writing() as session:
             count: int | None = session.connection().execute(statement).scalar_one_or_none()
         if count is None:
             raise ReceiptNotFoundError(receipt_id)
@@ -270,7 +273,7 @@ class Receipts(Status):
         receipt_id = arguments.lookup_id(receipt_id)
         why = arguments.note("reason", reason)
         now = self._seconds()
-        with self.transaction() as session:
+        with self._writing() as session:
             connection = session.connection()
             letter = {"receipt_id": receipt_id, "letter_id": str(uuid.uuid4()), "now": now, "why": why}
             if connection.execute(DEAD_LETTER, letter).rowcount:
@@ -294,7 +297,7 @@ class Receipts(Status):
             raise ValueError(f"Invalid status: {status!r}; expected {', '.join(ReceiptStatus)}")
         wanted = ReceiptStatus(status)
         now = self._seconds()
-        with self.transaction() as session:
+        with self._writing() as session:
             connection = session.connection()
             found = status_of(connection, receipt_id)
             if found is None or found is wanted:
@@ -313,6 +316,66 @@ class Receipts(Status):
             return True
 
 
-def status_of(connection: Connection, receipt_id: str) -> ReceiptStatus | None:
+def status_of(connection: Connection | Driver, receipt_id: str) -> ReceiptStatus | None:
     """The status of a receipt; None if there is none."""
-    return connection.execute(STATUS_OF, {"receipt_id": receipt_id}).scalar()
+    row = connection.execute(STATUS_OF, {"receipt_id": receipt_id}).fetchone()
+    return None if row is None else ReceiptStatus(row[0])
+
+
+def refuse_if_full(driver: Driver, wanted: int) -> None:
+    """Raise `BufferFullError` unless there is room for so many more."""
+    status = status_by(driver)
+    undelivered = status.pending + status.syncing
+    if wanted and undelivered + wanted > status.capacity:
+        raise BufferFullError(undelivered, status.capacity, wanted)
+
+
+def _last_hlc(driver: Driver) -> HybridTimestamp | None:
+    last = driver.first(LAST_HLC, {})
+    if last and not all(isinstance(number, int) for number in last):
+        raise BufferDamagedError.found(driver.connection.database, f"the last timestamp is {last!r}")
+    return HybridTimestamp(*last) if last else None
+
+
+def _row(receipt: arguments.NewReceipt, hlc: HybridTimestamp, now: int) -> dict[str, object]:
+    return {
+        "id": receipt.id,
+        "pos_id": receipt.pos_id,
+        "created_at": now,
+        "hlc_local_time": hlc.local_time,
+        "hlc_logical_counter": hlc.logical_counter,
+        "fiscal_doc": receipt.fiscal_doc,
+    }
+
+
+def _reason(driver: Driver, insertion: _Insertion, refused: IntegrityError) -> Exception | None:
+    """Why a receipt was refused; None if it is a replay that may be."""
+    try:
+        if not _unknown(driver, [insertion.receipt], exist_ok=insertion.exist_ok):
+            return None
+        refuse_if_full(driver, 1)
+    except (BufferFullError, DuplicateReceiptError, InvalidConfigError) as error:
+        return error
+    return refusals.explanation(driver.connection.database, refused) or refused
+
+
+def _unknown(driver: Driver, receipts: list[arguments.NewReceipt], *, exist_ok: bool) -> list[arguments.NewReceipt]:
+    known: dict[str, tuple[str, str]] = {}
+    new = []
+    for receipt in receipts:
+        stored = driver.first(KNOWN, {"receipt_id": receipt.id})
+        if stored is not None:
+            known[receipt.id] = stored
+        if receipt.id in known:
+            pos_id, fiscal_doc = known[receipt.id]
+            error = DuplicateReceiptError(
+                receipt.id,
+                same_pos_id=pos_id == receipt.pos_id,
+                same_document=fiscal_doc == receipt.fiscal_doc,
+            )
+            if not (exist_ok and error.identical):
+                raise error
+        else:
+            known[receipt.id] = (receipt.pos_id, receipt.fiscal_doc)
+            new.append(receipt)
+    return new

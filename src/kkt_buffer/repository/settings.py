@@ -39,7 +39,7 @@ class Settings(Transactions):
             if number is None:
                 raise ValueError(f"{key}: expected {rule.expected}, got {value!r}")
             stored = str(number)
-        with self.transaction() as session:
+        with self._writing() as session:
             session.merge(ConfigEntry(key=key, value=stored, updated_at=self._seconds()))
             session.flush()
 

@@ -6,7 +6,9 @@ from typing import cast
 from sqlalchemy import Table, bindparam, select, text
 
 from kkt_buffer import arguments
+from kkt_buffer.errors import BufferDamagedError
 from kkt_buffer.models import UNDELIVERED, ConfigEntry, Receipt
+from kkt_buffer.repository.direct import Driver
 from kkt_buffer.repository.settings import SECONDS_PER_DAY, Settings, number_of
 from kkt_buffer.schema import buffer_status
 
@@ -34,6 +36,7 @@ STATUS = select(
     ),
 )
 
+_FIGURES = tuple(buffer_status.c.keys())
 
 DUE = (
     select(Receipt)
@@ -70,16 +73,8 @@ class Status(Settings):
 
     def get_buffer_status(self) -> BufferStatus:
         """How full the buffer is, and until when the operator must have what waits; at the cost of a few lookups."""
-        with self._reading() as session:
-            row = session.execute(STATUS).one()
-        number_of("buffer_capacity", row.buffer_capacity)
-        days = number_of("ofd_deadline_days", row.ofd_deadline_days)
-        oldest = row.oldest_undelivered_at
-        return BufferStatus(
-            **{column: row._mapping[column] for column in buffer_status.c.keys()},  # noqa: SLF001, SIM118 (public API; no dict)
-            oldest_undelivered_at=oldest,
-            deadline_at=None if oldest is None else oldest + days * SECONDS_PER_DAY,
-        )
+        with self._direct(write=False) as driver:
+            return status_by(driver)
 
     def get_receipts_due(self, before: int, *, limit: int = 100) -> list[Receipt]:
         """
@@ -92,3 +87,17 @@ class Status(Settings):
         with self._reading():
             days = self._numbers("ofd_deadline_days")["ofd_deadline_days"]
             return self._load(DUE, created=before - days * SECONDS_PER_DAY, limit=limit)
+
+
+def status_by(driver: Driver) -> BufferStatus:
+    """The state of the buffer within a transaction."""
+    *figures, oldest, capacity, deadline_days = driver.first(STATUS, {})
+    number_of("buffer_capacity", capacity)
+    days = number_of("ofd_deadline_days", deadline_days)
+    if not isinstance(oldest, int | None):
+        raise BufferDamagedError.found(driver.connection.database, f"the oldest receipt was made at {oldest!r}")
+    return BufferStatus(
+        **dict(zip(_FIGURES, figures, strict=True)),
+        oldest_undelivered_at=oldest,
+        deadline_at=None if oldest is None else oldest + days * SECONDS_PER_DAY,
+    )

@@ -9,15 +9,18 @@ import random
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from typing import Any
 
 from sqlalchemy import Engine, Select
 from sqlalchemy.orm import Session, scoped_session, sessionmaker
 
-from kkt_buffer.engine import READ_ONLY, lenient_text
+from kkt_buffer.engine import READ_ONLY, gate_of, lenient_text
 from kkt_buffer.errors import BufferDamagedError, ReceiptBufferError
+from kkt_buffer.migrate import require
+from kkt_buffer.repository import refusals
+from kkt_buffer.repository.direct import Direct, Driver, Place
 
 logger = logging.getLogger(__name__)
 
@@ -48,9 +51,12 @@ class Transactions:
         jitter: Callable[[], float] = random.random,
     ) -> None:
         self._engine = engine
+        self._gate = gate_of(engine)
+        self._has_schema = False
         self._readers = sessionmaker(engine.execution_options(**{READ_ONLY: True}))
         self._sessions = scoped_session(sessionmaker(engine, expire_on_commit=False))
         self._local = threading.local()
+        self._place = Place()
         self._now = now
         self._jitter = jitter
 
@@ -74,7 +80,8 @@ class Transactions:
             with outer.session.begin_nested():
                 yield outer.session
             return
-        self._sessions.remove()  # one may be left over if a signal interrupted the end of the last block
+        self._require_schema()
+        self._tidy()
         block = _Block(self._sessions())
         before = _opened.get()
         try:
@@ -87,9 +94,49 @@ class Transactions:
             _opened.set(before)
             self._sessions.remove()
 
+    def _tidy(self) -> None:
+        """Put right what is left over if a signal interrupted the end of this thread's last block."""
+        if self._sessions.registry.has():
+            self._sessions.remove()
+        self._place.tidy()
+
+    def _direct(self, *, write: bool) -> AbstractContextManager[Driver]:
+        """A transaction for one operation that a till runs all day; or the one that this thread has open."""
+        if self._block() is not None:
+            return self._joined()
+        return self._alone(write=write)
+
+    def _alone(self, *, write: bool) -> Direct:
+        self._require_schema()
+        if write:
+            self._tidy()
+        return Direct(self._engine, self._place, write=write)
+
+    def _require_schema(self) -> None:
+        """Refuse to work on the schema of another release, as long as it has not been seen to be this one's."""
+        if not self._has_schema:
+            require(self._engine)
+            self._has_schema = True
+
+    @contextmanager
+    def _joined(self) -> Iterator[Driver]:
+        with self._writing() as session:
+            yield Driver.of(session)
+
+    @contextmanager
+    def _writing(self) -> Iterator[Session]:
+        """A transaction for an operation, or a part of the one that this thread has open."""
+        with refusals.explained(self._engine.url.database), self.transaction() as session:
+            yield session
+
     def _block(self) -> _Block | None:
         block: _Block | None = getattr(self._local, "block", None)
         return block if block is not None and block.open else None
+
+    @property
+    def _is_writing(self) -> bool:
+        """Whether this thread has a write transaction open, through us or in another way: others wait for it."""
+        return self._block() is not None or self._gate.is_mine
 
     @property
     def in_transaction(self) -> bool:
@@ -99,10 +146,11 @@ class Transactions:
     @contextmanager
     def _reading(self) -> Iterator[Session]:
         if self.in_transaction:
-            with self.transaction() as session:
+            with self._writing() as session:
                 yield session
         else:
-            with self._readers() as session:
+            self._require_schema()
+            with refusals.explained(self._engine.url.database), self._readers() as session:
                 yield session
 
     def _load(self, statement: Select[Any], **parameters: object) -> list[Any]:
@@ -117,6 +165,9 @@ class Transactions:
                 logger.error("%s Reading on without them; see check_integrity().", error)  # noqa: TRY400 (it is handled)
                 with lenient_text(session.connection()):
                     rows = list(session.scalars(statement, parameters, execution_options=options))
+            if None in rows:
+                logger.error("a row without a key: the file is damaged. Reading on without it; see check_integrity().")
+                rows = [row for row in rows if row is not None]
             if self.in_transaction:
                 for row in rows:
                     session.expunge(row)
