@@ -5,6 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 OLDEST := .venv-oldest
 READY := .installed
+PEERS := .peers-installed
 
 .DEFAULT_GOAL := help
 .PHONY: help run test check bench proof migration lint types wheel oldest clean
@@ -24,8 +25,8 @@ check: lint types test wheel oldest ## everything that CI runs
 proof: $(VENV)/$(READY) ## the same tests, deeper: thousands of random histories, 50,000 power losses
 	KKT_BUFFER_PROOF=1 $(BIN)/python -m pytest -s tests/stress tests/crash
 
-bench: $(VENV)/$(READY) ## speed, side by side with plain sqlite3
-	$(BIN)/python tests/bench/bench.py
+bench: $(VENV)/$(PEERS) ## speed, side by side with plain sqlite3 and other queues; make bench o="--quick"
+	$(BIN)/python tests/bench/bench.py $(o)
 
 migration: $(VENV)/$(READY) ## make migration m="What it does": write the next migration
 	@sh .ci/migration.sh $(BIN) "$(m)"
@@ -49,6 +50,11 @@ clean: ## remove what the other targets made
 
 $(VENV)/$(READY): pyproject.toml .ci/constraints.txt .ci/venv.sh
 	sh .ci/venv.sh $(PYTHON) $(VENV) .ci/constraints.txt
+
+# The peers of the benchmark, which nothing else needs.
+$(VENV)/$(PEERS): $(VENV)/$(READY)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint .ci/constraints.txt --editable '.[bench]'
+	touch $@
 
 $(OLDEST)/$(READY): pyproject.toml .ci/constraints.txt .ci/constraints-oldest.txt .ci/venv.sh
 	sh .ci/venv.sh $(PYTHON) $(OLDEST) .ci/constraints-oldest.txt
