@@ -53,6 +53,8 @@ def rows(folder, scale):
 
 def compared(what, big, small, scale):
     sides = {"big": Ours(big, scale.backlog), "small": Ours(small, scale.backlog)}
+    for file in sides.values():
+        file.take_up()
     blocks = {}
     for operation, make in OPERATIONS.items():
         blocks |= {(operation, side): make(file) for side, file in sides.items()}

@@ -70,8 +70,12 @@ class Ours:
         self.repository = ReceiptRepository(self.engine)
         self.repository.set_config("buffer_capacity", capacity)
         self.receipts = itertools.cycle([{"pos_id": "till-1", "fiscal_doc": document} for document in documents()])
-        with self.engine.connect() as connection:
-            self.undelivered = deque(connection.scalars(text(PENDING_IDS)))
+        self.undelivered = deque()
+
+    def take_up(self):
+        """Go on with what is pending in the file."""
+        with self.engine.execution_options(kkt_buffer_read_only=True).connect() as connection:
+            self.undelivered.extend(connection.scalars(text(PENDING_IDS)))
 
     def insert(self):
         self.undelivered.append(self.repository.insert_receipt(next(self.receipts)))

@@ -1,9 +1,10 @@
 """
-How long an insert waits while `prune` deletes a million synced receipts.
+How long an insert waits while `prune` deletes a million synced receipts, and while it looks through a full backlog.
 
 A thread of the pruning process and another process insert all the time, each with a break of 2 ms after a receipt; for
 a while before the pruning, which is the reference, and until its end. The pause is the longest call of an insert that
-overlaps the pruning.
+overlaps the pruning. The files are those of `flat`, where the documents of the synced receipts have some 100 bytes
+only. In the backlog there is nothing to delete, and `prune` has to find that out.
 """
 
 import json
@@ -14,7 +15,7 @@ from statistics import median
 from threading import Event, Thread
 
 from figures import Figures, Row, p99
-from flat import many_synced
+from flat import a_file, many_synced
 from ours_and_floor import Ours
 
 TITLE, REFERENCE = "inserts while prune() runs", "before it"
@@ -23,7 +24,13 @@ BREAK_SECONDS = 0.002
 
 
 def rows(folder, scale):
-    path = many_synced(folder, scale)
+    yield from pauses(f"{scale.many:,} to prune", many_synced(folder, scale), scale, scale.many)
+    yield from pauses(
+        f"{scale.backlog:,} pending", a_file(folder / "backlog.db", scale, pending=scale.backlog), scale, 0
+    )
+
+
+def pauses(what, path, scale, pruned):
     ours = Ours(path)
     stop, of_thread = Event(), []
     thread = Thread(target=insert_until, args=(stop, ours, of_thread))
@@ -43,15 +50,18 @@ def rows(folder, scale):
         of_process = json.loads(process.communicate()[0])
         thread.join()
         ours.close()
-    assert report.receipts == scale.many, report
-    pauses = []
+    assert report.receipts == pruned, report
+    longest, longest_before = [], []
     for who, calls in (("thread", of_thread), ("process", of_process)):
         before, meanwhile = within(calls, since, start), within(calls, start, end)
-        pauses.append((max(meanwhile), max(before)))
-        yield Row(f"insert_receipt in another {who}", "µs", figures_of(meanwhile), figures_of(before))
-    longest, longest_before = (Figures(max(found) / 1000) for found in zip(*pauses, strict=True))
-    yield Row("the longest pause", "ms", longest, longest_before, 50, absolute=True)
-    yield Row("receipts pruned meanwhile", "per s", Figures(report.receipts / (end - start)))
+        longest.append(max(meanwhile))
+        longest_before.append(max(before))
+        if pruned:
+            yield Row(f"{what}: an insert in another {who}", "µs", figures_of(meanwhile), figures_of(before))
+    pause, pause_before = Figures(max(longest) / 1000), Figures(max(longest_before) / 1000)
+    yield Row(f"{what}: the longest pause", "ms", pause, pause_before, 50, absolute=True)
+    if pruned:
+        yield Row(f"{what}: receipts pruned", "per s", Figures(report.receipts / (end - start)))
 
 
 def insert_until(stop, ours, calls):
