@@ -66,6 +66,11 @@ def unproven(reason: str) -> NoReturn:
     pytest.skip(f"NOT PROVEN: {reason}")
 
 
+def unmeasured() -> dict[str, str]:
+    """The environment of a program whose coverage is not measured."""
+    return {name: value for name, value in os.environ.items() if not name.startswith("COV")}
+
+
 def run_python(program: str, *arguments: object, **options: Any) -> subprocess.CompletedProcess[str]:
     """Run a program in a fresh interpreter, and fail with what it printed if it fails."""
     done = subprocess.run(

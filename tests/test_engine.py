@@ -12,7 +12,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from builders import a_receipt, everything, new_receipt, open_files, run_python, start_python
+from builders import a_receipt, everything, new_receipt, open_files, run_python, start_python, unmeasured
 from sqlalchemy import NullPool, StaticPool, create_engine, exc, make_url, text
 from sqlalchemy.exc import IntegrityError, ProgrammingError
 
@@ -246,8 +246,7 @@ class TestTransactions:
             print("free")
         """
         # Not measured: coverage has a lock of its own, which a signal leaves locked.
-        environment = {name: value for name, value in os.environ.items() if not name.startswith("COV")}
-        assert run_python(program, path, env=environment).stdout == "free\n"
+        assert run_python(program, path, env=unmeasured()).stdout == "free\n"
 
     def test_pool(self, path):
         """As many connections as are asked for at once; eight stay open between their uses."""

@@ -1,12 +1,11 @@
 """Receipts that come from several threads at one moment: one commit for all of them, and to each its own answer."""
 
-import os
 import textwrap
 import threading
 import time
 
 import pytest
-from builders import NOON, an_id, commits, new_receipt, run_python
+from builders import NOON, an_id, commits, new_receipt, run_python, unmeasured
 from sqlalchemy import create_engine, event, text
 from sqlalchemy.exc import IntegrityError
 
@@ -290,8 +289,7 @@ class TestInterrupted:
             print("free")
         """
         # Not measured: coverage has a lock of its own, which a signal leaves locked.
-        environment = {name: value for name, value in os.environ.items() if not name.startswith("COV")}
-        assert run_python(program, path, env=environment).stdout == "free\n"
+        assert run_python(program, path, env=unmeasured()).stdout == "free\n"
 
     @pytest.mark.parametrize("operation", ["insert_receipt", "mark_synced", "transaction"])
     def test_left_over(self, crowd, operation):

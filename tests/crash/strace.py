@@ -16,6 +16,7 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
+from builders import unmeasured
 from crash.operations import Acknowledgement, Inode, Naming, Operation, Recording, Sync, Truncate, Write
 
 # They read, wait, or have to do with memory and signals alone. A question mark: not every machine has it.
@@ -65,8 +66,7 @@ def record(folder: Path, database: str, *arguments: str) -> Recording:
         [_strace(), *OPTIONS, "-e", FILTER, "-o", trace, *program],
         cwd=aside,
         # Without what makes a program measure its coverage: it would write files, and take long.
-        env={name: value for name, value in os.environ.items() if not name.startswith("COV")}
-        | {"PYTHONPATH": os.pathsep.join(sys.path)},
+        env=unmeasured() | {"PYTHONPATH": os.pathsep.join(sys.path)},
         capture_output=True,
         text=True,
         timeout=300,
