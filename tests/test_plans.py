@@ -123,7 +123,7 @@ SMALL = {"SCAN config", "SCAN buffer_counts", "SCAN m"}  # settings, five counts
 # By number from one end of the table to the LIMIT; and what no till waits for.
 KNOWN = {
     "get_events": {"SCAN buffer_events"},
-    "prune": {"SCAN buffer_events", "SCAN letter"},
+    "prune": {"SCAN buffer_events", "SCAN dlq", "SCAN letter"},
     "list_dead_letters": {"USE TEMP B-TREE FOR ORDER BY"},
 }
 

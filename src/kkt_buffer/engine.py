@@ -40,6 +40,8 @@ logger = logging.getLogger(__name__)
 BUSY_TIMEOUT_SECONDS = 10.0
 SQLITE_MINIMUM = (3, 38, 0)  # unixepoch() in our triggers
 
+WAL_LIMIT = 1 << 20  # bytes
+
 # Execution option: with True, BEGIN DEFERRED, which locks nobody and must not write.
 READ_ONLY = "kkt_buffer_read_only"
 
@@ -60,7 +62,7 @@ DURABLE = (
     Pragma("fullfsync", 1, 1, "on macOS a plain fsync stops at the drive's cache"),
     Pragma("checkpoint_fullfsync", 1, 1, "the same, for checkpoints"),
     Pragma("wal_autocheckpoint", 100, 100, "a short WAL, so that a restart is quick"),
-    Pragma("journal_size_limit", 1 << 20, 1 << 20, "a WAL that grew under a long reader shrinks again (bytes)"),
+    Pragma("journal_size_limit", WAL_LIMIT, WAL_LIMIT, "a WAL that grew under a long reader shrinks again (bytes)"),
 )
 COMMON = (
     Pragma("foreign_keys", 1, 1, "a dead letter belongs to a receipt"),
@@ -484,9 +486,13 @@ class _Database:
         """
         Raise if a file that is smaller than it was has lost something.
 
-        SQLite itself makes a long WAL shorter, to `journal_size_limit`; another program's checkpoint or VACUUM may do
-        more. Whether all is there can only be said by reading it, on a connection that has nothing in its cache yet.
+        SQLite itself makes a long WAL shorter, to `journal_size_limit`; that is nothing to stop for. Another program's
+        checkpoint or VACUUM may do more. Whether all is there can only be said by reading it, on a connection that has
+        nothing in its cache yet.
         """
+        if sizes[0] >= self.sizes[0] and sizes[1:] == (WAL_LIMIT,):
+            self.sizes = sizes
+            return
         try:
             with contextlib.closing(self._open()) as fresh:
                 found = fresh.execute("PRAGMA quick_check(1)").fetchone()[0]

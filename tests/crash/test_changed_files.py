@@ -14,9 +14,10 @@ from pathlib import Path
 
 import pytest
 from builders import PROOF, new_receipt, run_python, start_python
+from sqlalchemy import text
 
 from kkt_buffer import BufferDamagedError, BufferStorageError, ReceiptBufferError, ReceiptRepository, buffer
-from kkt_buffer.engine import create_buffer_engine
+from kkt_buffer.engine import WAL_LIMIT, _Database, create_buffer_engine
 
 LARGE = {"text": "x" * 500}
 
@@ -105,6 +106,31 @@ class TestTruncated:
         service.insert_receipt(new_receipt())
         assert service.get_buffer_status().pending == 24
         assert len(found_by_another(path).split()) == 24
+
+    def test_limited_by_sqlite(self, service, path, monkeypatch):
+        """A WAL that SQLite has cut to its limit, after a long reader, is nothing to read the whole file for."""
+        with create_buffer_engine(path, read_only=True).connect() as reader:
+            reader.execute(text("SELECT COUNT(*) FROM receipts"))
+            for _ in range(20):
+                service.insert_receipt(new_receipt(fiscal_doc={"text": "x" * 100_000}))
+        assert wal_size(path) > WAL_LIMIT
+        run_python(INSERT_TWICE, path)  # the first one checkpoints, the second one begins the WAL anew
+        assert wal_size(path) == WAL_LIMIT
+        monkeypatch.setattr(_Database, "_open", None)
+        service.insert_receipt(new_receipt())
+
+
+INSERT_TWICE = """
+import sys
+from kkt_buffer import ReceiptRepository, create_buffer_engine
+repository = ReceiptRepository(create_buffer_engine(sys.argv[1]))
+for _ in range(2):
+    repository.insert_receipt({"pos_id": "till-1", "fiscal_doc": "{}"})
+"""
+
+
+def wal_size(path):
+    return Path(f"{path}-wal").stat().st_size
 
 
 # Stores receipts until it is killed, and prints each id once it is acknowledged.

@@ -51,11 +51,10 @@ DELETE FROM dlq WHERE id IN (
         WHERE later.original_receipt_id = letter.original_receipt_id AND later.rowid > letter.rowid))
     LIMIT {BATCH})"""
 
-# Failed receipts whose last dead letter was resolved. By idx_receipts_undelivered.
+# Failed receipts whose last dead letter was resolved. By the letters: they are few, and the undelivered may be many.
 _RESOLVED = f"""\
 SELECT id FROM receipts
-WHERE status <> 'synced' AND status = 'failed' AND {_NOT_LAST}
-    AND EXISTS (SELECT 1 FROM dlq WHERE original_receipt_id = receipts.id)
+WHERE id IN (SELECT original_receipt_id FROM dlq WHERE resolved_at <= :closed) AND status = 'failed' AND {_NOT_LAST}
     AND NOT EXISTS (
         SELECT 1 FROM dlq
         WHERE original_receipt_id = receipts.id AND (resolved_at IS NULL OR resolved_at > :closed))"""
