@@ -19,11 +19,11 @@ from sqlalchemy import Connection, Engine, inspect, text
 from sqlalchemy.exc import SQLAlchemyError
 
 from kkt_buffer.drift import Difference, differences
-from kkt_buffer.engine import create_buffer_engine
 from kkt_buffer.errors import ReceiptBufferError
 from kkt_buffer.migrate import RELEASE_KEY, VERSION_TABLE, current, release
 from kkt_buffer.models import Base
-from kkt_buffer.schema import buffer_counts
+from kkt_buffer.sqlite.engine import create_buffer_engine
+from kkt_buffer.sqlite.schema import buffer_counts
 
 logger = logging.getLogger("kkt_buffer.migrations")
 

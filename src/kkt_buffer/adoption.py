@@ -20,10 +20,10 @@ from typing import TYPE_CHECKING, Any, cast
 
 from sqlalchemy import Connection, event, inspect
 
-from kkt_buffer.backup import backup
-from kkt_buffer.engine import driver_of
 from kkt_buffer.errors import SchemaError
 from kkt_buffer.progress import progress
+from kkt_buffer.sqlite.engine import driver_of
+from kkt_buffer.sqlite.file import backup
 
 if TYPE_CHECKING:
     import sqlite3

@@ -16,9 +16,9 @@ from sqlalchemy.orm import Session
 
 from kkt_buffer import delivery, migrate
 from kkt_buffer.delivery import DeliveryReport, Send
-from kkt_buffer.engine import create_buffer_engine
 from kkt_buffer.models import BufferEvent, DeadLetter, Receipt
 from kkt_buffer.repository import BufferStatus, ReceiptRepository
+from kkt_buffer.sqlite.engine import create_buffer_engine
 
 DEFAULT_PATH = "data/buffer.db"
 PATH_VARIABLE = "BUFFER_DB_PATH"

@@ -12,7 +12,7 @@ from sqlalchemy import Connection, text
 from sqlalchemy.schema import CreateIndex, CreateTable
 
 from kkt_buffer.models import Base
-from kkt_buffer.schema import SQLITE_TRIGGERS, SQLITE_VIEWS
+from kkt_buffer.sqlite.schema import SQLITE_TRIGGERS, SQLITE_VIEWS
 
 
 class Difference(NamedTuple):

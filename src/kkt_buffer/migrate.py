@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING
 from sqlalchemy import Connection, Engine, inspect, text
 from sqlalchemy.exc import SQLAlchemyError
 
-from kkt_buffer.engine import READ_ONLY, checkpoint, driver_of
 from kkt_buffer.errors import BufferBusyError, SchemaError
+from kkt_buffer.sqlite.engine import READ_ONLY, checkpoint, driver_of
 
 if TYPE_CHECKING:
     from alembic.config import Config

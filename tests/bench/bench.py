@@ -27,7 +27,7 @@ import sqlalchemy
 from figures import table
 
 from kkt_buffer import create_buffer_engine
-from kkt_buffer.engine import driver_of
+from kkt_buffer.sqlite.engine import driver_of
 
 SECTIONS = ("operations", "threads", "flat", "pruning", "start", "memory", "peers")
 

@@ -17,7 +17,7 @@ from sqlalchemy import text
 
 from kkt_buffer import Outcome, ReceiptRepository, create_buffer_engine, deliver_pending, upgrade
 from kkt_buffer.demo import sample_receipts
-from kkt_buffer.engine import COMMON, DURABLE, WAL
+from kkt_buffer.sqlite.engine import COMMON, DURABLE, WAL
 
 logging.getLogger("kkt_buffer").setLevel(logging.ERROR)  # what SQLite it is, the last line of the table says
 

@@ -17,7 +17,7 @@ from builders import PROOF, new_receipt, run_python, start_python
 from sqlalchemy import text
 
 from kkt_buffer import BufferDamagedError, BufferStorageError, ReceiptBufferError, ReceiptRepository, buffer
-from kkt_buffer.engine import WAL_LIMIT, _Database, create_buffer_engine
+from kkt_buffer.sqlite.engine import WAL_LIMIT, _Database, create_buffer_engine
 
 LARGE = {"text": "x" * 500}
 

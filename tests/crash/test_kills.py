@@ -31,7 +31,7 @@ from kkt_buffer import (
     BufferFullError, DeliveryRejected, DeliveryUnavailable, InvalidTransitionError, LeaseLostError,
     ReceiptNotFoundError, ReceiptRepository, create_buffer_engine, deliver_pending,
 )
-from kkt_buffer.repository import receipts
+from kkt_buffer.operations import receipts
 from kkt_buffer.hlc import HybridTimestamp
 
 path, logs, fault = sys.argv[1:]

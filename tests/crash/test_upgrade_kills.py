@@ -25,7 +25,8 @@ MIGRATION = """
 import signal, sys
 from alembic import command
 from sqlalchemy import event
-from kkt_buffer import create_buffer_engine, engine, migrate
+from kkt_buffer import create_buffer_engine, migrate
+from kkt_buffer.sqlite import engine
 
 path, direction, target, last, delay, fault = sys.argv[1:7]
 last, delay, seen = int(last), float(delay), 0

@@ -15,7 +15,8 @@ import uuid
 
 from crash.facts import Story, digest
 
-from kkt_buffer import DeliveryRejected, ReceiptRepository, buffer, engine, migrate
+from kkt_buffer import DeliveryRejected, ReceiptRepository, buffer, migrate
+from kkt_buffer.sqlite import engine
 
 TILLS = 3
 ROUNDS = 2

@@ -18,8 +18,9 @@ import pytest
 from builders import PROOF, new_receipt, start_python, unproven
 from sqlalchemy import text
 
-from kkt_buffer import ReceiptRepository, create_buffer_engine, engine
-from kkt_buffer.engine import READ_ONLY
+from kkt_buffer import ReceiptRepository, create_buffer_engine
+from kkt_buffer.sqlite import engine
+from kkt_buffer.sqlite.engine import READ_ONLY
 
 PROCESSES = 4
 THREADS = 8
@@ -33,7 +34,7 @@ LONGEST_WAL = 5_000_000
 TILL = """
 import contextlib, json, sys, threading, time
 from kkt_buffer import ReceiptRepository, create_buffer_engine
-from kkt_buffer.gate import WriteGate
+from kkt_buffer.sqlite.gate import WriteGate
 
 path, threads, seconds, fault = sys.argv[1], int(sys.argv[2]), float(sys.argv[3]), sys.argv[4]
 if fault == "no gate":
@@ -234,9 +235,9 @@ class TestReaders:
 # Three write, two checkpoint in a loop, with a short WAL and a file system in memory, where nobody waits for a disk.
 WRITER = """
 import contextlib, sys, time
-import kkt_buffer.engine as layer
+import kkt_buffer.sqlite.engine as layer
 from kkt_buffer import ReceiptRepository, create_buffer_engine
-from kkt_buffer.gate import WriteGate
+from kkt_buffer.sqlite.gate import WriteGate
 
 path, role, seconds, fault = sys.argv[1], sys.argv[2], float(sys.argv[3]), sys.argv[4]
 other = {"synchronous": 0, "wal_autocheckpoint": 4}

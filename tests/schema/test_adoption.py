@@ -31,7 +31,7 @@ from kkt_buffer import (
     migrate,
     upgrade,
 )
-from kkt_buffer.backup import backup
+from kkt_buffer.sqlite.file import backup
 
 HEAD = migrate.revisions()[-1]
 
@@ -113,7 +113,7 @@ class TestWhole:
         elif by == "alembic":
             subprocess.run(
                 [Path(sys.executable).with_name("alembic"), "-x", f"db={path}", "upgrade", "head"],
-                cwd=Path(__file__).parents[1],
+                cwd=Path(__file__).parents[2],
                 check=True,
                 capture_output=True,
             )

@@ -8,10 +8,10 @@ from sqlalchemy import CheckConstraint, text
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import Session
 
-from kkt_buffer.backup import backup
 from kkt_buffer.errors import BufferDamagedError, BufferStorageError, InvalidConfigError, ReceiptBufferError
 from kkt_buffer.models import CONFIG_RULES, Base
-from kkt_buffer.repository.settings import Settings
+from kkt_buffer.operations.settings import Settings
+from kkt_buffer.sqlite.file import backup
 
 
 @dataclass(frozen=True, slots=True)

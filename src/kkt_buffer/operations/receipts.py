@@ -10,6 +10,7 @@ from sqlalchemy import Connection, Engine, Table, bindparam, insert, literal_col
 from sqlalchemy.exc import IntegrityError
 
 from kkt_buffer import arguments
+from kkt_buffer.direct import Driver
 from kkt_buffer.errors import (
     BufferDamagedError,
     BufferFullError,
@@ -18,6 +19,7 @@ from kkt_buffer.errors import (
     InvalidTransitionError,
     ReceiptNotFoundError,
 )
+from kkt_buffer.group_commit import Batch, GroupCommit, Member
 from kkt_buffer.hlc import HybridTimestamp, successor
 from kkt_buffer.models import (
     HLC_ORDER,
@@ -28,10 +30,8 @@ from kkt_buffer.models import (
     ReceiptStatus,
     Resolution,
 )
-from kkt_buffer.repository import refusals
-from kkt_buffer.repository.direct import Driver
-from kkt_buffer.repository.group_commit import Batch, GroupCommit, Member
-from kkt_buffer.repository.status import Status, status_by
+from kkt_buffer.operations.status import Status, status_by
+from kkt_buffer.sqlite import refusals
 
 _receipts = cast("Table", Receipt.__table__)
 _dlq = cast("Table", DeadLetter.__table__)

@@ -33,7 +33,7 @@ from kkt_buffer.errors import (
 )
 
 if TYPE_CHECKING:
-    from kkt_buffer.gate import WriteGate
+    from kkt_buffer.sqlite.gate import WriteGate
 
 logger = logging.getLogger(__name__)
 
@@ -392,7 +392,7 @@ class _Database:
     """What the connections of one engine share: the file that they all must have open, and the gate before it."""
 
     def __init__(self, driver: ModuleType, path: Path | None, *, read_only: bool, busy_timeout: float) -> None:
-        from kkt_buffer.gate import WriteGate  # noqa: PLC0415 (needs fcntl, which Windows has not)
+        from kkt_buffer.sqlite.gate import WriteGate  # noqa: PLC0415 (needs fcntl, which Windows has not)
 
         self.path = path
         self.read_only = read_only

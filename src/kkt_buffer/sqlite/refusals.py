@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from sqlalchemy.exc import DBAPIError, IntegrityError, OperationalError
 
 from kkt_buffer.errors import BufferDamagedError, BufferStorageError, SchemaError
-from kkt_buffer.schema import SQLITE_TRIGGERS
+from kkt_buffer.sqlite.schema import SQLITE_TRIGGERS
 
 _RAISED = {message for sql in SQLITE_TRIGGERS.values() for message in re.findall(r"RAISE\(ABORT, '([^']+)'\)", sql)}
 _RULE = re.compile(r"(CHECK constraint failed: ck_|UNIQUE constraint failed: (receipts|dlq)\.|FOREIGN KEY)")

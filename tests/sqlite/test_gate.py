@@ -8,12 +8,12 @@ import pytest
 from builders import run_python, start_python
 
 from kkt_buffer import BufferBusyError
-from kkt_buffer.gate import WriteGate
+from kkt_buffer.sqlite.gate import WriteGate
 
 HOLD = """
 import sys
 from pathlib import Path
-from kkt_buffer.gate import WriteGate
+from kkt_buffer.sqlite.gate import WriteGate
 
 gate = WriteGate(Path(sys.argv[1]), 60)
 gate.acquire(gate)
@@ -169,7 +169,7 @@ class TestProcesses:
                     self._came.wait()
                     return super().cancel()
 
-            monkeypatch.setattr("kkt_buffer.gate.Future", Late)
+            monkeypatch.setattr("kkt_buffer.sqlite.gate.Future", Late)
             gate.acquire("late")
             assert gate.is_mine
             gate.release("late")
@@ -184,7 +184,7 @@ class TestProcesses:
             def interrupted(*_):
                 raise KeyboardInterrupt
 
-            monkeypatch.setattr("kkt_buffer.gate.Future.result", interrupted)
+            monkeypatch.setattr("kkt_buffer.sqlite.gate.Future.result", interrupted)
             with pytest.raises(KeyboardInterrupt):
                 gate.acquire("interrupted")
             assert not gate.is_mine
@@ -207,7 +207,7 @@ class TestProcesses:
                 result(future, timeout)
                 raise KeyboardInterrupt
 
-            monkeypatch.setattr("kkt_buffer.gate.Future.result", interrupted)
+            monkeypatch.setattr("kkt_buffer.sqlite.gate.Future.result", interrupted)
             with pytest.raises(KeyboardInterrupt):
                 gate.acquire("interrupted")
         assert run_python(TRY, lock_file).stdout == "free\n"
@@ -250,7 +250,7 @@ TRY = """
 import sys
 from pathlib import Path
 from kkt_buffer import BufferBusyError
-from kkt_buffer.gate import WriteGate
+from kkt_buffer.sqlite.gate import WriteGate
 
 try:
     WriteGate(Path(sys.argv[1]), 0).acquire(sys)

@@ -19,9 +19,9 @@ from sqlalchemy.dialects import sqlite
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session
 
-from kkt_buffer.engine import GuardedConnection, translated
 from kkt_buffer.errors import BufferStorageError
-from kkt_buffer.repository.refusals import explanation
+from kkt_buffer.sqlite.engine import GuardedConnection, translated
+from kkt_buffer.sqlite.refusals import explanation
 
 Parameters = Mapping[str, object]
 

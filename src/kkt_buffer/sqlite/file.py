@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, cast
 
 from sqlalchemy import Engine
 
-from kkt_buffer.engine import READ_ONLY, driver_of, storage_errors, sync_folder
 from kkt_buffer.progress import progress
+from kkt_buffer.sqlite.engine import READ_ONLY, driver_of, storage_errors, sync_folder
 
 if TYPE_CHECKING:
     import sqlite3

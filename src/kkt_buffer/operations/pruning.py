@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from sqlalchemy import text
 
-from kkt_buffer.repository.settings import SECONDS_PER_DAY, Settings
+from kkt_buffer.operations.settings import SECONDS_PER_DAY, Settings
 
 BATCH = 100  # rows of one transaction: a few milliseconds of the write lock
 

@@ -11,10 +11,10 @@ from typing import cast
 from sqlalchemy import Connection, Table, bindparam, literal_column, null, select, text, update
 
 from kkt_buffer import arguments
+from kkt_buffer.direct import Driver
 from kkt_buffer.errors import InvalidTransitionError, ReceiptNotFoundError
 from kkt_buffer.models import HLC_ORDER, DeadLetter, Receipt, Resolution
-from kkt_buffer.repository.direct import Driver
-from kkt_buffer.repository.receipts import CLOSE_DEAD_LETTER, Receipts, refuse_if_full, status_of
+from kkt_buffer.operations.receipts import CLOSE_DEAD_LETTER, Receipts, refuse_if_full, status_of
 
 _receipts = cast("Table", Receipt.__table__)
 

@@ -8,7 +8,7 @@ from sqlalchemy import ClauseElement, event
 from sqlalchemy.dialects import sqlite
 
 from kkt_buffer import ReceiptRepository
-from kkt_buffer.repository import dead_letters, leases, receipts, status
+from kkt_buffer.operations import dead_letters, leases, receipts, status
 
 BY_ID = "SEARCH receipts USING INDEX sqlite_autoindex_receipts_1 (id=?)"
 SETTING = "SEARCH config USING INDEX sqlite_autoindex_config_1 (key=?)"

@@ -22,11 +22,10 @@ from kkt_buffer import (
     BufferStorageError,
     ReceiptRepository,
     create_buffer_engine,
-    engine,
     upgrade,
 )
-from kkt_buffer import engine as layer
-from kkt_buffer.engine import COMMON, DURABLE, MEMORY, QUERY_ONLY, READ_ONLY, WAL
+from kkt_buffer.sqlite import engine as layer
+from kkt_buffer.sqlite.engine import COMMON, DURABLE, MEMORY, QUERY_ONLY, READ_ONLY, WAL
 
 ADD = text(
     "INSERT INTO receipts (id, pos_id, created_at, hlc_local_time, hlc_logical_counter, fiscal_doc)"
@@ -89,14 +88,14 @@ class TestPragmas:
 
     def test_silent_refusal(self, path, monkeypatch):
         """A PRAGMA that SQLite ignored is noticed when it is read back."""
-        monkeypatch.setattr(engine, "DURABLE", (DURABLE[0]._replace(value="NORMAL"),))
+        monkeypatch.setattr(layer, "DURABLE", (DURABLE[0]._replace(value="NORMAL"),))
         with pytest.raises(BufferStorageError, match="synchronous is 1 where 2 is needed"):
             create_buffer_engine(path)
 
     def test_other_refusal(self, path, monkeypatch):
         """Whatever else SQLite says while it is opened refuses the buffer."""
-        monkeypatch.setattr(engine, "DURABLE", (DURABLE[0]._replace(value="FULL"),))
-        monkeypatch.setattr(engine, "COMMON", (COMMON[0]._replace(name="foreign keys"),))
+        monkeypatch.setattr(layer, "DURABLE", (DURABLE[0]._replace(value="FULL"),))
+        monkeypatch.setattr(layer, "COMMON", (COMMON[0]._replace(name="foreign keys"),))
         with pytest.raises(BufferStorageError, match="SQLite refused to go on .*syntax error"):
             create_buffer_engine(path)
 
@@ -538,7 +537,7 @@ class TestRefused:
             create_buffer_engine(":memory:")
 
     def test_old_sqlite(self, monkeypatch, tmp_path):
-        monkeypatch.setattr(engine, "SQLITE_MINIMUM", (99, 0, 0))
+        monkeypatch.setattr(layer, "SQLITE_MINIMUM", (99, 0, 0))
         with pytest.raises(BufferStorageError, match=r"is too old, 99\.0\.0 is needed.*kkt-buffer\[sqlite\]"):
             create_buffer_engine(tmp_path / "buffer.db")
         assert list(tmp_path.iterdir()) == []
@@ -560,13 +559,13 @@ class TestWalResetBug:
         ],
     )
     def test_versions(self, version, affected):
-        assert affected == engine._has_wal_reset_bug(version)
+        assert affected == layer._has_wal_reset_bug(version)
 
     @pytest.mark.parametrize("affected", [True, False])
     def test_said_once(self, monkeypatch, caplog, affected):
         """An affected library is named in the log, once for each process."""
-        monkeypatch.setattr(engine, "_warned", set())
-        monkeypatch.setattr(engine, "_has_wal_reset_bug", lambda version: affected)
+        monkeypatch.setattr(layer, "_warned", set())
+        monkeypatch.setattr(layer, "_has_wal_reset_bug", lambda version: affected)
         with caplog.at_level(logging.WARNING):
             create_buffer_engine(":memory:")
             create_buffer_engine(":memory:")

@@ -5,7 +5,7 @@ from sqlalchemy import select
 from kkt_buffer import arguments
 from kkt_buffer.errors import InvalidConfigError
 from kkt_buffer.models import CONFIG_RULES, ConfigEntry
-from kkt_buffer.repository.transactions import Transactions
+from kkt_buffer.transaction import Transactions
 
 SECONDS_PER_DAY = 86_400
 

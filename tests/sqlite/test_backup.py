@@ -6,7 +6,7 @@ import pytest
 from builders import a_receipt, everything
 
 from kkt_buffer import BufferStorageError, ReceiptRepository, create_buffer_engine
-from kkt_buffer.backup import backup
+from kkt_buffer.sqlite.file import backup
 
 
 def left_behind(folder):

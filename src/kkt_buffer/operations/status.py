@@ -6,11 +6,11 @@ from typing import cast
 from sqlalchemy import Table, bindparam, select, text
 
 from kkt_buffer import arguments
+from kkt_buffer.direct import Driver
 from kkt_buffer.errors import BufferDamagedError
 from kkt_buffer.models import UNDELIVERED, ConfigEntry, Receipt
-from kkt_buffer.repository.direct import Driver
-from kkt_buffer.repository.settings import SECONDS_PER_DAY, Settings, number_of
-from kkt_buffer.schema import buffer_status
+from kkt_buffer.operations.settings import SECONDS_PER_DAY, Settings, number_of
+from kkt_buffer.sqlite.schema import buffer_status
 
 _receipts = cast("Table", Receipt.__table__)
 

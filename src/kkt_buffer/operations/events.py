@@ -8,7 +8,7 @@ from sqlalchemy import select, text
 
 from kkt_buffer import arguments
 from kkt_buffer.models import COMMON_EVENTS, RARE_EVENTS, BufferEvent, EventType
-from kkt_buffer.repository.transactions import Transactions
+from kkt_buffer.transaction import Transactions
 
 
 class Events(Transactions):

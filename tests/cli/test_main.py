@@ -17,7 +17,7 @@ from alembic import command
 from builders import NOON, a_receipt, an_id, everything, new_receipt, open_files, run_python
 
 from kkt_buffer import BufferFullError, ReceiptRepository, ReceiptStatus, create_buffer_engine, demo, migrate
-from kkt_buffer.__main__ import main
+from kkt_buffer.cli import main
 from kkt_buffer.migrate import revisions
 
 HEAD = revisions()[-1]
@@ -545,8 +545,8 @@ class TestUntilKilled:
         called = []
         with caplog.at_level(logging.WARNING, logger="kkt_buffer"):
             demo._quietly(lambda *arguments: called.append(arguments), "buffer.db", 3)
-            logging.getLogger("kkt_buffer.engine").warning("said already")
-            logging.getLogger("kkt_buffer.engine").error("news")
+            logging.getLogger("kkt_buffer.sqlite.engine").warning("said already")
+            logging.getLogger("kkt_buffer.sqlite.engine").error("news")
         assert [("buffer.db", 3)] == called
         assert ["news"] == caplog.messages
 

@@ -15,7 +15,7 @@ from sqlalchemy import Connection, Table, bindparam, literal_column, select, tex
 from kkt_buffer import arguments
 from kkt_buffer.errors import LeaseLostError, ReceiptNotFoundError
 from kkt_buffer.models import CONFIG_RULES, HLC_ORDER, PENDING_ONLY, SYNCING_ONLY, Receipt, ReceiptStatus
-from kkt_buffer.repository.receipts import NO_LEASE, Receipts, status_of
+from kkt_buffer.operations.receipts import NO_LEASE, Receipts, status_of
 
 _receipts = cast("Table", Receipt.__table__)
 

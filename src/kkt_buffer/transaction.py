@@ -16,11 +16,11 @@ from typing import Any
 from sqlalchemy import Engine, Select
 from sqlalchemy.orm import Session, scoped_session, sessionmaker
 
-from kkt_buffer.engine import READ_ONLY, gate_of, lenient_text
+from kkt_buffer.direct import Direct, Driver, Place
 from kkt_buffer.errors import BufferDamagedError, ReceiptBufferError
 from kkt_buffer.migrate import require
-from kkt_buffer.repository import refusals
-from kkt_buffer.repository.direct import Direct, Driver, Place
+from kkt_buffer.sqlite import refusals
+from kkt_buffer.sqlite.engine import READ_ONLY, gate_of, lenient_text
 
 logger = logging.getLogger(__name__)
 

@@ -17,8 +17,8 @@ from kkt_buffer import (
     InvalidConfigError,
     ReceiptRepository,
     create_buffer_engine,
+    group_commit,
 )
-from kkt_buffer.repository import group_commit
 
 
 class Crowd:

@@ -5,12 +5,12 @@ Each file here has the operations on one subject. What a status may become is in
 are triggers, in `schema`; what an argument may be, in `arguments`.
 """
 
-from kkt_buffer.repository.dead_letters import DeadLetters
-from kkt_buffer.repository.events import Events
-from kkt_buffer.repository.integrity import Integrity, IntegrityReport
-from kkt_buffer.repository.leases import Leases
-from kkt_buffer.repository.pruning import PruneReport, Pruning
-from kkt_buffer.repository.status import BufferStatus
+from kkt_buffer.operations.dead_letters import DeadLetters
+from kkt_buffer.operations.events import Events
+from kkt_buffer.operations.integrity import Integrity, IntegrityReport
+from kkt_buffer.operations.leases import Leases
+from kkt_buffer.operations.pruning import PruneReport, Pruning
+from kkt_buffer.operations.status import BufferStatus
 
 __all__ = ["BufferStatus", "IntegrityReport", "PruneReport", "ReceiptRepository"]
 

@@ -29,9 +29,9 @@ from kkt_buffer import (
 )
 from kkt_buffer.drift import differences
 from kkt_buffer.models import CONFIG_RULES, Base
-from kkt_buffer.schema import SQLITE_TRIGGERS, SQLITE_VIEWS
+from kkt_buffer.sqlite.schema import SQLITE_TRIGGERS, SQLITE_VIEWS
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 HEAD = migrate.revisions()[-1]
 NOBODY = "00000000-0000-4000-8000-000000000000"
 ALEMBIC = (str(Path(sys.executable).with_name("alembic")),)
@@ -686,7 +686,7 @@ class TestRevision:
                 "    changed_at: Mapped[int | None]\n",
                 "    changed_at: Mapped[int | None]\n    shade: Mapped[str | None]\n",
             ),
-            ("schema.py", "'Buffer full'", "'Buffer is full'"),
+            ("sqlite/schema.py", "'Buffer full'", "'Buffer is full'"),
         ):
             file = copy / "src" / "kkt_buffer" / name
             before = file.read_text()

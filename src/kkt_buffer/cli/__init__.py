@@ -1,0 +1,170 @@
+"""
+The command line: `python -m kkt_buffer demo | upgrade PATH | status PATH | verify PATH |
+backup PATH TARGET`.
+
+Exit status 0 for done, 1 for an error that is told in one line or a buffer that is not whole, 2 for a command that is
+not understood.
+"""
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from datetime import UTC, datetime
+from typing import Any
+
+from kkt_buffer import demo
+from kkt_buffer.errors import ReceiptBufferError
+from kkt_buffer.migrate import check, current, require, stage, upgrade
+from kkt_buffer.repository import ReceiptRepository
+from kkt_buffer.sqlite.engine import create_buffer_engine, known_bugs, pragmas
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit status."""
+    arguments = _parser().parse_args(argv)
+    try:
+        status: int = arguments.run(arguments) or 0
+        sys.stdout.flush()
+    except (ReceiptBufferError, RuntimeError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except BrokenPipeError:
+        # Whoever read our output has seen enough; Python must not flush the rest into nowhere at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted; what was acknowledged is safe", file=sys.stderr)
+        return 130
+    return status
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m kkt_buffer", description="The offline buffer of fiscal receipts.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    command = commands.add_parser("demo", help="play a shift on a real buffer, with a kill in the middle")
+    command.add_argument("path", nargs="?", default="data/demo.db", help="default: %(default)s")
+    command.set_defaults(run=_demo)
+
+    command = commands.add_parser("upgrade", help="make the buffer, or bring it to the schema of this release")
+    command.add_argument("path")
+    command.set_defaults(run=_upgrade)
+
+    command = commands.add_parser("backup", help="copy a buffer in use to another file")
+    command.add_argument("path")
+    command.add_argument("target", help="replaced once the copy is complete")
+    command.set_defaults(run=_backup)
+
+    command = commands.add_parser("verify", help="read all of the buffer and say whether it is whole; changes nothing")
+    command.add_argument("path")
+    command.set_defaults(run=_verify)
+
+    command = commands.add_parser("status", help="show how full the buffer is; changes nothing")
+    command.add_argument("path")
+    command.add_argument("--json", action="store_true", help="print it as JSON, times as Unix seconds")
+    command.set_defaults(run=_status)
+    return parser
+
+
+def _demo(arguments: argparse.Namespace) -> None:
+    demo.run(arguments.path)
+    _print_status(_read_status(arguments.path))
+
+
+def _upgrade(arguments: argparse.Namespace) -> None:
+    engine = create_buffer_engine(arguments.path)
+    try:
+        before = stage(engine)
+        upgrade(engine)
+        print(f"{arguments.path}: schema {current(engine)} (was {before})")
+    finally:
+        engine.dispose()
+
+
+def _status(arguments: argparse.Namespace) -> None:
+    status = _read_status(arguments.path)
+    if arguments.json:
+        print(json.dumps(status, ensure_ascii=False))
+    else:
+        _print_status(status)
+
+
+def _backup(arguments: argparse.Namespace) -> None:
+    engine = create_buffer_engine(arguments.path, read_only=True)
+    try:
+        require(engine)
+        ReceiptRepository(engine).backup(arguments.target)
+        print(f"{arguments.target}: complete, and on disk")
+    finally:
+        engine.dispose()
+
+
+def _verify(arguments: argparse.Namespace) -> int:
+    rows = {"buffer": arguments.path}
+    engine = create_buffer_engine(arguments.path, read_only=True)
+    try:
+        rows["SQLite"] = known_bugs(engine)
+        require(engine)
+        repository = ReceiptRepository(engine)
+        report = repository.check_integrity()
+        try:
+            check(engine)
+            findings = {"schema": (), **report.findings}
+        except ReceiptBufferError as error:
+            findings = {"schema": (str(error),), **report.findings}
+        rows |= {what: "\n".join(problems) or "ok" for what, problems in findings.items()}
+        is_sound = not any(findings.values())
+        if is_sound:
+            leased, lasts = repository.get_buffer_status().syncing, repository.get_config("lease_seconds")
+            rows["open leases"] = f"{leased} (each is over after {lasts} s)" if leased else "none"
+    finally:
+        engine.dispose()
+    if is_sound:
+        # A damaged file is not opened for writing, not even to ask.
+        engine = create_buffer_engine(arguments.path)
+        rows["settings of a connection"] = ", ".join(f"{name} {value}" for name, value in pragmas(engine).items())
+        engine.dispose()
+    _print_rows(rows)
+    print("The buffer is whole." if is_sound else "The buffer is NOT whole. Nothing was changed. Restore a backup.")
+    return 0 if is_sound else 1
+
+
+def _read_status(path: str) -> dict[str, Any]:
+    engine = create_buffer_engine(path, read_only=True)
+    try:
+        require(engine)
+        status = ReceiptRepository(engine).get_buffer_status()
+        return {"path": str(path), "schema": current(engine), **asdict(status)}
+    finally:
+        engine.dispose()
+
+
+def _print_status(status: dict[str, Any]) -> None:
+    rows = {
+        "buffer": status["path"],
+        "schema": status["schema"],
+        "pending": f"{status['pending']}",
+        "syncing": f"{status['syncing']}",
+        "synced": f"{status['synced']}",
+        "failed": f"{status['failed']}  (open dead letters: {status['dlq_size']})",
+        "total": f"{status['total_receipts']}",
+        "full": f"{status['percent_full']:.2f} %  ({status['pending'] + status['syncing']} of {status['capacity']})",
+        "oldest undelivered": _moment(status["oldest_undelivered_at"]),
+        "deliver before": _moment(status["deadline_at"]),
+    }
+    _print_rows(rows)
+
+
+def _print_rows(rows: dict[str, str]) -> None:
+    width = max(map(len, rows))
+    for name, value in rows.items():
+        print(f"{name:<{width}} | " + value.replace("\n", f"\n{'':<{width}} | "))
+
+
+def _moment(seconds: int | None) -> str:
+    if seconds is None:
+        return "nothing waits"
+    return datetime.fromtimestamp(seconds, UTC).astimezone().strftime("%Y-%m-%d %H:%M:%S %z")

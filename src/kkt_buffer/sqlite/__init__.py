@@ -1,0 +1,1 @@
+"""The embedded engine: one file, opened by any number of processes of one machine."""
