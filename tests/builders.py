@@ -1,21 +1,26 @@
 """What tests are made of: receipts, a clock to turn by hand, programs to run beside us."""
 
 import contextlib
+import faulthandler
 import json
 import os
 import subprocess
 import sys
 import textwrap
+import threading
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import pytest
 from sqlalchemy import Engine, event
 
 from kkt_buffer import Receipt, ReceiptRepository, ReceiptStatus
+
+T = TypeVar("T")
 
 NOON = 1_772_366_400  # 2026-03-01 12:00 UTC
 PROOF = bool(os.environ.get("KKT_BUFFER_PROOF"))  # `make proof`: deeper, and nothing may be left out
@@ -53,6 +58,30 @@ def a_receipt(repository: ReceiptRepository, status: str = "pending", **fields: 
     receipt = repository.get_receipt_by_id(receipt_id)
     assert receipt is not None
     return receipt
+
+
+def together(n: int, work: Callable[[int], T]) -> list[T]:
+    """
+    Run work(0) … work(n - 1) in threads that begin at one moment; returns their results in this order.
+
+    Raises what the first of them raised. A thread that hangs for a minute is a failure that shows every stack.
+    """
+    start = threading.Barrier(n)
+
+    def run(number: int) -> T:
+        start.wait()
+        return work(number)
+
+    executor = ThreadPoolExecutor(n)
+    try:
+        futures = [executor.submit(run, number) for number in range(n)]
+        _, hanging = wait(futures, timeout=60)
+        if hanging:
+            faulthandler.dump_traceback()
+            os._exit(70)  # not pytest.fail: the interpreter would wait for the threads at exit
+        return [future.result() for future in futures]
+    finally:
+        executor.shutdown()
 
 
 def an_id() -> str:
