@@ -27,7 +27,7 @@ from kkt_buffer.hlc import HybridLogicalClock, HybridTimestamp
 from kkt_buffer.migrate import check, current, upgrade
 from kkt_buffer.models import BufferEvent, ConfigEntry, DeadLetter, EventType, Receipt, ReceiptStatus, Resolution
 from kkt_buffer.repository import BufferStatus, IntegrityReport, PruneReport, ReceiptRepository
-from kkt_buffer.sqlite.engine import create_buffer_engine
+from kkt_buffer.engine import create_buffer_engine
 
 __all__ = [
     "BufferBusyError",

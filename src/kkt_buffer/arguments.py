@@ -8,16 +8,19 @@ import json
 import math
 import re
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from decimal import Decimal
 from typing import Any, NamedTuple, NoReturn
+
+from kkt_buffer.config import CONFIG_RULES
+from kkt_buffer.models import EventType, ReceiptStatus
 
 MAX_INTEGER = 2**63 - 1  # what an INTEGER column holds
 MAX_NOTE_LENGTH = 2000  # characters of an error, a reason or a name; the rest is cut
 MAX_QUOTE_LENGTH = 60  # characters of a wrong value that an error repeats
 MAX_DOCUMENT_LENGTH = 64 * 1024 * 1024  # characters; the largest real documents have some 24,000
 
-_UUID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
+UUID_TEXT = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 _ESCAPED_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
@@ -27,9 +30,10 @@ class NewReceipt(NamedTuple):
     id: str
     pos_id: str
     fiscal_doc: str
+    exist_ok: bool = False
 
 
-def new_receipt(data: Mapping[str, Any]) -> NewReceipt:
+def new_receipt(data: Mapping[str, Any], *, exist_ok: bool = False) -> NewReceipt:
     """Read the mapping that `insert_receipt` takes."""
     if not isinstance(data, Mapping):
         raise TypeError(f"receipt_data: expected a mapping with pos_id and fiscal_doc, got {_kind(data)}")
@@ -44,13 +48,28 @@ def new_receipt(data: Mapping[str, Any]) -> NewReceipt:
         id=str(uuid.uuid4()) if given is None else receipt_id(given),
         pos_id=name("pos_id", data["pos_id"]),
         fiscal_doc=document(data["fiscal_doc"]),
+        exist_ok=exist_ok,
     )
+
+
+def new_receipts(many: Iterable[Mapping[str, Any]], *, exist_ok: bool = False) -> list[NewReceipt]:
+    """Read what `insert_receipts` takes; an error says which of them is wrong."""
+    if isinstance(many, Mapping) or not isinstance(many, Iterable):
+        raise TypeError(f"many: expected several receipts, got {_kind(many)}")
+    receipts = []
+    for position, data in enumerate(many):
+        try:
+            receipts.append(new_receipt(data, exist_ok=exist_ok))
+        except (TypeError, ValueError) as error:
+            error.add_note(f"in receipt {position} of the batch, counting from 0; nothing was stored")
+            raise
+    return receipts
 
 
 def receipt_id(value: object) -> str:
     """The id of a new receipt: a UUID or its text, as 36 lower-case characters."""
     text = lookup_id(value)
-    if not _UUID.fullmatch(text):
+    if not UUID_TEXT.fullmatch(text):
         raise ValueError(f"id: expected a UUID such as 123e4567-e89b-42d3-a456-426614174000, got {_short(value)}")
     return text
 
@@ -62,7 +81,7 @@ def lookup_id(value: object) -> str:
     if not isinstance(value, str):
         raise TypeError(f"id: expected a UUID or its text, got {_kind(value)}")
     lowered = value.lower()
-    return lowered if _UUID.fullmatch(lowered) else _storable("id", value)
+    return lowered if UUID_TEXT.fullmatch(lowered) else _storable("id", value)
 
 
 def name(field: str, value: object) -> str:
@@ -88,6 +107,41 @@ def note(field: str, value: object) -> str:
     return value if len(value) <= MAX_NOTE_LENGTH else value[: MAX_NOTE_LENGTH - 1] + "…"
 
 
+def status(value: object) -> ReceiptStatus:
+    """A status of receipts."""
+    if not isinstance(value, str) or value not in set(ReceiptStatus):
+        raise ValueError(f"Invalid status: {value!r}; expected {', '.join(ReceiptStatus)}")
+    return ReceiptStatus(value)
+
+
+def event_type(value: object) -> str:
+    """A type of event to look for."""
+    if not isinstance(value, str) or value not in set(EventType):
+        raise ValueError(f"event_type: expected one of {', '.join(EventType)}, got {value!r}")
+    return value
+
+
+def own_event_type(value: object) -> str:
+    """A type of event that a caller may write: triggers write the facts about receipts."""
+    if not isinstance(value, str) or value not in set(EventType) or EventType(value).is_fact:
+        own = ", ".join(kind for kind in EventType if not kind.is_fact)
+        raise ValueError(f"event_type: expected one of {own}, got {value!r}")
+    return value
+
+
+def setting(key: str, value: object) -> int:
+    """An int within the bounds of a setting."""
+    number = CONFIG_RULES[key].parse(value)
+    if number is None:
+        raise ValueError(f"{key}: expected {CONFIG_RULES[key].expected}, got {value!r}")
+    return number
+
+
+def setting_text(key: str, value: object) -> str:
+    """The value of a setting as it is stored: of a key that the buffer reads, or of one of the caller's own."""
+    return str(setting(key, value)) if key in CONFIG_RULES else name("value", value)
+
+
 def whole_number(field: str, value: object, minimum: int) -> int:
     """An int from `minimum` to what a column holds; a bool is none."""
     if isinstance(value, bool) or not isinstance(value, int):
@@ -95,6 +149,15 @@ def whole_number(field: str, value: object, minimum: int) -> int:
     if not minimum <= value <= MAX_INTEGER:
         raise ValueError(f"{field}: expected a whole number of {minimum} or more, got {_short(value)}")
     return value
+
+
+def moment(value: object) -> int:
+    """What the clock `now` of a repository returned, in whole Unix seconds."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"now: expected a function that returns Unix seconds, got {_kind(value)} from it")
+    if not math.isfinite(value) or abs(value) > MAX_INTEGER // 2:
+        raise ValueError(f"now: expected a function that returns Unix seconds, got {value!r} from it")
+    return int(value)
 
 
 def document(value: object) -> str:

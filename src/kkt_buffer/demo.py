@@ -22,7 +22,8 @@ from kkt_buffer.errors import BufferFullError, DeliveryRejected, DeliveryUnavail
 from kkt_buffer.migrate import current, upgrade
 from kkt_buffer.models import Receipt
 from kkt_buffer.repository import ReceiptRepository
-from kkt_buffer.sqlite.engine import READ_ONLY, create_buffer_engine
+from kkt_buffer.backend import READ_ONLY
+from kkt_buffer.engine import create_buffer_engine
 
 RECEIPTS_PER_SHIFT = 60
 KILL_AFTER = 40

@@ -80,6 +80,16 @@ class InvalidTransitionError(ReceiptBufferError, ValueError):
         self.wanted = wanted
 
 
+class AcknowledgedReceiptError(ReceiptBufferError):
+    """Something tried to change what was acknowledged of a receipt; the database refused it."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "an acknowledged receipt does not change: its id, pos_id, created_at, timestamp and document stay as they "
+            "were stored. Nothing was changed. Store a new receipt with a new id instead."
+        )
+
+
 class LeaseLostError(ReceiptBufferError):
     """The lease token is not the present one; nothing was changed."""
 

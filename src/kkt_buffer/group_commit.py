@@ -1,144 +1,166 @@
 """
-Committing together: what several threads want to write at one moment shares a transaction, and the wait for the disk.
+Group commit: operations that several threads call at one moment share a transaction, and its wait for the disk.
 
-There is no thread for it, and nobody waits for company. Who comes when nobody writes *leads*: it opens the transaction,
-takes in all who have come by then and while it writes, commits once, tells each what became of its own, and hands the
-lead to the first who came too late. The others wait until they are told. What a batch writes and how it is committed is
-the repository's; who is in it, who leads, and that everybody is told the truth, is here.
-
-Python runs signal handlers in the main thread alone, and out of them an exception can come between any two steps. So
-the main thread neither leads nor waits: it commits for itself. No other thread ever depends on one that a signal can
-interrupt.
+Whoever wants to commit puts its operation into a queue and takes one lock. Who gets the lock runs all operations that
+wait, in one transaction, and commits it; who finds its own done returns. So there is no leader that could be lost, and
+no delay. An operation counts as refused until the COMMIT has returned.
 """
 
 import copy
 import os
 import threading
-import weakref
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import groupby
 from typing import Any, Generic, TypeVar
 
+from sqlalchemy.exc import SQLAlchemyError
+
 from kkt_buffer.errors import BufferStorageError, ReceiptBufferError
+from kkt_buffer.transaction import Transaction, Transactions
 
-MAX_BATCH = 64  # members of one transaction: other processes wait for its end
+MAX_BATCH = 64  # operations of one transaction: other processes wait for its end
 
-
-class Member:
-    """Something to be committed, and what became of it: no `error` means that it is on disk."""
-
-    def __init__(self) -> None:
-        self.error: BaseException | None = None
-        self._leads = False
-        self._told = threading.Lock()  # released once there is something to know
-        self._told.acquire()
-
-    def wait(self) -> bool:
-        """Wait to be told; returns whether it is that we lead now."""
-        self._told.acquire()
-        return self._leads
-
-    def tell(self, *, leads: bool) -> None:
-        """End the wait: it was committed or has its error, or has to lead."""
-        self._leads = leads
-        self._told.release()
+A = TypeVar("A")
+R = TypeVar("R")
 
 
-M = TypeVar("M", bound=Member)
-
-
-class Batch(Generic[M]):
+@dataclass(frozen=True, slots=True)
+class Shareable(Generic[A, R]):
     """
-    The members of one transaction: whoever has come by the time that the next one is asked for.
+    An operation that may share a transaction: `one` does it for one argument.
 
-    Who commits them says so in `committed`.
+    `many` does it for several at once, faster; it returns None, or raises, where they must be done one by one.
     """
 
-    def __init__(self, waiting: deque[M]) -> None:
-        self._waiting = waiting
-        self.members: list[M] = []
-        self.committed = False
-
-    def __iter__(self) -> Iterator[M]:
-        while self._waiting and len(self.members) < MAX_BATCH:
-            self.members.append(self._waiting.popleft())
-            yield self.members[-1]
-
-    def fail(self, error: BaseException) -> None:
-        """Nothing was committed: that is the error of all of them, or, if it has not even begun, of all who wait."""
-        members = self.members or list(self)
-        for member in members:
-            member.error = _shared(error)
+    one: Callable[[Transaction, A], R]
+    many: Callable[[Transaction, list[A]], list[R] | None] | None = None
 
 
-class GroupCommit(Generic[M]):
-    """Those who want to commit together."""
+class _Member:
+    """One call that waits: what it wants done, and what became of it."""
 
-    def __init__(self) -> None:
-        self.forget()
-        _groups.add(self)
+    def __init__(self, work: Shareable[Any, Any], argument: object) -> None:
+        self.work = work
+        self.argument = argument
+        self.result: Any = None
+        self.error: Exception | None = None
+        self.is_committing = False
+        self.is_done = False
 
-    def forget(self) -> None:
-        """Start afresh, in a forked child: the threads that waited and led are not here."""
-        self._lock = threading.Lock()  # for the two below, and never for longer than it takes to change them
-        self._waiting: deque[M] = deque()
-        self._is_led = False
 
-    def add(self, member: M, commit: Callable[[Batch[M]], None]) -> None:
-        """
-        Return when it is committed; raises what kept it from that.
+class GroupCommit:
+    """The calls of one repository that want to commit together."""
 
-        `commit` is called if it is for us to lead, for a batch that our member is in.
-        """
-        if threading.get_ident() == threading.main_thread().ident:
-            commit(Batch(deque((member,))))
-        else:
+    def __init__(self, transactions: Transactions) -> None:
+        self._transactions = transactions
+        self._reset()
+
+    def _reset(self) -> None:
+        self._pid = os.getpid()
+        self._lock = threading.Lock()
+        self._waiting: deque[_Member] = deque()
+
+    def run(self, work: Shareable[A, R], argument: A) -> R:
+        """Do it, and return its result when it is committed; inside a transaction of this thread, do it there."""
+        with self._transactions.operation(write=True) as (tx, is_joined):
+            if is_joined:
+                with self._transactions.explained(), tx.connection.begin_nested():
+                    return work.one(tx, argument)
+            if self._pid != os.getpid():
+                self._reset()  # a forked child: the threads that waited are not here
+            member = _Member(work, argument)
+            self._waiting.append(member)
             with self._lock:
-                self._waiting.append(member)
-                leads, self._is_led = not self._is_led, True
-            if leads or member.wait():
-                self._lead(member, commit)
-        if member.error is not None:
-            raise member.error
+                if not member.is_done:
+                    self._lead(tx, member)
+            if member.error is not None:
+                raise member.error
+            result: R = member.result
+            return result
 
-    def _lead(self, leader: M, commit: Callable[[Batch[M]], None]) -> None:
-        batch = Batch(self._waiting)
+    def _lead(self, tx: Transaction, leader: _Member) -> None:
+        if leader.is_committing:
+            leader.error = BufferStorageError(
+                "the transaction that this operation shared with other threads was interrupted while it was "
+                "committed, so it may be stored or not. What was acknowledged before is safe. Try again: a receipt "
+                "with the same id is stored once."
+            )
+            return
+        members = [leader]
+        is_begun = False
         try:
-            commit(batch)
-        except BaseException as error:  # noqa: BLE001 (whatever it is, `add` raises it; nobody may be left waiting)
-            if not batch.committed:
-                batch.fail(error)
-            leader.error = error
-        finally:
-            with self._lock:
-                following = self._waiting[0] if self._waiting else None
-                self._is_led = following is not None
-            for member in batch.members:
-                if member is not leader:
-                    member.tell(leads=False)
-            if following is not None:
-                following.tell(leads=True)
+            with self._transactions.explained(), self._transactions.begun(tx):
+                is_begun = True
+                self._gather(members)
+                _run(tx, members)
+                for member in members:
+                    member.is_committing = True
+            for member in members:
+                member.is_done = True
+        except (ReceiptBufferError, SQLAlchemyError) as error:
+            if not is_begun:
+                self._gather(members)  # they would wait for the same
+            for member in members[1:]:
+                member.error = _own_copy(error)
+                member.is_done = True
+            raise
+
+    def _gather(self, members: list[_Member]) -> None:
+        """Add those who have come by now, in their order, to the one who leads."""
+        while self._waiting and len(members) < MAX_BATCH:
+            member = self._waiting.popleft()
+            if member is not members[0] and not member.is_done:
+                members.append(member)
 
 
-def _shared(error: BaseException) -> ReceiptBufferError:
-    """An exception belongs to one thread: the others get their own."""
+def _run(tx: Transaction, members: list[_Member]) -> None:
+    if len(members) == 1:
+        members[0].result = members[0].work.one(tx, members[0].argument)
+        return
+    for work, group in groupby(sorted(members, key=lambda member: id(member.work)), key=lambda member: member.work):
+        alike = list(group)
+        if not _run_together(tx, work, alike):
+            for member in alike:
+                _run_alone(tx, member)
+
+
+def _run_together(tx: Transaction, work: Shareable[Any, Any], members: list[_Member]) -> bool:
+    if work.many is None:
+        return False
+    savepoint = tx.connection.begin_nested()
+    try:
+        results = work.many(tx, [member.argument for member in members])
+    except (ReceiptBufferError, SQLAlchemyError):
+        results = None  # which one, and why, is seen when they are done one by one
+    if results is None:
+        savepoint.rollback()
+        return False
+    savepoint.commit()
+    for member, result in zip(members, results, strict=True):
+        member.result = result
+    return True
+
+
+def _run_alone(tx: Transaction, member: _Member) -> None:
+    try:
+        with tx.connection.begin_nested():
+            member.result = member.work.one(tx, member.argument)
+    except (ReceiptBufferError, SQLAlchemyError) as error:
+        if tx.connection.invalidated:
+            raise
+        member.error = tx.explained(error)
+
+
+def _own_copy(error: Exception) -> ReceiptBufferError:
+    """An exception belongs to one thread: each of the others gets its own."""
     if isinstance(error, ReceiptBufferError):
         own = copy.copy(error)
     else:
         own = BufferStorageError(
-            f"the transaction that this shared with other threads was given up ({type(error).__name__}: {error}). "
-            "Nothing of it was acknowledged; what was acknowledged before is safe. Try again."
+            f"the transaction that this operation shared with other threads failed ({type(error).__name__}: {error}). "
+            "Nothing of it was stored; what was acknowledged before is safe. Try again."
         )
     own.__cause__ = error
     return own
-
-
-_groups: "weakref.WeakSet[GroupCommit[Any]]" = weakref.WeakSet()
-
-
-def _after_fork_in_child() -> None:
-    for group in _groups:
-        group.forget()
-
-
-os.register_at_fork(after_in_child=_after_fork_in_child)

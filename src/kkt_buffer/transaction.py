@@ -1,182 +1,231 @@
 """
-Transactions: a scoped session for each thread, opened by the outermost block and joined by those inside.
+Transactions: what an operation works in, opened for it or joined.
 
-How a transaction begins, commits and fails on the connection is in `engine`.
+How a transaction begins, commits and fails is the backend's; what an operation does in it is in `operations`.
 """
 
 import logging
-import random
 import threading
-import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
-from sqlalchemy import Engine, Select
+from sqlalchemy import Connection, Engine, Select, select
+from sqlalchemy.exc import DBAPIError, InvalidRequestError
 from sqlalchemy.orm import Session, scoped_session, sessionmaker
 
-from kkt_buffer.direct import Direct, Driver, Place
-from kkt_buffer.errors import BufferDamagedError, ReceiptBufferError
-from kkt_buffer.migrate import require
-from kkt_buffer.sqlite import refusals
-from kkt_buffer.sqlite.engine import READ_ONLY, gate_of, lenient_text
+from kkt_buffer import arguments
+from kkt_buffer.backend import READ_ONLY, Backend, backend_of
+from kkt_buffer.config import number_of
+from kkt_buffer.errors import BufferDamagedError, BufferStorageError, ReceiptBufferError
+from kkt_buffer.models import ConfigEntry
 
 logger = logging.getLogger(__name__)
 
-
-class _Block:
-    """One outermost `with repository.transaction()`, while it is open."""
-
-    __slots__ = ("open", "session")
-
-    def __init__(self, session: Session) -> None:
-        self.session = session
-        self.open = True
+_SETTINGS = select(ConfigEntry.key, ConfigEntry.value)
 
 
-# The blocks of this context. A thread may run many asyncio tasks: what one of them has opened is no business of the
-# others.
-_opened: ContextVar[tuple[_Block, ...]] = ContextVar("kkt_buffer_transactions", default=())
+class Transaction:
+    """
+    What an operation works in.
 
+    `connection` is in a transaction from the first to the last moment. The moment of the transaction and its settings
+    are read once, when they are first asked for: behind the write lock, if it is one that writes.
+    """
 
-class Transactions:
-    """What every operation stands on."""
-
-    def __init__(
-        self,
-        engine: Engine,
-        *,
-        now: Callable[[], float] = time.time,
-        jitter: Callable[[], float] = random.random,
-    ) -> None:
-        self._engine = engine
-        self._gate = gate_of(engine)
-        self._has_schema = False
-        self._readers = sessionmaker(engine.execution_options(**{READ_ONLY: True}))
-        self._sessions = scoped_session(sessionmaker(engine, expire_on_commit=False))
-        self._local = threading.local()
-        self._place = Place()
-        self._now = now
-        self._jitter = jitter
-
-    @contextmanager
-    def transaction(self) -> Iterator[Session]:
-        """
-        Open a write transaction, or join this thread's, and yield its session.
-
-        Commits at the end of the outermost block; an exception rolls back the block that it leaves, so that whoever
-        catches it inside an outer block can go on there. Every operation called inside belongs to the transaction,
-        and is as durable as its commit: not before. Rows of your own that you add to the session are committed with
-        the receipts. Keep it short, as other writers wait; in asyncio code, never await inside it.
-        """
-        outer = self._outer()
-        if outer is not None:
-            with outer.begin_nested():
-                yield outer
-            return
-        self._require_schema()
-        self._tidy()
-        block = _Block(self._sessions())
-        before = _opened.get()
-        try:
-            self._local.block = block
-            _opened.set((*before, block))
-            with block.session.begin():
-                yield block.session
-        finally:
-            block.open = False  # first, and without a call that a signal could interrupt: nobody may join it any more
-            _opened.set(before)
-            self._sessions.remove()
-
-    def _outer(self) -> Session | None:
-        """The session of the block that this thread has open, if this is a task that may go on in it."""
-        outer = self._block()
-        if outer is None:
-            return None
-        if outer not in _opened.get():
-            raise ReceiptBufferError(
-                "another asyncio task of this thread has a transaction open and waits inside it. Nothing was "
-                "done. Never await inside transaction(); run it whole in a thread, with asyncio.to_thread."
-            )
-        return outer.session
-
-    def _tidy(self) -> None:
-        """Put right what is left over if a signal interrupted the end of this thread's last block."""
-        if self._sessions.registry.has():
-            self._sessions.remove()
-        self._place.tidy()
-
-    def _direct(self, *, write: bool) -> AbstractContextManager[Driver]:
-        """A transaction for one operation that a till runs all day; or the one that this thread has open."""
-        if self._block() is not None:
-            return self._joined()
-        return self._alone(write=write)
-
-    def _alone(self, *, write: bool) -> Direct:
-        self._require_schema()
-        if write:
-            self._tidy()
-        return Direct(self._engine, self._place, write=write)
-
-    def _require_schema(self) -> None:
-        """Refuse to work on the schema of another release, as long as it has not been seen to be this one's."""
-        if not self._has_schema:
-            require(self._engine)
-            self._has_schema = True
-
-    @contextmanager
-    def _joined(self) -> Iterator[Driver]:
-        with self._writing() as session:
-            yield Driver.of(session)
-
-    @contextmanager
-    def _writing(self) -> Iterator[Session]:
-        """A transaction for an operation, or a part of the one that this thread has open."""
-        with refusals.explained(self._engine.url.database), self.transaction() as session:
-            yield session
-
-    def _block(self) -> _Block | None:
-        block: _Block | None = getattr(self._local, "block", None)
-        return block if block is not None and block.open else None
+    def __init__(self, backend: Backend, now: Callable[[], float], *, write: bool) -> None:
+        self.backend = backend
+        self.write = write
+        self.connection: Connection
+        self.session: Session | None = None  # of the caller's `transaction()` or `reading()`
+        self._clock = now
+        self._now: int | None = None
+        self._settings: dict[str, str] | None = None
+        # Who may join it: operations of this thread, while no other operation runs in it.
+        self.thread = threading.get_ident()
+        self.is_busy = True
+        self.is_over = False
+        self.outer: Transaction | None = None
 
     @property
-    def _is_writing(self) -> bool:
-        """Whether this thread has a write transaction open, through us or in another way: others wait for it."""
-        return self._block() is not None or self._gate.is_mine
+    def now(self) -> int:
+        """The moment of this transaction, in Unix seconds."""
+        if self._now is None:
+            self._now = arguments.moment(self._clock())
+        return self._now
 
-    @property
-    def in_transaction(self) -> bool:
-        """Whether this thread is inside `transaction()`."""
-        return self._block() is not None
+    def number(self, key: str) -> int:
+        """A setting of the buffer. Raises `InvalidConfigError` if the stored value is invalid."""
+        if self._settings is None:
+            self._settings = {row.key: row.value for row in self.connection.execute(_SETTINGS)}
+        return number_of(key, self._settings.get(key))
 
-    @contextmanager
-    def _reading(self) -> Iterator[Session]:
-        """A session that nobody else has; inside a transaction, it reads what that has written."""
-        outer = self._outer()
-        if outer is None:
-            self._require_schema()
-            session = self._readers()
-        else:
-            outer.flush()
-            session = Session(outer.connection(), join_transaction_mode="rollback_only")
-        with refusals.explained(self._engine.url.database), session:
-            yield session
+    def forget_settings(self) -> None:
+        """Read the settings anew when they are next asked for."""
+        self._settings = None
 
-    def _load(self, statement: Select[Any], **parameters: object) -> list[Any]:
-        """Read rows, detached and complete."""
-        with self._reading() as session:
+    def explained(self, error: Exception) -> Exception:
+        """Our error for what a statement of an operation was refused for; where we have none, the one that is there."""
+        return (self.backend.explain(error) if isinstance(error, DBAPIError) else None) or error
+
+    def load(self, statement: Select[Any], **parameters: object) -> list[Any]:
+        """Read rows as objects that are detached and complete."""
+        # A session of its own: what the caller's session holds stays attached.
+        with Session(self.connection, join_transaction_mode="rollback_only") as session:
             try:
                 rows = list(session.scalars(statement, parameters))
             except BufferDamagedError as error:
                 # A stray byte in one document must not keep all the others from being delivered.
                 logger.error("%s Reading on without them; see check_integrity().", error)  # noqa: TRY400 (it is handled)
-                with lenient_text(session.connection()):
+                with self.backend.lenient_text(self.connection):
                     rows = list(session.scalars(statement, parameters))
         if None in rows:
             logger.error("a row without a key: the file is damaged. Reading on without it; see check_integrity().")
             rows = [row for row in rows if row is not None]
         return rows
 
-    def _seconds(self) -> int:
-        return int(self._now())
+
+# The innermost transaction of this context: a thread may run many asyncio tasks, each with a context of its own.
+_innermost: ContextVar[Transaction | None] = ContextVar("kkt_buffer_transaction", default=None)
+
+
+class Transactions:
+    """Opens transactions on one engine, or joins those that a thread has open."""
+
+    def __init__(self, engine: Engine, now: Callable[[], float]) -> None:
+        self.engine = engine
+        self.backend = backend_of(engine)
+        self._now = now
+        self._reading = engine.execution_options(**{READ_ONLY: True})
+        # A factory per engine, a session for each thread: whoever asks for it in a transaction gets the same one.
+        self._sessions = scoped_session(sessionmaker(expire_on_commit=False, join_transaction_mode="rollback_only"))
+
+    @property
+    def current(self) -> Transaction | None:
+        """
+        The transaction that this thread has open on this engine.
+
+        Raises `ReceiptBufferError` if an operation is running in it: then this call comes from inside that operation.
+        """
+        tx = _innermost.get()
+        while tx is not None and (tx.backend is not self.backend or tx.is_over):
+            tx = tx.outer
+        if tx is None or tx.thread != threading.get_ident():
+            return None
+        if tx.is_busy:
+            raise ReceiptBufferError(
+                "an operation of this buffer was called from inside another one of the same thread: by a signal "
+                "handler, __del__, an event listener or `now`. This one did nothing; the other one goes on. Call it "
+                "afterwards, or in a thread of its own."
+            )
+        return tx
+
+    @contextmanager
+    def writing(self) -> Iterator[Transaction]:
+        """
+        A write transaction for one operation: a savepoint in the one that this thread has open, else one of its own.
+        """
+        with self.operation(write=True) as (tx, is_joined), self.explained():
+            if is_joined:
+                with tx.connection.begin_nested():
+                    yield tx
+            else:
+                with self.begun(tx):
+                    yield tx
+
+    @contextmanager
+    def reading(self) -> Iterator[Transaction]:
+        """A transaction for one operation that reads: the one that this thread has open, else one of its own."""
+        with self.operation(write=False) as (tx, is_joined), self.explained():
+            if is_joined:
+                yield tx
+            else:
+                with self.begun(tx):
+                    yield tx
+
+    @contextmanager
+    def operation(self, *, write: bool) -> Iterator[tuple[Transaction, bool]]:
+        """Mark this thread as inside an operation; yield its transaction, not yet begun unless it is joined."""
+        tx = self.current
+        if tx is not None:
+            if write and not tx.write:
+                raise ReceiptBufferError(
+                    "an operation that writes was called inside reading(). Nothing was changed. Call it outside, or "
+                    "use transaction()."
+                )
+            try:
+                tx.is_busy = True
+                if tx.session is not None:
+                    tx.session.flush()
+                yield tx, True
+            finally:
+                tx.is_busy = False
+            return
+        if write:
+            self.backend.refuse_second()
+        tx = Transaction(self.backend, self._now, write=write)
+        with self._as_innermost(tx):
+            yield tx, False
+
+    @contextmanager
+    def begun(self, tx: Transaction) -> Iterator[None]:
+        """Begin a transaction on a connection of the pool, and commit it; an exception rolls it back."""
+        with self.backend.connect(self.engine if tx.write else self._reading) as tx.connection:
+            transaction = tx.connection.begin()
+            try:
+                yield
+                transaction.commit()
+            except (DBAPIError, InvalidRequestError) as error:
+                if not tx.connection.invalidated:
+                    raise
+                raise BufferStorageError(
+                    f"{self.backend}: the database had to roll the transaction back (see the error before this one). "
+                    "Nothing of it was stored; what was acknowledged before is safe. Try again."
+                ) from error
+
+    @contextmanager
+    def block(self, *, write: bool) -> Iterator[Session]:
+        """A transaction of the caller's, which operations of this thread join; inside another one, a savepoint."""
+        tx = self.current
+        if tx is not None and tx.session is not None:
+            if write and not tx.write:
+                raise ReceiptBufferError("transaction() was called inside reading(). Nothing was changed.")
+            if write:
+                with tx.session.begin_nested():
+                    yield tx.session
+            else:
+                tx.session.flush()
+                yield tx.session
+            return
+        if write:
+            self.backend.refuse_second()
+        tx = Transaction(self.backend, self._now, write=write)
+        with self._as_innermost(tx), self.begun(tx):
+            self._sessions.remove()  # what an exception at the end of this thread's last block left
+            tx.session = self._sessions(bind=tx.connection)
+            try:
+                tx.is_busy = False
+                yield tx.session
+                tx.session.flush()
+            finally:
+                tx.is_busy = True
+                self._sessions.remove()
+
+    @contextmanager
+    def _as_innermost(self, tx: Transaction) -> Iterator[None]:
+        tx.outer = _innermost.get()
+        try:
+            _innermost.set(tx)
+            yield
+        finally:
+            tx.is_over = True
+            _innermost.set(tx.outer)
+
+    @contextmanager
+    def explained(self) -> Iterator[None]:
+        """Raise our errors for what the statements of an operation are refused for."""
+        try:
+            yield
+        except DBAPIError as error:
+            raise self.backend.explain(error) or error from error.orig

@@ -1,0 +1,84 @@
+"""
+`Backend`: what an engine must answer. Everything else in this package is the same on each of them.
+
+`create_buffer_engine` gives the engine its backend; operations meet it as `Transaction.backend`.
+"""
+
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from types import ModuleType
+from typing import NamedTuple
+
+from sqlalchemy import ColumnElement, Connection, Engine, TextClause
+from sqlalchemy.exc import DBAPIError
+
+from kkt_buffer.errors import ReceiptBufferError
+
+OPTION = "kkt_buffer_backend"
+
+# Execution option: with True, transactions lock nobody, and the database refuses to write in them.
+READ_ONLY = "kkt_buffer_read_only"
+
+
+class Reference(NamedTuple):
+    """A foreign key that points at receipts: its table, its column, and the column of receipts."""
+
+    table: str
+    column: str
+    target: str
+
+
+class Backend(ABC):
+    """
+    The differences between engines.
+
+    `str(backend)` names the buffer in messages. `driver` is the DBAPI module. `insert` stores one receipt with its
+    timestamp, from the parameters id, pos_id, fiscal_doc, digest, held_at and now. `last_synced_at` is when a receipt
+    was delivered last (Unix seconds, or null), whatever was pruned since.
+    """
+
+    driver: ModuleType
+    insert: TextClause
+    last_synced_at: ColumnElement[int | None]
+
+    @abstractmethod
+    def connect(self, engine: Engine) -> Connection:
+        """A connection for a transaction of ours; `engine` says with `READ_ONLY` for what kind of one."""
+
+    @abstractmethod
+    def refuse_second(self) -> None:
+        """Raise `BufferBusyError` if a new write transaction of this thread could only wait for one that it has open."""
+
+    @abstractmethod
+    def explain(self, error: DBAPIError) -> ReceiptBufferError | None:
+        """What a refusal of a statement of ours means; None for what a service's own trigger or table raised."""
+
+    @abstractmethod
+    def lenient_text(self, connection: Connection) -> AbstractContextManager[None]:
+        """Read invalid UTF-8 too, decoded with backslash escapes."""
+
+    @abstractmethod
+    def references(self, connection: Connection) -> list[Reference]:
+        """Every foreign key of the database that points at receipts, whoever added it."""
+
+    @abstractmethod
+    def checks(self) -> Mapping[str, Callable[[Connection], list[str]]]:
+        """What `check_integrity` asks of this engine alone: for each subject, a function that lists problems."""
+
+    @abstractmethod
+    def backup(self, engine: Engine, path: str | os.PathLike[str]) -> None:
+        """Copy the buffer as it is at this moment to the file `path`."""
+
+    @abstractmethod
+    def upgraded(self, engine: Engine) -> None:
+        """Called after each upgrade of the schema."""
+
+
+def backend_of(engine: Engine) -> Backend:
+    """The backend of an engine that `create_buffer_engine` made, or of one derived from it."""
+    backend = engine.get_execution_options().get(OPTION)
+    if not isinstance(backend, Backend):
+        raise TypeError(f"engine: expected one that create_buffer_engine made, got {engine!r}")
+    return backend
