@@ -17,7 +17,7 @@ MAX_NOTE_LENGTH = 2000  # characters of an error, a reason or a name; the rest i
 MAX_QUOTE_LENGTH = 60  # characters of a wrong value that an error repeats
 MAX_DOCUMENT_LENGTH = 64 * 1024 * 1024  # characters; the largest real documents have some 24,000
 
-_UUID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
+UUID_TEXT = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 _ESCAPED_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
@@ -50,7 +50,7 @@ def new_receipt(data: Mapping[str, Any]) -> NewReceipt:
 def receipt_id(value: object) -> str:
     """The id of a new receipt: a UUID or its text, as 36 lower-case characters."""
     text = lookup_id(value)
-    if not _UUID.fullmatch(text):
+    if not UUID_TEXT.fullmatch(text):
         raise ValueError(f"id: expected a UUID such as 123e4567-e89b-42d3-a456-426614174000, got {_short(value)}")
     return text
 
@@ -62,7 +62,7 @@ def lookup_id(value: object) -> str:
     if not isinstance(value, str):
         raise TypeError(f"id: expected a UUID or its text, got {_kind(value)}")
     lowered = value.lower()
-    return lowered if _UUID.fullmatch(lowered) else _storable("id", value)
+    return lowered if UUID_TEXT.fullmatch(lowered) else _storable("id", value)
 
 
 def name(field: str, value: object) -> str:

@@ -1,8 +1,8 @@
 """
-What differs between the objects of a database and those of the models and of `schema`: tables with their checks,
-defaults and references, indexes, views, triggers.
+The differences between the objects of a database and those of the models and of `sqlite.schema`: tables with their
+checks, defaults and references, indexes, views, triggers.
 
-Compared is the SQL text that SQLite keeps. A trigger, a view or a column of another name is somebody else's business.
+The SQL text that SQLite keeps is compared. Triggers, views and columns of other names belong to other programs.
 """
 
 import re
@@ -11,12 +11,13 @@ from typing import NamedTuple
 from sqlalchemy import Connection, text
 from sqlalchemy.schema import CreateIndex, CreateTable
 
-from kkt_buffer.models import Base
+from kkt_buffer.models import metadata
+from kkt_buffer.sqlite.ddl import first_word, table_clauses
 from kkt_buffer.sqlite.schema import SQLITE_TRIGGERS, SQLITE_VIEWS
 
 
 class Difference(NamedTuple):
-    """One object that is not as it should be; None for the side where it is missing."""
+    """An object that is not as it should be; None for the side where it is missing."""
 
     kind: str
     name: str
@@ -48,7 +49,7 @@ class Difference(NamedTuple):
 
 
 def differences(connection: Connection) -> list[Difference]:
-    """Every difference, by name; none if the database is what this release expects."""
+    """Every difference, by name; none if the database has exactly the schema of this release."""
     expected = _expected(connection)
     found = _found(connection, set(expected))
     return [
@@ -61,7 +62,7 @@ def differences(connection: Connection) -> list[Difference]:
 def _expected(connection: Connection) -> dict[tuple[str, str], str]:
     objects = {("view", name): sql for name, sql in SQLITE_VIEWS.items()}
     objects |= {("trigger", name): sql for name, sql in SQLITE_TRIGGERS.items()}
-    for table in Base.metadata.tables.values():
+    for table in metadata.tables.values():
         objects["table", table.name] = str(CreateTable(table).compile(connection)).strip()
         for index in table.indexes:
             objects["index", str(index.name)] = str(CreateIndex(index).compile(connection)).strip()
@@ -86,31 +87,23 @@ def _differ(expected: str | None, found: str | None) -> bool:
 
 
 def _of_others(expected: str, found: str) -> frozenset[str]:
-    """The columns that somebody has added to a table of ours."""
-    ours = {_first_word(clause) for clause in _clauses(expected)}
-    ours |= {"CHECK", "CONSTRAINT", "FOREIGN", "PRIMARY", "UNIQUE"}
-    return frozenset(clause for clause in _clauses(found) if _first_word(clause) not in ours)
-
-
-def _first_word(clause: str) -> str:
-    return clause.replace("(", " ").partition(" ")[0]
+    """The columns that another program has added to a table of ours."""
+    ours = {first_word(clause) for clause in _clauses(expected)}
+    ours |= {"check", "constraint", "foreign", "primary", "unique"}
+    return frozenset(clause for clause in _clauses(found) if first_word(clause) not in ours)
 
 
 def _plain(sql: str) -> str:
-    """The text without what means nothing: how it is broken into lines, and the quotes around names."""
+    """The text without line breaks and the quotes around names, which mean nothing."""
     return re.sub(r"\s+", " ", sql).replace('"', "").strip()
 
 
 def _clauses(sql: str) -> frozenset[str]:
-    """Columns and constraints of a table, each by itself: ADD COLUMN puts them into another order."""
-    head, _, body = _plain(sql).partition("(")
-    found, depth = [""], 0
-    for part in re.split(r"([(),])", body.removesuffix(")")):
-        depth += {"(": 1, ")": -1}.get(part, 0)
-        if part == "," and not depth:
-            found.append("")
-        else:
-            found[-1] += part
-    return frozenset(
-        {head.strip(), *(piece.strip() for clause in found for piece in re.split(r" (?=CONSTRAINT )", clause))}
-    )
+    """
+    The head of a table, its columns, constraints and options, each by itself: ADD COLUMN changes their order.
+
+    It also puts a constraint into the clause of its column.
+    """
+    head, options = _plain(sql[: sql.index("(")]), _plain(sql[sql.rindex(")") + 1 :])
+    clauses = (piece for clause in table_clauses(sql) for piece in re.split(r" (?=CONSTRAINT )", _plain(clause)))
+    return frozenset({head, *clauses, *([options] if options else [])})

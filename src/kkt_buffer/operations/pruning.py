@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from sqlalchemy import text
 
 from kkt_buffer.operations.settings import SECONDS_PER_DAY, Settings
+from kkt_buffer.sqlite.ddl import REFERENCES, quoted
 
 BATCH = 100  # rows of one transaction: a few milliseconds of the write lock
 
@@ -28,16 +29,9 @@ class PruneReport:
     kept_receipts: int
 
 
-# Every foreign key of the database that points at receipts; other programs may have added some.
-REFERENCES = text(
-    """\
-SELECT m.name, f."from" AS origin, COALESCE(f."to", 'id') AS target
-FROM sqlite_master AS m, pragma_foreign_key_list(m.name) AS f
-WHERE m.type = 'table' AND f."table" = 'receipts' COLLATE NOCASE"""
-)
-
 # The receipt with the highest HLC is the memory of the clock.
-_NOT_LAST = "id <> (SELECT id FROM receipts ORDER BY hlc_local_time DESC, hlc_logical_counter DESC LIMIT 1)"
+_NOT_LAST = """\
+(hlc_local_time, hlc_logical_counter) <> (SELECT hlc_local_time, hlc_logical_counter FROM buffer_state)"""
 
 # By idx_receipts_synced.
 _DELIVERED = f"status = 'synced' AND synced_at <= :synced AND {_NOT_LAST}"
@@ -101,10 +95,10 @@ class Pruning(Settings):
     def _unreferred(self, but: str = "") -> str:
         """The condition that no row refers to the receipt, of tables other than `but`."""
         with self._reading() as session:
-            references = session.execute(REFERENCES).all()
+            references = session.execute(text(REFERENCES)).all()
         conditions = [
-            f"NOT EXISTS (SELECT 1 FROM {_quoted(name)} AS other"
-            f" WHERE other.{_quoted(origin)} = receipts.{_quoted(target)})"
+            f"NOT EXISTS (SELECT 1 FROM {quoted(name)} AS other"
+            f" WHERE other.{quoted(origin)} = receipts.{quoted(target)})"
             for name, origin, target in references
             if name != but
         ]
@@ -149,7 +143,3 @@ class Pruning(Settings):
             deleted += len(found)
             if len(found) < BATCH:
                 return deleted
-
-
-def _quoted(name: str) -> str:
-    return '"' + name.replace('"', '""') + '"'
