@@ -25,7 +25,16 @@ from kkt_buffer.errors import (
 )
 from kkt_buffer.hlc import HybridLogicalClock, HybridTimestamp
 from kkt_buffer.migrate import check, current, upgrade
-from kkt_buffer.models import BufferEvent, ConfigEntry, DeadLetter, EventType, Receipt, ReceiptStatus, Resolution
+from kkt_buffer.models import (
+    BufferEvent,
+    ConfigEntry,
+    DeadLetter,
+    EventType,
+    Receipt,
+    ReceiptStatus,
+    Resolution,
+    metadata,
+)
 from kkt_buffer.repository import BufferStatus, IntegrityReport, PruneReport, ReceiptRepository
 from kkt_buffer.sqlite.engine import create_buffer_engine
 
@@ -64,5 +73,6 @@ __all__ = [
     "create_buffer_engine",
     "current",
     "deliver_pending",
+    "metadata",
     "upgrade",
 ]

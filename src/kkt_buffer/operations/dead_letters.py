@@ -13,7 +13,7 @@ from sqlalchemy import Connection, Table, bindparam, literal_column, null, selec
 from kkt_buffer import arguments
 from kkt_buffer.direct import Driver
 from kkt_buffer.errors import InvalidTransitionError, ReceiptNotFoundError
-from kkt_buffer.models import HLC_ORDER, DeadLetter, Receipt, Resolution
+from kkt_buffer.models import DeadLetter, Receipt, Resolution
 from kkt_buffer.operations.receipts import CLOSE_DEAD_LETTER, Receipts, refuse_if_full, status_of
 
 _receipts = cast("Table", Receipt.__table__)
@@ -22,7 +22,7 @@ OPEN = text("resolved_at IS NULL")
 OPEN_IN_ORDER = (
     select(_receipts.c.id)
     .where(text("status = 'failed' AND id IN (SELECT original_receipt_id FROM dlq WHERE resolved_at IS NULL)"))
-    .order_by(text(HLC_ORDER), _receipts.c.hlc_logical_counter)
+    .order_by(_receipts.c.hlc_local_time, _receipts.c.hlc_logical_counter)
     .limit(bindparam("limit"))
 )
 REVIVE = (

@@ -8,8 +8,9 @@ from sqlalchemy import CheckConstraint, text
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import Session
 
+from kkt_buffer.config import CONFIG_RULES
 from kkt_buffer.errors import BufferDamagedError, BufferStorageError, InvalidConfigError, ReceiptBufferError
-from kkt_buffer.models import CONFIG_RULES, Base
+from kkt_buffer.models import Base
 from kkt_buffer.operations.settings import Settings
 from kkt_buffer.sqlite.file import backup
 
@@ -49,13 +50,19 @@ _INVARIANTS = {
         WHERE status = 'failed' AND NOT EXISTS (SELECT 1 FROM dlq WHERE original_receipt_id = receipts.id)""",
     "counts": """
         SELECT name || ' are counted as ' || value || ', and are ' || rows FROM (
-            SELECT name, value, CASE name
-                WHEN 'open_dead_letters' THEN (SELECT COUNT(*) FROM dlq WHERE resolved_at IS NULL)
-                ELSE (SELECT COUNT(*) FROM receipts WHERE status = name) END AS rows
-            FROM buffer_counts)
+            SELECT 'pending' AS name, pending AS value, (SELECT COUNT(*) FROM receipts WHERE status = 'pending') AS rows
+                FROM buffer_state
+            UNION ALL SELECT 'syncing', syncing, (SELECT COUNT(*) FROM receipts WHERE status = 'syncing')
+                FROM buffer_state
+            UNION ALL SELECT 'synced', synced, (SELECT COUNT(*) FROM receipts WHERE status = 'synced')
+                FROM buffer_state
+            UNION ALL SELECT 'failed', failed, (SELECT COUNT(*) FROM receipts WHERE status = 'failed')
+                FROM buffer_state
+            UNION ALL SELECT 'open_dead_letters', open_dead_letters,
+                (SELECT COUNT(*) FROM dlq WHERE resolved_at IS NULL) FROM buffer_state)
         WHERE value <> rows
         UNION ALL
-        SELECT 'a counter is missing' WHERE (SELECT COUNT(*) FROM buffer_counts) <> 5""",
+        SELECT 'buffer_state has no row' WHERE NOT EXISTS (SELECT 1 FROM buffer_state)""",
     # In the order of commits, which the rowid tells. What was taken over from the sqlite3 version keeps its own.
     "order of timestamps": """
         SELECT 'receipt ' || id || ' has a timestamp that is not above the one before it' FROM (

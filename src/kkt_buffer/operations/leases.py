@@ -13,8 +13,9 @@ from typing import cast
 from sqlalchemy import Connection, Table, bindparam, literal_column, select, text, update
 
 from kkt_buffer import arguments
+from kkt_buffer.config import CONFIG_RULES
 from kkt_buffer.errors import LeaseLostError, ReceiptNotFoundError
-from kkt_buffer.models import CONFIG_RULES, HLC_ORDER, PENDING_ONLY, SYNCING_ONLY, Receipt, ReceiptStatus
+from kkt_buffer.models import PENDING_ONLY, SYNCING_ONLY, Receipt, ReceiptStatus
 from kkt_buffer.operations.receipts import NO_LEASE, Receipts, status_of
 
 _receipts = cast("Table", Receipt.__table__)
@@ -34,7 +35,7 @@ RECOVER = (
 _due = (
     select(_receipts.c.id)
     .where(text(PENDING_ONLY + " AND COALESCE(next_attempt_at NOT BETWEEN :now + 1 AND :horizon, TRUE)"))
-    .order_by(text(HLC_ORDER), _receipts.c.hlc_logical_counter)
+    .order_by(_receipts.c.hlc_local_time, _receipts.c.hlc_logical_counter)
     .limit(bindparam("limit"))
 )
 _taken = update(_receipts).values(

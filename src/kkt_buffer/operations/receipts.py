@@ -22,13 +22,13 @@ from kkt_buffer.errors import (
 from kkt_buffer.group_commit import Batch, GroupCommit, Member
 from kkt_buffer.hlc import HybridTimestamp, successor
 from kkt_buffer.models import (
-    HLC_ORDER,
     PENDING_ONLY,
     TRANSITIONS,
     DeadLetter,
     Receipt,
     ReceiptStatus,
     Resolution,
+    buffer_state,
 )
 from kkt_buffer.operations.status import Status, status_by
 from kkt_buffer.sqlite import refusals
@@ -39,18 +39,13 @@ _dlq = cast("Table", DeadLetter.__table__)
 # The hot statements, built once: building one costs more than running it. Literals in the terms that a partial index
 # must match, never bound parameters.
 
-# By idx_receipts_hlc.
-LAST_HLC = (
-    select(_receipts.c.hlc_local_time, _receipts.c.hlc_logical_counter)
-    .order_by(_receipts.c.hlc_local_time.desc(), _receipts.c.hlc_logical_counter.desc())
-    .limit(1)
-)
+LAST_HLC = select(buffer_state.c.hlc_local_time, buffer_state.c.hlc_logical_counter)
 
 # By idx_receipts_status.
 PENDING = (
     select(Receipt)
     .where(text(PENDING_ONLY))
-    .order_by(text(HLC_ORDER), Receipt.hlc_logical_counter)
+    .order_by(Receipt.hlc_local_time, Receipt.hlc_logical_counter)
     .limit(bindparam("limit"))
 )
 
@@ -332,9 +327,9 @@ def refuse_if_full(driver: Driver, wanted: int) -> None:
 
 def _last_hlc(driver: Driver) -> HybridTimestamp | None:
     last = driver.first(LAST_HLC, {})
-    if last and not all(isinstance(number, int) for number in last):
-        raise BufferDamagedError.found(driver.connection.database, f"the last timestamp is {last!r}")
-    return HybridTimestamp(*last) if last else None
+    if last is None:
+        raise BufferDamagedError.found(driver.connection.database, "buffer_state has no row")
+    return HybridTimestamp(*last) if last[1] >= 0 else None
 
 
 def _row(receipt: arguments.NewReceipt, hlc: HybridTimestamp, now: int) -> dict[str, object]:

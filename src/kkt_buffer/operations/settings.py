@@ -3,8 +3,8 @@
 from sqlalchemy import select
 
 from kkt_buffer import arguments
-from kkt_buffer.errors import InvalidConfigError
-from kkt_buffer.models import CONFIG_RULES, ConfigEntry
+from kkt_buffer.config import CONFIG_RULES, number_of
+from kkt_buffer.models import ConfigEntry
 from kkt_buffer.transaction import Transactions
 
 SECONDS_PER_DAY = 86_400
@@ -48,12 +48,3 @@ class Settings(Transactions):
         with self._reading() as session:
             stored = {row.key: row.value for row in session.execute(select(ConfigEntry.key, ConfigEntry.value))}
         return {key: number_of(key, stored.get(key)) for key in keys}
-
-
-def number_of(key: str, value: str | None) -> int:
-    """The number that the stored text of a setting stands for; without a text, its default."""
-    rule = CONFIG_RULES[key]
-    number = rule.default if value is None else rule.parse(value)
-    if number is None:
-        raise InvalidConfigError(key, str(value), rule.expected)
-    return number

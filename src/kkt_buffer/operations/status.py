@@ -6,18 +6,19 @@ from typing import cast
 from sqlalchemy import Table, bindparam, select, text
 
 from kkt_buffer import arguments
+from kkt_buffer.config import number_of
 from kkt_buffer.direct import Driver
 from kkt_buffer.errors import BufferDamagedError
-from kkt_buffer.models import UNDELIVERED, ConfigEntry, Receipt
-from kkt_buffer.operations.settings import SECONDS_PER_DAY, Settings, number_of
+from kkt_buffer.models import ConfigEntry, Receipt
+from kkt_buffer.operations.settings import SECONDS_PER_DAY, Settings
 from kkt_buffer.sqlite.schema import buffer_status
 
 _receipts = cast("Table", Receipt.__table__)
 
-# By idx_receipts_undelivered. A failed receipt counts as long as its dead letter is open: the operator has not had it.
+# A failed receipt counts as long as its dead letter is open: the operator has not had it.
 # Once that was resolved the receipt is out, on record.
 OWED = text(
-    UNDELIVERED + " AND (status <> 'failed' OR EXISTS"
+    "status <> 'synced' AND (status <> 'failed' OR EXISTS"
     " (SELECT 1 FROM dlq WHERE original_receipt_id = receipts.id AND resolved_at IS NULL))"
 )
 
@@ -91,7 +92,10 @@ class Status(Settings):
 
 def status_by(driver: Driver) -> BufferStatus:
     """The state of the buffer within a transaction."""
-    *figures, oldest, capacity, deadline_days = driver.first(STATUS, {})
+    found = driver.first(STATUS, {})
+    if found is None:
+        raise BufferDamagedError.found(driver.connection.database, "buffer_state has no row")
+    *figures, oldest, capacity, deadline_days = found
     number_of("buffer_capacity", capacity)
     days = number_of("ofd_deadline_days", deadline_days)
     if not isinstance(oldest, int | None):

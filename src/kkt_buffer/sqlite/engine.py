@@ -185,9 +185,13 @@ class _UnlockedPool(QueuePool):
 
 def gate_of(engine: Engine) -> "WriteGate":
     """The write gate of an engine that `create_buffer_engine` has made, or of one derived from it."""
+    return _database_of(engine).gate
+
+
+def _database_of(engine: Engine) -> "_Database":
     for known, database in _databases.items():
         if known.dialect is engine.dialect:
-            return database.gate
+            return database
     raise TypeError(f"engine: expected one that create_buffer_engine has made, got {engine!r}")
 
 
@@ -570,7 +574,7 @@ class _Database:
 
 def checkpoint(engine: Engine) -> None:
     """Bring what is in the WAL into the database, as far as no reader needs it there."""
-    database = _databases[engine]
+    database = _database_of(engine)
     with database.gate.held(), database.explained():
         connection = engine.raw_connection()
         try:
