@@ -7,7 +7,6 @@ alembic.ini. From a program, `kkt_buffer.upgrade(engine)` passes its engine.
 
 import logging
 import os
-import warnings
 from collections.abc import Mapping
 from logging.config import fileConfig
 from typing import Any
@@ -18,32 +17,26 @@ from alembic.util import CommandError
 from sqlalchemy import Connection, Engine, inspect, text
 from sqlalchemy.exc import SQLAlchemyError
 
+from kkt_buffer.backend import READ_ONLY
 from kkt_buffer.drift import Difference, differences
+from kkt_buffer.engine import create_buffer_engine
 from kkt_buffer.errors import ReceiptBufferError
-from kkt_buffer.migrate import RELEASE_KEY, VERSION_TABLE, current, release
-from kkt_buffer.models import Base
-from kkt_buffer.sqlite.engine import create_buffer_engine
-from kkt_buffer.sqlite.schema import buffer_counts
+from kkt_buffer.migrate import RELEASE_KEY, current, release
+from kkt_buffer.models import VERSION_TABLE, metadata
 
 logger = logging.getLogger("kkt_buffer.migrations")
 
-# `schema` adds the counters to the tables of the models.
-OUR_TABLES = {*Base.metadata.tables, buffer_counts.name}
-
-# Autogenerate cannot compare these, and says so each time.
-EXPRESSION_INDEXES = ("idx_receipts_status", "idx_receipts_pos_id")
-
 
 def _is_ours(name: str | None, kind: str, parents: Mapping[Any, str | None]) -> bool:
-    """A host application may keep its tables in the same database; they are no business of ours."""
+    """Leave out the tables of a host application, and the columns that other programs have added to ours."""
     table = name if kind == "table" else parents.get("table_name")
-    if kind == "column" and table in OUR_TABLES:
-        return str(name) in Base.metadata.tables[str(table)].columns  # a shop may have added some
-    return table is None or table in OUR_TABLES
+    if kind == "column" and table in metadata.tables:
+        return str(name) in metadata.tables[str(table)].columns
+    return table is None or table in metadata.tables
 
 
 def _add_what_autogenerate_misses(ctx: Any, _revision: Any, directives: list[MigrationScript]) -> None:  # noqa: ANN401
-    """Triggers, views, checks, partial and expression indexes, for `alembic check` and a new migration."""
+    """Add triggers, views, checks and partial indexes, for `alembic check` and a new migration."""
     for script in directives:
         up, down = script.upgrade_ops, script.downgrade_ops
         if up is None or down is None or not getattr(context.config.cmd_opts, "autogenerate", True):
@@ -51,7 +44,7 @@ def _add_what_autogenerate_misses(ctx: Any, _revision: Any, directives: list[Mig
         told = str(up.as_diffs())
         for difference in differences(ctx.connection):
             if difference.kind == "table" and not difference.constraints and f"'{difference.name}'" in told:
-                continue  # its columns, which autogenerate has seen
+                continue  # its columns, which autogenerate has found
             if difference.kind == "table" or f"'{difference.name}'" not in told:
                 _mend(difference, up, down)
 
@@ -68,7 +61,7 @@ def _mend(difference: Difference, up: UpgradeOps, down: DowngradeOps) -> None:
 
 
 def _note_release(connection: Connection) -> None:
-    """Write down who made this schema, for the error of an older release that meets it."""
+    """Record the release that made this schema, for the error of an older release that opens it."""
     if inspect(connection).has_table("config"):
         connection.execute(
             text(
@@ -87,16 +80,16 @@ def _violations(connection: Connection) -> set[tuple[object, ...]]:
 def _migrate(engine: Engine) -> None:
     current(engine)  # raises if a newer release made the database
     steps: list[object] = []
-    with engine.connect() as connection:
+    with engine.connect().execution_options(**{READ_ONLY: False}) as connection:
         # A connection of its own, thrown away afterwards. With foreign keys on, rebuilding a table deletes the rows
         # that refer to it, and the setting cannot be changed inside a transaction. And a rename must neither change
-        # the references of other tables to the old name, nor fail because somebody's view reads the table.
+        # the references of other tables to the old name, nor fail because a view of another program reads the table.
         connection.connection.cursor().execute("PRAGMA foreign_keys = OFF")
         connection.connection.cursor().execute("PRAGMA legacy_alter_table = ON")
         connection.detach()
         context.configure(
             connection=connection,
-            target_metadata=Base.metadata,
+            target_metadata=metadata,
             version_table=VERSION_TABLE,
             include_name=_is_ours,
             transactional_ddl=True,
@@ -109,10 +102,7 @@ def _migrate(engine: Engine) -> None:
             before = _violations(connection)
             if before:
                 logger.warning("foreign keys were violated before the migration: %s", sorted(before, key=str))
-            with warnings.catch_warnings():
-                for index in EXPRESSION_INDEXES:
-                    warnings.filterwarnings("ignore", f"(?s).*expression-based index '?{index}'?", Warning)
-                context.run_migrations()
+            context.run_migrations()
             if steps:
                 _note_release(connection)
             broken = _violations(connection) - before

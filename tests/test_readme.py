@@ -7,7 +7,7 @@ from pathlib import Path
 from builders import run_python
 
 from kkt_buffer import ReceiptRepository, errors
-from kkt_buffer.models import CONFIG_RULES
+from kkt_buffer.config import CONFIG_RULES
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()

@@ -11,7 +11,7 @@ from contextlib import AbstractContextManager
 from types import ModuleType
 from typing import NamedTuple
 
-from sqlalchemy import ColumnElement, Connection, Engine, TextClause
+from sqlalchemy import Connection, Engine, TextClause
 from sqlalchemy.exc import DBAPIError
 
 from kkt_buffer.errors import ReceiptBufferError
@@ -35,13 +35,13 @@ class Backend(ABC):
     The differences between engines.
 
     `str(backend)` names the buffer in messages. `driver` is the DBAPI module. `insert` stores one receipt with its
-    timestamp, from the parameters id, pos_id, fiscal_doc, digest, held_at and now. `last_synced_at` is when a receipt
-    was delivered last (Unix seconds, or null), whatever was pruned since.
+    timestamp, from the parameters id, pos_id, fiscal_doc, digest, held_at and now. `last_synced_at` is a
+    query for when a receipt was delivered last (Unix seconds, or null), whatever was pruned since.
     """
 
     driver: ModuleType
     insert: TextClause
-    last_synced_at: ColumnElement[int | None]
+    last_synced_at: str
 
     @abstractmethod
     def connect(self, engine: Engine) -> Connection:
@@ -49,7 +49,7 @@ class Backend(ABC):
 
     @abstractmethod
     def refuse_second(self) -> None:
-        """Raise `BufferBusyError` if a new write transaction of this thread could only wait for one that it has open."""
+        """Raise `BufferBusyError` if this thread is writing: a second write transaction would wait for it for ever."""
 
     @abstractmethod
     def explain(self, error: DBAPIError) -> ReceiptBufferError | None:

@@ -17,13 +17,13 @@ from typing import Any
 
 from sqlalchemy import func, select
 
+from kkt_buffer.backend import READ_ONLY
 from kkt_buffer.delivery import Outcome, deliver_pending
+from kkt_buffer.engine import create_buffer_engine
 from kkt_buffer.errors import BufferFullError, DeliveryRejected, DeliveryUnavailable
 from kkt_buffer.migrate import current, upgrade
 from kkt_buffer.models import Receipt
 from kkt_buffer.repository import ReceiptRepository
-from kkt_buffer.backend import READ_ONLY
-from kkt_buffer.engine import create_buffer_engine
 
 RECEIPTS_PER_SHIFT = 60
 KILL_AFTER = 40

@@ -23,9 +23,9 @@ def create_buffer_engine(
 
     A missing file is created, owner-only, with its folders; the schema is not (see `kkt_buffer.upgrade`). An engine
     in memory is shared by all threads of this process and is gone with `dispose()`. With `read_only`, the file must
-    exist, and every write is refused. `busy_timeout` is how many seconds a writer waits for its turn.
-    `cache_size` is the limit of each connection's page cache, as SQLite's PRAGMA takes it (default -64000: 64 MB). Other
-    options go to `sqlalchemy.create_engine`.
+    exist, and every write is refused. `busy_timeout` is how many seconds a writer waits for its turn. `cache_size` is
+    the limit of each connection's page cache, as SQLite's PRAGMA takes it (default -64000: 64 MB). Other options go to
+    `sqlalchemy.create_engine`.
 
     The engine may be used after a fork, unless a connection was in use at that moment: then every use of it in the
     child raises `BufferStorageError`.

@@ -1,11 +1,12 @@
 """
 Group commit: operations that several threads call at one moment share a transaction, and its wait for the disk.
 
-Whoever wants to commit puts its operation into a queue and takes one lock. Who gets the lock runs all operations that
-wait, in one transaction, and commits it; who finds its own done returns. So there is no leader that could be lost, and
-no delay. An operation counts as refused until the COMMIT has returned.
+A thread puts its operation into a queue. If no other thread is committing, it takes the lock, runs all operations that
+wait in one transaction, and commits it; else it waits until its own is done, or the lock is free. So no leader can be
+lost, and there is no delay. An operation counts as refused until the COMMIT has returned.
 """
 
+import contextlib
 import copy
 import os
 import threading
@@ -20,6 +21,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from kkt_buffer.errors import BufferStorageError, ReceiptBufferError
 from kkt_buffer.transaction import Transaction, Transactions
 
+POLL_SECONDS = 0.05  # in case a wake-up was lost
 MAX_BATCH = 64  # operations of one transaction: other processes wait for its end
 
 A = TypeVar("A")
@@ -48,6 +50,18 @@ class _Member:
         self.error: Exception | None = None
         self.is_committing = False
         self.is_done = False
+        self.bell = threading.Lock()
+        self.bell.acquire()
+
+    def tell(self) -> None:
+        """Wake the thread that waits: its call was committed, or refused."""
+        self.is_done = True
+        self.wake()
+
+    def wake(self) -> None:
+        """Let the waiting thread look again."""
+        with contextlib.suppress(RuntimeError):  # it was woken already
+            self.bell.release()
 
 
 class GroupCommit:
@@ -72,9 +86,13 @@ class GroupCommit:
                 self._reset()  # a forked child: the threads that waited are not here
             member = _Member(work, argument)
             self._waiting.append(member)
-            with self._lock:
-                if not member.is_done:
-                    self._lead(tx, member)
+            while not member.is_done:
+                if self._lock.locked():
+                    member.bell.acquire(timeout=POLL_SECONDS)
+                    continue
+                with self._lock:
+                    if not member.is_done:
+                        self._lead(tx, member)
             if member.error is not None:
                 raise member.error
             result: R = member.result
@@ -87,70 +105,84 @@ class GroupCommit:
                 "committed, so it may be stored or not. What was acknowledged before is safe. Try again: a receipt "
                 "with the same id is stored once."
             )
+            leader.is_done = True
             return
         members = [leader]
+        try:
+            try:
+                self._commit(tx, members, self._all_together)
+            except _REFUSED:
+                if len(members) == 1:
+                    raise
+                self._commit(tx, members, _one_by_one)
+        except (ReceiptBufferError, SQLAlchemyError) as error:
+            for member in members[1:]:
+                member.error = _own_copy(error)
+                member.tell()
+            raise
+        finally:
+            with contextlib.suppress(IndexError):
+                self._waiting[0].wake()  # it may lead now
+
+    def _commit(
+        self, tx: Transaction, members: list[_Member], run: Callable[[Transaction, list[_Member]], None]
+    ) -> None:
         is_begun = False
         try:
             with self._transactions.explained(), self._transactions.begun(tx):
                 is_begun = True
-                self._gather(members)
-                _run(tx, members)
+                run(tx, members)
                 for member in members:
                     member.is_committing = True
-            for member in members:
-                member.is_done = True
-        except (ReceiptBufferError, SQLAlchemyError) as error:
+        finally:
             if not is_begun:
                 self._gather(members)  # they would wait for the same
-            for member in members[1:]:
-                member.error = _own_copy(error)
-                member.is_done = True
-            raise
+        for member in members:
+            member.tell()
+
+    def _all_together(self, tx: Transaction, members: list[_Member]) -> None:
+        """Do what the leader wants, and what all others want who have come by now, and come meanwhile."""
+        done = 0
+        while done < len(members):
+            self._gather(members)
+            for work, group in groupby(members[done:], key=lambda member: member.work):
+                alike = list(group)
+                done += len(alike)
+                arguments = [member.argument for member in alike]
+                if work.many is None or len(alike) == 1:
+                    results: list[Any] | None = [work.one(tx, argument) for argument in arguments]
+                else:
+                    results = work.many(tx, arguments)
+                if results is None:
+                    raise _OneByOneError
+                for member, result in zip(alike, results, strict=True):
+                    member.result = result
+            self._gather(members)
 
     def _gather(self, members: list[_Member]) -> None:
-        """Add those who have come by now, in their order, to the one who leads."""
         while self._waiting and len(members) < MAX_BATCH:
             member = self._waiting.popleft()
             if member is not members[0] and not member.is_done:
                 members.append(member)
 
 
-def _run(tx: Transaction, members: list[_Member]) -> None:
-    if len(members) == 1:
-        members[0].result = members[0].work.one(tx, members[0].argument)
-        return
-    for work, group in groupby(sorted(members, key=lambda member: id(member.work)), key=lambda member: member.work):
-        alike = list(group)
-        if not _run_together(tx, work, alike):
-            for member in alike:
-                _run_alone(tx, member)
+class _OneByOneError(Exception):
+    """What several threads want cannot be done with one statement."""
 
 
-def _run_together(tx: Transaction, work: Shareable[Any, Any], members: list[_Member]) -> bool:
-    if work.many is None:
-        return False
-    savepoint = tx.connection.begin_nested()
-    try:
-        results = work.many(tx, [member.argument for member in members])
-    except (ReceiptBufferError, SQLAlchemyError):
-        results = None  # which one, and why, is seen when they are done one by one
-    if results is None:
-        savepoint.rollback()
-        return False
-    savepoint.commit()
-    for member, result in zip(members, results, strict=True):
-        member.result = result
-    return True
+_REFUSED = (_OneByOneError, ReceiptBufferError, SQLAlchemyError)
 
 
-def _run_alone(tx: Transaction, member: _Member) -> None:
-    try:
-        with tx.connection.begin_nested():
-            member.result = member.work.one(tx, member.argument)
-    except (ReceiptBufferError, SQLAlchemyError) as error:
-        if tx.connection.invalidated:
-            raise
-        member.error = tx.explained(error)
+def _one_by_one(tx: Transaction, members: list[_Member]) -> None:
+    """Do each in a savepoint: one that is refused leaves the others alone."""
+    for member in members:
+        try:
+            with tx.connection.begin_nested():
+                member.result = member.work.one(tx, member.argument)
+        except (ReceiptBufferError, SQLAlchemyError) as error:
+            if tx.connection.invalidated:
+                raise
+            member.error = tx.explained(error)
 
 
 def _own_copy(error: Exception) -> ReceiptBufferError:

@@ -1,5 +1,5 @@
 """
-Bringing a database to the schema of this release: `upgrade`, `current`, `check`.
+The schema of a database: `upgrade` it to this release, tell its `current` revision, `check` it object by object.
 
 The scripts are those that `alembic upgrade` runs in a checkout. Alembic itself is imported only when there is
 something to do.
@@ -9,26 +9,29 @@ import importlib.metadata
 import io
 import logging
 import re
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sqlalchemy import Connection, Engine, inspect, text
 from sqlalchemy.exc import SQLAlchemyError
 
+from kkt_buffer.backend import READ_ONLY, backend_of
 from kkt_buffer.errors import BufferBusyError, SchemaError
-from kkt_buffer.sqlite.engine import READ_ONLY, checkpoint, driver_of
+from kkt_buffer.models import VERSION_TABLE
 
 if TYPE_CHECKING:
     from alembic.config import Config
 
 logger = logging.getLogger(__name__)
 
-VERSION_TABLE = "kkt_buffer_version"
 RELEASE_KEY = "release"  # in `config`: the release that migrated last
 
-# Somebody else may be upgrading the same file, and a large one takes its time.
-PATIENCE_SECONDS = 300
+# Another process may be upgrading the same file, and a large one takes minutes.
+LOCK_TIMEOUT_SECONDS = 300
 
 _PACKAGE = Path(__file__).parent
 # A wheel carries the scripts inside the package; a checkout has them at its top.
@@ -45,25 +48,35 @@ def upgrade(engine: Engine) -> None:
     """
     Bring the database to the schema of this release: all of it, or nothing. Safe when several processes do it at once.
 
-    A file of the hand-written `sqlite3` version is taken over, and backed up beside itself before.
+    A file of the hand-written `sqlite3` version is adopted, after a backup of it beside itself.
 
-    Raises `SchemaError` if a newer release made the database, or if the upgrade fails; it is as it was then.
+    Raises `SchemaError` if a newer release made the database, or if the upgrade fails; the database is unchanged then.
     """
-    if current(engine) == revisions()[-1]:
+    found = current(engine)
+    if found == revisions()[-1]:
         return
+    with _silent_alembic():
+        _upgrade(engine)
+    logger.info("upgraded the schema from %s to %s", found or "none", revisions()[-1])
+    backend_of(engine).upgraded(engine)
+
+
+def _upgrade(engine: Engine) -> None:
     from alembic import command  # noqa: PLC0415 (costs as much as all of SQLAlchemy, and is rarely needed)
     from alembic.util import CommandError  # noqa: PLC0415
 
-    deadline = time.monotonic() + PATIENCE_SECONDS
+    deadline = time.monotonic() + LOCK_TIMEOUT_SECONDS
     while True:
         try:
-            command.upgrade(_config(engine), "head")
+            command.upgrade(alembic_config(engine), "head")
         except BufferBusyError:
             if time.monotonic() > deadline:
                 raise
             logger.warning("waiting for the process that has the database locked; it may be upgrading it")
-        except (CommandError, SQLAlchemyError, driver_of(engine).Error) as error:
-            reason = str(getattr(error, "orig", None) or error)  # the driver's words, without SQLAlchemy's many lines
+        except (CommandError, SQLAlchemyError, backend_of(engine).driver.Error) as error:
+            reason = str(
+                getattr(error, "orig", None) or error
+            )  # the driver's message, without the lines that SQLAlchemy adds
             if re.search("already exists|duplicate column name", reason):
                 reason += ". What has this name there is not ours: give it another one, and upgrade again."
             raise SchemaError(
@@ -71,8 +84,6 @@ def upgrade(engine: Engine) -> None:
                 f"{reason}"
             ) from error
         else:
-            # A copy of the database without its WAL must not look as if there were no schema yet.
-            checkpoint(engine)
             return
 
 
@@ -103,7 +114,7 @@ def release() -> str:
 def _release_of(connection: Connection) -> str:
     try:
         found = connection.scalar(text("SELECT value FROM config WHERE key = :key"), {"key": RELEASE_KEY})
-    except (SchemaError, SQLAlchemyError):  # who knows what a later release has made of that table
+    except (SchemaError, SQLAlchemyError):  # a later release may have changed that table
         found = None
     return f"kkt-buffer {found}" if found else "a newer release"
 
@@ -117,17 +128,18 @@ def require(engine: Engine) -> None:
             what = f"the schema of {stage(engine)}"
         raise SchemaError(
             f"the database has {what} where this release needs {revisions()[-1]}. Nothing was touched. "
-            "Run `python -m kkt_buffer upgrade PATH`, or `upgrade(engine)`."
+            "Run `kkt-buffer upgrade PATH`, or `upgrade(engine)`."
         )
 
 
 def stage(engine: Engine) -> str:
-    """The revision of the database as people call it: its number, "the sqlite3 version", or "none"."""
-    from kkt_buffer.adoption import is_predecessor  # noqa: PLC0415 (rarely needed)
-
+    """The revision of the database in words: its number, "the sqlite3 version", or "none"."""
     found = current(engine)
     if found is not None:
         return found
+    from alembic.util import load_python_file  # noqa: PLC0415 (rarely needed)
+
+    is_predecessor = load_python_file(SCRIPTS, "adoption.py").is_predecessor
     with engine.connect().execution_options(**{READ_ONLY: True}) as connection:
         return "the sqlite3 version" if is_predecessor(connection) else "none"
 
@@ -146,10 +158,39 @@ def check(engine: Engine) -> None:
         )
 
 
-def _config(engine: Engine) -> "Config":
+def alembic_config(engine: Engine) -> "Config":
+    """The configuration with which a command of Alembic runs our migrations on this engine."""
     from alembic.config import Config  # noqa: PLC0415
 
     config = Config(stdout=io.StringIO())  # a library prints nothing
     config.set_main_option("script_location", str(SCRIPTS).replace("%", "%%"))
     config.attributes["engine"] = engine
     return config
+
+
+# The loggers through which Alembic reports while it is imported and while it upgrades.
+_ALEMBIC_LOGGERS = ("alembic.runtime.migration", "alembic.runtime.plugins")
+
+
+class _Silence(threading.local):
+    """A log filter that drops what a thread logs while it is `on` there: the host may use Alembic in other threads."""
+
+    on = False
+
+    def filter(self, _record: logging.LogRecord) -> bool:
+        return not self.on
+
+
+_silence = _Silence()
+
+
+@contextmanager
+def _silent_alembic() -> Iterator[None]:
+    """Keep the lines of Alembic out of the host's log."""
+    for name in _ALEMBIC_LOGGERS:
+        logging.getLogger(name).addFilter(_silence)
+    _silence.on = True
+    try:
+        yield
+    finally:
+        _silence.on = False

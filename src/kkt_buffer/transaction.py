@@ -61,9 +61,11 @@ class Transaction:
             self._settings = {row.key: row.value for row in self.connection.execute(_SETTINGS)}
         return number_of(key, self._settings.get(key))
 
-    def forget_settings(self) -> None:
-        """Read the settings anew when they are next asked for."""
+    def forget(self, *, moment: bool = True) -> None:
+        """Read the settings, and the moment, anew when they are next asked for."""
         self._settings = None
+        if moment:
+            self._now = None
 
     def explained(self, error: Exception) -> Exception:
         """Our error for what a statement of an operation was refused for; where we have none, the one that is there."""
@@ -172,6 +174,7 @@ class Transactions:
     def begun(self, tx: Transaction) -> Iterator[None]:
         """Begin a transaction on a connection of the pool, and commit it; an exception rolls it back."""
         with self.backend.connect(self.engine if tx.write else self._reading) as tx.connection:
+            tx.forget()
             transaction = tx.connection.begin()
             try:
                 yield

@@ -27,17 +27,17 @@ CAPACITY = 1_000_000
 
 CAPACITY_LEFT = """\
 SELECT (SELECT CAST(value AS INTEGER) FROM config WHERE key = 'buffer_capacity')
-     - (SELECT SUM(value) FROM buffer_counts WHERE name IN ('pending', 'syncing'))"""
-LAST_HLC = """SELECT hlc_local_time, hlc_logical_counter FROM receipts ORDER BY 1 DESC, 2 DESC LIMIT 1"""
+     - (SELECT pending + syncing FROM buffer_state)"""
+LAST_HLC = "SELECT hlc_local_time, hlc_logical_counter FROM buffer_state"
 ADD = """\
 INSERT INTO receipts (id, pos_id, created_at, hlc_local_time, hlc_logical_counter, fiscal_doc)
 VALUES (?, ?, ?, ?, ?, ?)"""
 COLUMNS = """\
 id, pos_id, created_at, hlc_local_time, hlc_logical_counter, hlc_server_time, fiscal_doc, status, retry_count,
 last_error, synced_at, changed_at, next_attempt_at, lease_token, lease_taken_at, lease_expires_at"""
-IN_ORDER = "ORDER BY COALESCE(hlc_server_time, hlc_local_time), hlc_logical_counter"
-PENDING = f"SELECT {COLUMNS} FROM receipts WHERE status = 'pending' {IN_ORDER} LIMIT ?"
-PENDING_IDS = f"SELECT id FROM receipts WHERE status = 'pending' {IN_ORDER}"
+IN_ORDER = "ORDER BY hlc_local_time, hlc_logical_counter"
+PENDING = f"SELECT {COLUMNS} FROM receipts WHERE status = 'pending' AND held_at IS NULL {IN_ORDER} LIMIT ?"
+PENDING_IDS = f"SELECT id FROM receipts WHERE status = 'pending' AND held_at IS NULL {IN_ORDER}"
 STATUS = """\
 SELECT v_buffer_status.*, (SELECT value FROM config WHERE key = 'ofd_deadline_days'), (
     SELECT created_at FROM receipts WHERE status <> 'synced' AND (status <> 'failed' OR EXISTS (
@@ -56,7 +56,7 @@ TAKE = f"""\
 UPDATE receipts SET status = 'syncing', lease_token = :token, lease_taken_at = :now, lease_expires_at = :expires
 WHERE id IN (
     SELECT id FROM receipts
-    WHERE status = 'pending' AND COALESCE(next_attempt_at NOT BETWEEN :now + 1 AND :horizon, TRUE)
+    WHERE status = 'pending' AND held_at IS NULL AND COALESCE(next_attempt_at NOT BETWEEN :now + 1 AND :horizon, TRUE)
     {IN_ORDER} LIMIT :limit)"""
 TAKEN = f"SELECT {COLUMNS} FROM receipts WHERE status = 'syncing' AND lease_token = ? {IN_ORDER}"
 

@@ -124,7 +124,7 @@ class TestUpgrade:
         """A buffer of an earlier release says what it was, too."""
         path = tmp_path / "buffer.db"
         engine = create_buffer_engine(path)
-        command.upgrade(migrate._config(engine), "0001")
+        command.upgrade(migrate.alembic_config(engine), "0001")
         engine.dispose()
         assert 0 == main(["upgrade", str(path)])
         assert (f"{path}: schema {HEAD} (was 0001)\n", "") == capsys.readouterr()

@@ -238,7 +238,10 @@ class Shop:
             stamps = connection.execute(
                 "SELECT hlc_local_time, hlc_logical_counter FROM receipts ORDER BY rowid"
             ).fetchall()
-            counts = dict(connection.execute("SELECT name, value FROM buffer_counts"))
+            state = connection.execute("SELECT pending, syncing, synced, failed, open_dead_letters FROM buffer_state")
+            counts = dict(
+                zip(("pending", "syncing", "synced", "failed", "open_dead_letters"), state.fetchone(), strict=True)
+            )
             open_letters = column("SELECT original_receipt_id FROM dlq WHERE resolved_at IS NULL")
             added = column("SELECT receipt_id FROM buffer_events WHERE event_type = 'receipt_added'")
             synced = column("SELECT receipt_id FROM buffer_events WHERE event_type = 'receipt_synced'")

@@ -44,14 +44,14 @@ if fault == "every statement by itself":
 
 database = create_buffer_engine(path)
 event.listen(database, "checkout", lambda connection, *_: connection.set_trace_callback(count))
-getattr(command, direction)(migrate._config(database), target)
+getattr(command, direction)(migrate.alembic_config(database), target)
 database.dispose()
 print(seen)
 """
 
 
 def migrated(engine, target, direction="upgrade"):
-    getattr(command, direction)(migrate._config(engine), target)
+    getattr(command, direction)(migrate.alembic_config(engine), target)
 
 
 def busy(path, target):

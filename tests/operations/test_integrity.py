@@ -77,11 +77,11 @@ class TestCheckIntegrity:
             ("UPDATE receipts SET status = 'pending' WHERE status = 'failed'", "dead letters", "is pending and has an"),
             ("DELETE FROM dlq", "dead letters", "is failed without a dead letter"),
             (
-                "UPDATE buffer_counts SET value = 7 WHERE name = 'synced'",
+                "UPDATE buffer_state SET synced = 7",
                 "counts",
                 "synced are counted as 7, and are 1",
             ),
-            ("DELETE FROM buffer_counts WHERE name = 'synced'", "counts", "a counter is missing"),
+            ("DELETE FROM buffer_state", "counts", "buffer_state has no row"),
             (
                 "UPDATE receipts SET hlc_local_time = 5 WHERE rowid = 3",
                 "order of timestamps",

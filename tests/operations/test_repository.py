@@ -26,15 +26,16 @@ from kkt_buffer import (
     ReceiptStatus,
     create_buffer_engine,
 )
+from kkt_buffer.config import CONFIG_RULES
 from kkt_buffer.demo import sample_receipts
-from kkt_buffer.models import CONFIG_RULES, TRANSITIONS
+from kkt_buffer.models import TRANSITIONS
 
 STATUSES = tuple(str(status) for status in ReceiptStatus)
 
 
 def snapshot(engine):
     """All rows of all tables but the events' numbers: what a refused call must leave as it was."""
-    tables = ("receipts", "dlq", "buffer_events", "config", "buffer_counts")
+    tables = ("receipts", "dlq", "buffer_events", "config", "buffer_state")
     with engine.connect() as connection:
         return {table: [tuple(row) for row in connection.execute(text(f"SELECT * FROM {table}"))] for table in tables}
 

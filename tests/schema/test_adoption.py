@@ -653,10 +653,10 @@ class TestRefused:
         run(old, receipt())
         adopt(old)
         engine = create_buffer_engine(old)
-        command.downgrade(migrate._config(engine), "0001")
+        command.downgrade(migrate.alembic_config(engine), "0001")
         assert current(engine) == "0001"
         with pytest.raises(Exception, match="refusing to drop the buffer: it holds 1 receipts"):
-            command.downgrade(migrate._config(engine), "base")
+            command.downgrade(migrate.alembic_config(engine), "base")
         upgrade(engine)
         check(engine)
         engine.dispose()

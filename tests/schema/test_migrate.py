@@ -27,8 +27,9 @@ from kkt_buffer import (
     migrate,
     upgrade,
 )
+from kkt_buffer.config import CONFIG_RULES
 from kkt_buffer.drift import differences
-from kkt_buffer.models import CONFIG_RULES, Base
+from kkt_buffer.models import Base
 from kkt_buffer.sqlite.schema import SQLITE_TRIGGERS, SQLITE_VIEWS
 
 ROOT = Path(__file__).parents[2]
@@ -292,7 +293,7 @@ class TestCurrent:
         """A buffer that an earlier release has made."""
         path = tmp_path / "older.db"
         engine = create_buffer_engine(path)
-        command.upgrade(migrate._config(engine), "0001")
+        command.upgrade(migrate.alembic_config(engine), "0001")
         engine.dispose()
         return path
 
@@ -455,7 +456,7 @@ class TestCheck:
         path, _ = tampered
         engine = create_buffer_engine(path)
         with pytest.raises(CommandError, match="New upgrade operations detected"):
-            command.check(migrate._config(engine))
+            command.check(migrate.alembic_config(engine))
         engine.dispose()
 
     def test_of_others(self, path, file_engine):
@@ -467,7 +468,7 @@ class TestCheck:
             connection.execute(text("CREATE TRIGGER shop AFTER INSERT ON receipts BEGIN SELECT 1; END"))
             connection.execute(text("ALTER TABLE receipts ADD COLUMN cashier TEXT"))
         check(file_engine)
-        command.check(migrate._config(file_engine))
+        command.check(migrate.alembic_config(file_engine))
 
     def test_not_migrated(self, tmp_path):
         with pytest.raises(SchemaError, match="has no schema .*python -m kkt_buffer upgrade PATH"):
@@ -520,7 +521,7 @@ class TestLeases:
     def empty(self, tmp_path):
         """A new buffer of the earlier release."""
         engine = create_buffer_engine(tmp_path / "old.db")
-        command.upgrade(migrate._config(engine), "0001")
+        command.upgrade(migrate.alembic_config(engine), "0001")
         yield engine
         engine.dispose()
 
@@ -539,11 +540,11 @@ class TestLeases:
 
     @staticmethod
     def downgrade(engine):
-        command.downgrade(migrate._config(engine), "0001")
+        command.downgrade(migrate.alembic_config(engine), "0001")
 
     @staticmethod
     def upgrade(engine):
-        command.upgrade(migrate._config(engine), "0002")
+        command.upgrade(migrate.alembic_config(engine), "0002")
 
     def test_all_statuses(self, old):
         """What the tests below start from."""

@@ -86,7 +86,7 @@ class TestRows:
 
     def test_counts(self, repository, engine):
         """A buffer that counts itself full and is not."""
-        run(engine, "UPDATE buffer_counts SET value = 300 WHERE name = 'synced'")
+        run(engine, "UPDATE buffer_state SET synced = 300")
         run(engine, "CREATE TRIGGER own BEFORE INSERT ON receipts BEGIN SELECT RAISE(ABORT, 'Buffer full'); END")
         for operation in (WRITING["insert_receipt"], WRITING["insert_receipts"]):
             with pytest.raises(BufferDamagedError, match=r"contradict each other \(Buffer full\)"):

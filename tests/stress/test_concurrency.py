@@ -147,7 +147,7 @@ class TestProcesses:
     @staticmethod
     def an_old_one(path):
         engine = create_buffer_engine(path)
-        command.upgrade(migrate._config(engine), "0001")
+        command.upgrade(migrate.alembic_config(engine), "0001")
         engine.dispose()
 
 

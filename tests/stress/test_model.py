@@ -391,10 +391,12 @@ class BufferMachine(RuleBasedStateMachine):
                 (SELECT 'open' FROM dlq WHERE original_receipt_id = receipts.id AND resolved_at IS NULL),
                 'none') NOT IN ('open', 'resolved')
             UNION ALL SELECT 'lease' FROM receipts WHERE (status = 'syncing') <> (lease_token IS NOT NULL)
-            UNION ALL SELECT 'counter' FROM buffer_counts
-                WHERE name <> 'open_dead_letters' AND value <> (SELECT COUNT(*) FROM receipts WHERE status = name)
-            UNION ALL SELECT 'letters' FROM buffer_counts WHERE name = 'open_dead_letters'
-                AND value <> (SELECT COUNT(*) FROM dlq WHERE resolved_at IS NULL)
+            UNION ALL SELECT 'counts' FROM buffer_state WHERE (pending, syncing, synced, failed, open_dead_letters) <> (
+                (SELECT COUNT(*) FROM receipts WHERE status = 'pending'),
+                (SELECT COUNT(*) FROM receipts WHERE status = 'syncing'),
+                (SELECT COUNT(*) FROM receipts WHERE status = 'synced'),
+                (SELECT COUNT(*) FROM receipts WHERE status = 'failed'),
+                (SELECT COUNT(*) FROM dlq WHERE resolved_at IS NULL))
         """
         with self.engine.connect() as connection:
             assert [] == list(connection.scalars(text(broken)))

@@ -16,10 +16,11 @@ from datetime import UTC, datetime
 from typing import Any
 
 from kkt_buffer import demo
+from kkt_buffer.engine import create_buffer_engine
 from kkt_buffer.errors import ReceiptBufferError
 from kkt_buffer.migrate import check, current, require, stage, upgrade
 from kkt_buffer.repository import ReceiptRepository
-from kkt_buffer.sqlite.engine import create_buffer_engine, known_bugs, pragmas
+from kkt_buffer.sqlite.engine import known_bugs, pragmas
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -7,7 +7,7 @@ from sqlalchemy import CheckConstraint, Connection, select, text
 from sqlalchemy.exc import SQLAlchemyError
 
 from kkt_buffer.config import CONFIG_RULES
-from kkt_buffer.errors import BufferStorageError, InvalidConfigError
+from kkt_buffer.errors import InvalidConfigError, ReceiptBufferError
 from kkt_buffer.models import ConfigEntry, metadata
 from kkt_buffer.transaction import Transactions
 
@@ -72,5 +72,5 @@ def _found(transactions: Transactions, check: Callable[[Connection], list[str]])
     try:
         with transactions.reading() as tx:
             return tuple(check(tx.connection)[:AT_MOST])
-    except (BufferStorageError, SQLAlchemyError, ValueError) as error:
+    except (ReceiptBufferError, SQLAlchemyError, ValueError) as error:
         return (str(error),)

@@ -92,8 +92,7 @@ def _unreferred(tx: Transaction, but: str = "") -> str:
     """The condition that no row refers to the receipt, of tables other than `but`."""
     quoted = tx.connection.dialect.identifier_preparer.quote_identifier
     conditions = [
-        f"NOT EXISTS (SELECT 1 FROM {quoted(table)} AS other"
-        f" WHERE other.{quoted(column)} = receipts.{quoted(target)})"
+        f"NOT EXISTS (SELECT 1 FROM {quoted(table)} AS other WHERE other.{quoted(column)} = receipts.{quoted(target)})"
         for table, column, target in tx.backend.references(tx.connection)
         if table != but
     ]

@@ -4,7 +4,7 @@ import uuid
 from collections.abc import Sequence
 from typing import cast
 
-from sqlalchemy import Row, Table, bindparam, insert, literal_column, null, select, text, update
+from sqlalchemy import Table, bindparam, insert, literal_column, null, select, text, update
 from sqlalchemy.exc import IntegrityError
 
 from kkt_buffer.arguments import NewReceipt
@@ -162,11 +162,12 @@ def _add(tx: Transaction, many: Sequence[NewReceipt]) -> None:
         raise BufferDamagedError.found(tx.backend, f"{stored} of {len(rows)} receipts were stored")
 
 
-def _stored(tx: Transaction, receipt_id: str) -> "Row[tuple[str, str, str | None]] | None":
-    return tx.connection.execute(KNOWN, {"receipt_id": receipt_id}).one_or_none()
+def _stored(tx: Transaction, receipt_id: str) -> tuple[str, str, str | None] | None:
+    row = tx.connection.execute(KNOWN, {"receipt_id": receipt_id}).one_or_none()
+    return None if row is None else (row[0], row[1], row[2])
 
 
-def _is_replay(receipt: NewReceipt, stored: "Row[tuple[str, str, str | None]] | None") -> bool:
+def _is_replay(receipt: NewReceipt, stored: tuple[str, str, str | None] | None) -> bool:
     """Whether it is known and may be sent again. Raises `DuplicateReceiptError` if it is known and may not."""
     if stored is None:
         return False

@@ -1,14 +1,18 @@
 """Settings: the `config` table, typed and checked by the rules in `config`."""
 
-from sqlalchemy import bindparam, select, update
+from typing import cast
+
+from sqlalchemy import Table, bindparam, insert, select, update
 
 from kkt_buffer.config import CONFIG_RULES, number_of
 from kkt_buffer.models import ConfigEntry
 from kkt_buffer.transaction import Transaction
 
+_config = cast("Table", ConfigEntry.__table__)
+
 VALUE = select(ConfigEntry.value).where(ConfigEntry.key == bindparam("name"))
 CHANGE = (
-    update(ConfigEntry.__table__)
+    update(_config)
     .where(ConfigEntry.key == bindparam("name"))
     .values(value=bindparam("new"), updated_at=bindparam("now"))
 )
@@ -24,5 +28,5 @@ def set_config(tx: Transaction, key: str, value: str) -> None:
     """Store a setting."""
     row = {"key": key, "value": value, "updated_at": tx.now}
     if not tx.connection.execute(CHANGE, {"name": key, "new": value, "now": tx.now}).rowcount:
-        tx.connection.execute(ConfigEntry.__table__.insert(), row)
-    tx.forget_settings()
+        tx.connection.execute(insert(_config), row)
+    tx.forget(moment=False)

@@ -1,12 +1,13 @@
 """The buffer as a whole: counts, how full it is, deadlines."""
 
 from dataclasses import dataclass
+from functools import cache
 
-from sqlalchemy import bindparam, select, text
+from sqlalchemy import TextualSelect, bindparam, column, select, text
 
 from kkt_buffer.config import number_of
 from kkt_buffer.errors import BufferDamagedError
-from kkt_buffer.models import HELD_ONLY, OPEN_ONLY, PENDING_ONLY, SYNCING_ONLY, UNDELIVERED_REST, Receipt, buffer_status
+from kkt_buffer.models import HELD_ONLY, OPEN_ONLY, PENDING_ONLY, SYNCING_ONLY, UNDELIVERED_REST, Receipt
 from kkt_buffer.transaction import Transaction
 
 SECONDS_PER_DAY = 86_400
@@ -49,7 +50,20 @@ _figures = {
     "capacity_setting": "SELECT value FROM config WHERE key = 'buffer_capacity'",
     "deadline_days": "SELECT value FROM config WHERE key = 'ofd_deadline_days'",
 }
-_STATUS = select(buffer_status, *(text(f"({query}) AS {name}") for name, query in _figures.items()))
+
+
+_VIEW = ("total_receipts", "pending", "syncing", "synced", "failed", "dlq_size", "capacity", "percent_full")
+
+
+@cache
+def _status(last_synced_at: str) -> TextualSelect:
+    figures = {**_figures, "last_synced_at": last_synced_at}
+    queries = ", ".join(f"({query}) AS {name}" for name, query in figures.items())
+    # With its columns named, SQLAlchemy works out the shape of the result once.
+    return text(f"SELECT {', '.join(_VIEW)}, {queries} FROM v_buffer_status").columns(
+        *(column(name) for name in (*_VIEW, *figures))
+    )
+
 
 DUE = (
     select(Receipt)
@@ -89,8 +103,7 @@ class BufferStatus:
 
 def get_buffer_status(tx: Transaction) -> BufferStatus:
     """The state of the buffer, at the cost of a few lookups."""
-    row = tx.connection.execute(_STATUS.add_columns(tx.backend.last_synced_at.label("last_synced_at")), {"now": tx.now})
-    found = dict(row.mappings().one())
+    found = dict(tx.connection.execute(_status(tx.backend.last_synced_at), {"now": tx.now}).mappings().one())
     number_of("buffer_capacity", found.pop("capacity_setting"))
     days = number_of("ofd_deadline_days", found.pop("deadline_days"))
     oldest = found["oldest_undelivered_at"]

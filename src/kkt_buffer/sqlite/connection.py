@@ -109,7 +109,7 @@ class GuardedConnection(sqlite3.Connection if TYPE_CHECKING else object):  # typ
 
     @property
     def was_rolled_back(self) -> bool:
-        """Whether SQLite has ended our transaction by itself: what came next would be committed statement by statement."""
+        """Whether SQLite has ended our transaction by itself."""
         return self.is_begun and not self.in_transaction
 
     def _finish(self) -> None:
@@ -120,8 +120,8 @@ class GuardedConnection(sqlite3.Connection if TYPE_CHECKING else object):  # typ
             self.is_writing = False
         if lasted > LONG_TRANSACTION_SECONDS:
             logger.warning(
-                "%s: the thread %r has had a write transaction open for %.1f s. Other writers waited. Keep transactions "
-                "short, and read in ReceiptRepository.reading()",
+                "%s: the thread %r had a write transaction open for %.1f s, and other writers waited. Keep it short, "
+                "and read in ReceiptRepository.reading()",
                 self.database,
                 threading.current_thread().name,
                 lasted,

@@ -19,13 +19,12 @@ from types import ModuleType
 from typing import Any, cast
 from urllib.parse import quote
 
-from sqlalchemy import URL, Connection, Engine, ExceptionContext, Pool, create_engine, event, make_url, select, text
+from sqlalchemy import URL, Connection, Engine, ExceptionContext, Pool, create_engine, event, make_url, text
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.pool import ConnectionPoolEntry
 
-from kkt_buffer.backend import OPTION, READ_ONLY, Backend, Reference
+from kkt_buffer.backend import OPTION, READ_ONLY, Backend, Reference, backend_of
 from kkt_buffer.errors import BufferStorageError, ReceiptBufferError
-from kkt_buffer.models import buffer_state
 from kkt_buffer.sqlite import file, fork
 from kkt_buffer.sqlite.connection import Files, GuardedConnection, Identity
 from kkt_buffer.sqlite.ddl import REFERENCES
@@ -191,7 +190,7 @@ class Database(Backend):
     """What the connections of one engine share: the file that they all must have open, and the gate before it."""
 
     insert = INSERT
-    last_synced_at = select(buffer_state.c.last_synced_at).scalar_subquery()
+    last_synced_at = "SELECT last_synced_at FROM buffer_state"
 
     def __init__(
         self, driver: ModuleType, path: Path | None, *, read_only: bool, busy_timeout: float, cache_size: int
@@ -300,11 +299,11 @@ class Database(Backend):
 
     def _handle_error(self, context: ExceptionContext) -> BaseException | None:
         connection = context.connection
-        if connection is not None and not connection.closed and not connection.invalidated:
-            if driver_connection(connection).was_rolled_back:
-                # What came next would be committed statement by statement: nothing may come next.
-                context.is_disconnect = True
-                context.invalidate_pool_on_disconnect = False
+        is_open = connection is not None and not connection.closed and not connection.invalidated
+        if connection is not None and is_open and driver_connection(connection).was_rolled_back:
+            # What came next would be committed statement by statement: nothing may come next.
+            context.is_disconnect = True
+            context.invalidate_pool_on_disconnect = False
         return storage_error(self, context.original_exception)
 
     def _disposed(self, _engine: Engine) -> None:
@@ -382,3 +381,19 @@ class Database(Backend):
             self._target, uri=True, isolation_level=None, check_same_thread=False, timeout=self._busy_timeout, **options
         )
         return connection
+
+
+def known_bugs(engine: Engine) -> str:
+    """The version of the SQLite in use, and what is wrong with it."""
+    driver = backend_of(engine).driver
+    affected = has_wal_reset_bug(driver.sqlite_version_info)
+    return f"{driver.sqlite_version} {WAL_RESET_BUG if affected else 'no known bug that concerns a buffer'}"
+
+
+def pragmas(engine: Engine) -> dict[str, str | int]:
+    """The settings of a connection that writes, read back."""
+    with engine.execution_options(**{READ_ONLY: True}).connect() as connection:
+        return {
+            name: connection.exec_driver_sql(f"PRAGMA {name}").scalar_one()
+            for name in (*(pragma.name for pragma in (WAL, *DURABLE, *COMMON)), "cache_size")
+        }

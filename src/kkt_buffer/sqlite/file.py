@@ -136,10 +136,9 @@ def _references(connection: Connection) -> list[str]:
 
 def _texts(connection: Connection) -> list[str]:
     problems = []
-    columns = ("pos_id", "fiscal_doc", "last_error")
-    blobs = ", ".join(f"CAST({column} AS BLOB)" for column in columns)
-    for receipt_id, *values in connection.execute(text(f"SELECT CAST(id AS BLOB), {blobs} FROM receipts")):
-        for column, value in zip(("id", *columns), (receipt_id, *values), strict=True):
+    columns = ("id", "pos_id", "fiscal_doc", "last_error")
+    for receipt_id, *values in connection.execute(_TEXTS):
+        for column, value in zip(columns, (receipt_id, *values), strict=True):
             try:
                 (value or b"").decode()
             except UnicodeDecodeError as error:
@@ -147,6 +146,9 @@ def _texts(connection: Connection) -> list[str]:
     return problems
 
 
+_TEXTS = text(
+    "SELECT CAST(id AS BLOB), CAST(pos_id AS BLOB), CAST(fiscal_doc AS BLOB), CAST(last_error AS BLOB) FROM receipts"
+)
 # In the order of commits, which the rowid tells. What was adopted from the sqlite3 version keeps its own.
 _ORDER = text(
     """\
@@ -170,7 +172,7 @@ SELECT name || ' are counted as ' || counted || ', and are ' || found FROM (
         (SELECT COUNT(*) FROM dlq WHERE resolved_at IS NULL) FROM buffer_state)
 WHERE counted <> found
 UNION ALL SELECT 'the row of counts is missing' WHERE NOT EXISTS (SELECT 1 FROM buffer_state)
-UNION ALL SELECT 'the last timestamp is below that of receipt ' || id FROM receipts, buffer_state AS state
+UNION ALL SELECT 'the last timestamp is below that of receipt ' || receipts.id FROM receipts, buffer_state AS state
 WHERE (receipts.hlc_local_time, receipts.hlc_logical_counter) > (state.hlc_local_time, state.hlc_logical_counter)"""
 )
 

@@ -1,15 +1,14 @@
 """
-Taking over a file of the hand-written `sqlite3` module that came before this package: every row kept, and those that
-break an invariant of ours repaired.
+Adopt a file of the hand-written `sqlite3` module that came before this package: keep every row, and repair those that
+break an invariant of ours.
 
-It is a part of migration 0001 and, like a migration, history: it speaks of that schema, not of today's models.
+This is a part of revision 0001 and describes the schema of that revision, not today's models.
 """
 
 import functools
 import glob
 import json
 import logging
-import re
 import time
 import uuid
 from collections import Counter
@@ -20,15 +19,16 @@ from typing import TYPE_CHECKING, Any, cast
 
 from sqlalchemy import Connection, event, inspect
 
+from kkt_buffer.arguments import UUID_TEXT
+from kkt_buffer.backend import backend_of
 from kkt_buffer.errors import SchemaError
 from kkt_buffer.progress import progress
-from kkt_buffer.sqlite.engine import driver_of
-from kkt_buffer.sqlite.file import backup
+from kkt_buffer.sqlite.ddl import REFERENCES, first_word, quoted, table_clauses
 
 if TYPE_CHECKING:
     import sqlite3
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("kkt_buffer.migrations.adoption")  # loaded by path, it has no name of its own
 
 # The predecessor's settings, and what they are where its config has none, or nonsense.
 SETTINGS = {
@@ -37,7 +37,7 @@ SETTINGS = {
     "circuit_breaker_timeout": 60,
     "max_retry_attempts": 20,
 }
-BY = "adoption"  # who resolves a dead letter here
+BY = "adoption"  # resolved_by of the dead letters that are closed here
 
 # The predecessor's columns; the first one is the key. Receipts come first: the others speak of their ids.
 COLUMNS = {
@@ -72,13 +72,11 @@ ADDED = {"dlq": ("resolution_reason",)}  # the columns of 0001 that a repair fil
 TRIGGERS = ("trg_receipt_added", "trg_receipt_synced")
 VIEW = "v_buffer_status"
 
-UUID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
-
 Row = dict[str, Any]
 
 
-class _Mended(str):
-    """A text whose bytes were no UTF-8."""
+class _Repaired(str):
+    """A text whose bytes were not valid UTF-8."""
 
     __slots__ = ()
 
@@ -87,7 +85,7 @@ def _text(raw: bytes) -> str:
     try:
         return raw.decode()
     except UnicodeDecodeError:
-        return _Mended(raw.decode("utf-8", "backslashreplace"))
+        return _Repaired(raw.decode("utf-8", "backslashreplace"))
 
 
 def is_predecessor(connection: Connection) -> bool:
@@ -101,10 +99,10 @@ def is_predecessor(connection: Connection) -> bool:
 
 class Predecessor:
     """
-    What the predecessor left in a database; where that is nothing, every method does nothing.
+    The predecessor's tables in a database. Without any, every method does nothing.
 
-    To be called in this order, in one transaction with foreign keys off and `legacy_alter_table` on: `set_aside`, then
-    our tables are made; `take_over`, then our triggers are made; `put_back`.
+    To be called in one transaction, with foreign keys off and `legacy_alter_table` on, in this order: `set_aside`,
+    creation of our tables, `adopt`, creation of our triggers, `put_back`.
     """
 
     def __init__(self, connection: Connection) -> None:
@@ -122,7 +120,7 @@ class Predecessor:
                     "Nothing was touched. Give it another name, or put the column back, and upgrade again."
                 )
         self._connection = connection
-        self._triggers: list[str] = []  # the shop's own
+        self._triggers: list[str] = []  # of other programs
         self._new_ids: dict[object, str] = {}
         self._now = int(time.time())
         self._events: list[tuple[str | None, int, str, str]] = []
@@ -138,7 +136,7 @@ class Predecessor:
             self._back_up(path)
         marks = ", ".join("?" * len(self._tables))
         standing = self._db.execute(
-            "SELECT type, name, sql FROM sqlite_master"  # noqa: S608 (question marks)
+            "SELECT type, name, sql FROM sqlite_master"
             f" WHERE type IN ('index', 'trigger') AND sql IS NOT NULL AND tbl_name IN ({marks})",
             self._tables,
         ).fetchall()
@@ -147,7 +145,7 @@ class Predecessor:
                 self._triggers.append(sql)
             elif kind == "index" and "UNIQUE" in sql.upper():
                 logger.warning("dropped the index %s, which is not ours and may stand in the way: %s", name, sql)
-            self._db.execute(f"DROP {kind} {_quoted(name)}")
+            self._db.execute(f"DROP {kind} {quoted(name)}")
         self._db.execute(f"DROP VIEW IF EXISTS {VIEW}")
         for table in self._tables:
             self._db.execute(f"ALTER TABLE {table} RENAME TO old_{table}")
@@ -157,25 +155,25 @@ class Predecessor:
             unfinished.unlink()
         target = path.with_name(f"{path.name}.before-adoption-{datetime.now(UTC):%Y%m%d-%H%M%S}")
         # Nobody can write meanwhile: this transaction holds the write lock.
-        backup(self._engine, target)
-        # If all of this is taken back, the file is what it was, and each new attempt would leave one more copy.
+        backend_of(self._engine).backup(self._engine, target)
+        # After a rollback the file is as it was, and each new attempt would leave one more copy.
         event.listen(self._connection, "rollback", lambda _connection: target.unlink(missing_ok=True))
-        logger.warning("taking over the buffer of the sqlite3 version; as it was, it is kept in %s", target)
+        logger.warning("adopting the buffer of the sqlite3 version; a copy of it as it was is kept in %s", target)
 
-    def take_over(self) -> None:
-        """Copy every row into our tables, repaired where it must be, with an event and a line in the log for each."""
+    def adopt(self) -> None:
+        """Copy every row into our tables. Each repair gets an event and a line in the log."""
         if not self._tables:
             return
         read_as = self._db.text_factory
         self._db.text_factory = _text
-        mended = {
+        repaired = {
             "receipts": self._receipts,
             "dlq": self._letters,
             "buffer_events": self._events_of_old,
             "config": self._settings,
         }
         for table in self._tables:
-            self._copy(table, mended[table](self._rows(table)))
+            self._copy(table, repaired[table](self._rows(table)))
         self._rename_references()
         self._compare_with_capacity()
         self._db.text_factory = read_as
@@ -196,21 +194,21 @@ class Predecessor:
         )
         kept = ", ".join(f"{count} rows of {table}" for table, count in self._copied.items())
         repairs = "; ".join(f"{what} ({count})" for what, count in self._repairs.items())
-        logger.warning("took over %s; repaired: %s", kept, repairs or "nothing")
+        logger.warning("adopted %s; repaired: %s", kept, repairs or "nothing")
 
     def put_back(self) -> None:
-        """Make the triggers anew that the shop had on these tables."""
+        """Create the triggers of other programs on these tables again."""
         for sql in self._triggers:
             self._db.execute(sql)
 
     def _rows(self, table: str) -> Iterator[Row]:
         """The rows in the order in which they were made, with their rowid, which tells that order."""
         key = COLUMNS[table][0]
-        (total,) = self._db.execute(f"SELECT COUNT(*) FROM old_{table}").fetchone()  # noqa: S608 (a name of ours)
-        cursor = self._db.execute(f"SELECT rowid, * FROM old_{table} ORDER BY rowid")  # noqa: S608 (the same)
+        (total,) = self._db.execute(f"SELECT COUNT(*) FROM old_{table}").fetchone()
+        cursor = self._db.execute(f"SELECT rowid, * FROM old_{table} ORDER BY rowid")
         columns = [column[0] for column in cursor.description]
         columns[0] = "rowid"
-        with progress(f"taking over {table}", total) as tell:
+        with progress(f"adopting {table}", total) as tell:
             for done, values in enumerate(cursor, start=1):
                 row = dict(zip(columns, values, strict=True))
                 if row[key] is None:  # SQLite lets a primary key be null
@@ -229,9 +227,9 @@ class Predecessor:
                 self._keep_column(table, name, found[name])
         stored = [name for name, (_, generated) in found.items() if not generated]
         columns = ["rowid", *stored, *ADDED.get(table, ())]
-        names, marks = ", ".join(map(_quoted, columns)), ", ".join("?" * len(columns))
+        names, marks = ", ".join(map(quoted, columns)), ", ".join("?" * len(columns))
         self._db.executemany(
-            f"INSERT INTO {table} ({names}) VALUES ({marks})",  # noqa: S608 (quoted names)
+            f"INSERT INTO {table} ({names}) VALUES ({marks})",
             ([row[column] for column in columns] for row in rows),
         )
 
@@ -240,29 +238,25 @@ class Predecessor:
         return {column[1]: (column[2], column[6] != 0) for column in self._db.execute(f"PRAGMA table_xinfo({table})")}
 
     def _keep_column(self, table: str, name: str, kind: tuple[str, bool]) -> None:
-        """Add a column of the shop's own to our table, as it was defined where SQLite can do that."""
+        """Add a column of another program to our table, as it was defined where SQLite can do that."""
         (sql,) = self._db.execute("SELECT sql FROM sqlite_master WHERE name = ?", (f"old_{table}",)).fetchone()
-        clauses = {_first_word(clause): clause for clause in _clauses(sql)}
+        clauses = {first_word(clause): clause for clause in table_clauses(sql)}
         try:
             self._db.execute(f"ALTER TABLE {table} ADD COLUMN {clauses[name.lower()]}")
-        except (KeyError, driver_of(self._engine).OperationalError) as error:
+        except (KeyError, backend_of(self._engine).driver.OperationalError) as error:
             if "duplicate column" in str(error) or kind[1]:
                 raise
-            self._db.execute(f"ALTER TABLE {table} ADD COLUMN {_quoted(name)} {kind[0]}")
+            self._db.execute(f"ALTER TABLE {table} ADD COLUMN {quoted(name)} {kind[0]}")
         logger.warning("kept the column %s of %s, which is not ours", name, table)
 
     def _rename_references(self) -> None:
-        """Ids that had to change are followed by the tables of others that refer to them by a foreign key."""
+        """Change the ids that had to change also in other tables that refer to them by a foreign key."""
         if not self._new_ids:
             return
-        references = self._db.execute(
-            'SELECT m.name, f."from" FROM sqlite_master AS m, pragma_foreign_key_list(m.name) AS f'
-            " WHERE m.type = 'table' AND f.\"table\" = 'receipts' COLLATE NOCASE"
-        ).fetchall()
-        for table, column in references:
+        for table, column, _ in self._db.execute(REFERENCES).fetchall():
             if table not in COLUMNS and table.removeprefix("old_") not in COLUMNS:
                 self._db.executemany(
-                    f"UPDATE {_quoted(table)} SET {_quoted(column)} = ? WHERE {_quoted(column)} = ?",  # noqa: S608 (quoted)
+                    f"UPDATE {quoted(table)} SET {quoted(column)} = ? WHERE {quoted(column)} = ?",
                     [(new, old) for old, new in self._new_ids.items()],
                 )
 
@@ -275,20 +269,20 @@ class Predecessor:
         dead = set()
         if "dlq" in self._tables:
             dead = {row[0] for row in self._db.execute("SELECT original_receipt_id FROM old_dlq")}
-            dead |= {self._mended_id(receipt_id) for receipt_id in dead}
+            dead |= {self._repaired_id(receipt_id) for receipt_id in dead}
         latest = (-1, -1)
         for row in rows:
-            row["id"] = self._mend_id(row["id"])
+            row["id"] = self._repair_id(row["id"])
             note = functools.partial(self._repaired, row["id"])
             # One time stands in for the other: the 30 days of a receipt run from when it was made.
             made = _whole(row["created_at"], _whole(row["hlc_local_time"], self._now))
             numbers = {"created_at": made, "hlc_local_time": made, "hlc_logical_counter": 0}
             numbers |= {"hlc_server_time": None, "retry_count": 0, "synced_at": None}
-            _mend_values(row, numbers, ("pos_id", "fiscal_doc", "last_error"), note)
+            _repair_values(row, numbers, ("pos_id", "fiscal_doc", "last_error"), note)
             if row["retry_count"] is None:
                 row["retry_count"] = 0
                 note("retry_count null", "0")
-            self._mend_status(row, dead, note)
+            self._repair_status(row, dead, note)
             if not _is_json(row["fiscal_doc"]):
                 note("a document that is not JSON", "kept as text")
             stamp = row["hlc_local_time"], row["hlc_logical_counter"]
@@ -297,12 +291,12 @@ class Predecessor:
             latest = max(latest, stamp)
             yield row
 
-    def _mend_id(self, given: object) -> str:
-        """The id as operations look for it: a text, and a UUID in lower-case letters."""
+    def _repair_id(self, given: object) -> str:
+        """The id in the form by which operations look for it: text, and a UUID in lower case."""
         wanted = _text(given) if isinstance(given, bytes) else str(given)
-        if UUID.fullmatch(wanted.lower()):
+        if UUID_TEXT.fullmatch(wanted.lower()):
             wanted = wanted.lower()
-        if wanted == given and not isinstance(given, _Mended):
+        if wanted == given and not isinstance(given, _Repaired):
             return wanted
         if self._db.execute("SELECT 1 FROM old_receipts WHERE id = ?", (str(wanted),)).fetchone():
             wanted = str(uuid.uuid4())
@@ -311,7 +305,7 @@ class Predecessor:
         return wanted
 
     @staticmethod
-    def _mend_status(row: Row, dead: set[str], note: Callable[..., None]) -> None:
+    def _repair_status(row: Row, dead: set[str], note: Callable[..., None]) -> None:
         if row["status"] == "synced":
             for column, other in (("synced_at", "hlc_server_time"), ("hlc_server_time", "synced_at")):
                 if row[column] is None:
@@ -338,9 +332,9 @@ class Predecessor:
         numbers = {"failed_at": self._now, "retry_attempts": 0, "resolved_at": self._now}
         for row in rows:
             is_newest = newest.get(row["original_receipt_id"]) == row["rowid"]
-            receipt_id = row["original_receipt_id"] = self._mended_id(row["original_receipt_id"])
+            receipt_id = row["original_receipt_id"] = self._repaired_id(row["original_receipt_id"])
             note = functools.partial(self._repaired, receipt_id)
-            _mend_values(row, numbers, ("reason", "fiscal_doc", "last_error", "resolved_by"), note)
+            _repair_values(row, numbers, ("reason", "fiscal_doc", "last_error", "resolved_by"), note)
             row["resolution_reason"] = None
             if row["resolved_at"] is None:
                 row["resolved_by"] = None
@@ -361,25 +355,25 @@ class Predecessor:
             return f"its receipt is {status[0]}"
         return None if is_newest else "there is a newer one"
 
-    def _mended_id(self, given: object) -> Any:  # noqa: ANN401 (whatever stands there)
+    def _repaired_id(self, given: object) -> Any:  # noqa: ANN401 (SQLite stores any type)
         if given in self._new_ids:
             return self._new_ids[given]
         wanted = _text(given) if isinstance(given, bytes) else given
         lowered = wanted.lower() if isinstance(wanted, str) else wanted
-        return lowered if isinstance(lowered, str) and UUID.fullmatch(lowered) else wanted
+        return lowered if isinstance(lowered, str) and UUID_TEXT.fullmatch(lowered) else wanted
 
     def _events_of_old(self, rows: Iterator[Row]) -> Iterator[Row]:
         for row in rows:
             note = functools.partial(self._repaired, None)
-            _mend_values(row, {"timestamp": self._now}, ("event_type", "receipt_id", "metadata"), note)
+            _repair_values(row, {"timestamp": self._now}, ("event_type", "receipt_id", "metadata"), note)
             if row["receipt_id"] is not None:
-                row["receipt_id"] = self._mended_id(row["receipt_id"])
+                row["receipt_id"] = self._repaired_id(row["receipt_id"])
             yield row
 
     def _settings(self, rows: Iterator[Row]) -> Iterator[Row]:
         for row in rows:
             note = functools.partial(self._repaired, None)
-            _mend_values(row, {"updated_at": self._now}, ("key", "value"), note)
+            _repair_values(row, {"updated_at": self._now}, ("key", "value"), note)
             value = row["value"]
             if row["key"] in SETTINGS and not (value.isascii() and value.isdigit() and int(value) > 0):
                 row["value"] = str(max(_whole(value, SETTINGS[row["key"]]) or 0, 1))
@@ -394,10 +388,10 @@ class Predecessor:
             self._repaired(None, "more receipts than buffer_capacity", "all kept", f"{undelivered} > {capacity}")
 
 
-def _mend_values(
+def _repair_values(
     row: Row, numbers: Mapping[str, int | None], texts: tuple[str, ...], note: Callable[..., None]
 ) -> None:
-    """SQLite stores anything in any column; these are to be read as whole numbers (else the one given) and as texts."""
+    """Make `numbers` whole numbers, else the value given for each, and `texts` text: SQLite stores any type."""
     for column, otherwise in numbers.items():
         value = row[column]
         if value is not None and not isinstance(value, int):
@@ -409,12 +403,12 @@ def _mend_values(
             value = _text(value)
             row[column] = value
             note(f"{column} is a BLOB", "made a text")
-        if isinstance(value, _Mended):
+        if isinstance(value, _Repaired):
             note(f"{column} is no UTF-8", "its stray bytes are written as \\x…")
 
 
 def _whole(value: object, otherwise: int | None) -> int | None:
-    """The whole number that is meant: a number, its text, or a date, which SQLite's own functions write in UTC."""
+    """A whole number from a number, its text, or a date; SQLite's own functions write dates in UTC."""
     if isinstance(value, int):
         return value
     text = _text(value) if isinstance(value, bytes) else str(value)
@@ -429,39 +423,9 @@ def _whole(value: object, otherwise: int | None) -> int | None:
     return number if abs(number) < 2**63 else otherwise
 
 
-_TOKENS = re.compile(
-    r"""'(?:[^']|'')*' | "(?:[^"]|"")*" | `[^`]*` | \[[^]]*\] | --[^\n]* | /\*.*?\*/ | [(),] | [^'"`[(),/-]+ | .""",
-    re.DOTALL | re.VERBOSE,
-)
-
-
-def _clauses(sql: str) -> list[str]:
-    """The definitions of columns and constraints in the text of a table."""
-    found, depth = [""], 0
-    for piece in _TOKENS.findall(sql[sql.index("(") + 1 : sql.rindex(")")]):
-        depth += {"(": 1, ")": -1}.get(piece, 0)
-        if piece == "," and not depth:
-            found.append("")
-        elif not piece.startswith(("--", "/*")):
-            found[-1] += piece
-    return [clause.strip() for clause in found]
-
-
-def _first_word(clause: str) -> str:
-    """The name of the column that a clause defines, in lower-case letters."""
-    if clause[:1] in {'"', "`", "["}:
-        end = {'"': '"', "`": "`", "[": "]"}[clause[0]]
-        return clause[1 : clause.index(end, 1)].lower()
-    return clause.split(maxsplit=1)[0].lower()
-
-
 def _is_json(text: str) -> bool:
     try:
         json.loads(text)
     except (ValueError, RecursionError):
         return False
     return True
-
-
-def _quoted(name: str) -> str:
-    return '"' + name.replace('"', '""') + '"'
