@@ -8,6 +8,7 @@ A receipt that the buffer acknowledged is never lost, never duplicated and never
 from kkt_buffer.delivery import DeliveryReport, Outcome, deliver_pending
 from kkt_buffer.engine import create_buffer_engine
 from kkt_buffer.errors import (
+    AcknowledgedReceiptError,
     BufferBusyError,
     BufferDamagedError,
     BufferFullError,
@@ -39,6 +40,7 @@ from kkt_buffer.models import (
 from kkt_buffer.repository import BufferStatus, IntegrityReport, PruneReport, ReceiptRepository
 
 __all__ = [
+    "AcknowledgedReceiptError",
     "BufferBusyError",
     "BufferDamagedError",
     "BufferEvent",

@@ -92,8 +92,8 @@ CLOSE_DEAD_LETTER = (
     .values(
         resolved_at=bindparam("now"),
         resolved_by=bindparam("actor"),
-        resolution_reason=bindparam("reason"),
-        resolution=bindparam("resolution"),
+        resolution_reason=bindparam("why"),
+        resolution=bindparam("how"),
     )
 )
 LEASE = (
@@ -263,8 +263,8 @@ def close_dead_letter(tx: Transaction, receipt_id: str, actor: str, reason: str,
         "receipt_id": receipt_id,
         "now": tx.now,
         "actor": actor,
-        "reason": reason,
-        "resolution": str(resolution),
+        "why": reason,
+        "how": str(resolution),
     }
     return bool(tx.connection.execute(CLOSE_DEAD_LETTER, closing).rowcount)
 

@@ -109,8 +109,8 @@ class GuardedConnection(sqlite3.Connection if TYPE_CHECKING else object):  # typ
 
     @property
     def was_rolled_back(self) -> bool:
-        """Whether SQLite has ended our transaction by itself."""
-        return self.is_begun and not self.in_transaction
+        """Whether SQLite has ended a write transaction of ours by itself."""
+        return self.is_writing and self.is_begun and not self.in_transaction
 
     def _finish(self) -> None:
         lasted = time.monotonic() - self.began if self.is_writing and self.is_begun else 0.0

@@ -94,6 +94,8 @@ class _ThreadPool(Pool):
     other thread waits for ever. Each step of a deque is one that nothing can interrupt.
     """
 
+    __module__ = Pool.__module__  # so that it logs where SQLAlchemy's pools do
+
     def __init__(self, creator: Any, pool_size: int = IDLE_CONNECTIONS, **options: Any) -> None:  # noqa: ANN401 (SQLAlchemy's)
         super().__init__(creator, **options)
         self._pool_size = pool_size
