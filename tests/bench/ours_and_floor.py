@@ -9,15 +9,19 @@ connection. Its insert looks at the capacity in a statement of its own, beside t
 import itertools
 import json
 import logging
+import sys
 import time
 import uuid
 from collections import deque
+from pathlib import Path
 
 from sqlalchemy import text
 
 from kkt_buffer import Outcome, ReceiptRepository, create_buffer_engine, deliver_pending, upgrade
-from kkt_buffer.demo import sample_receipts
 from kkt_buffer.sqlite.engine import COMMON, DURABLE, WAL
+
+sys.path.append(str(Path(__file__).resolve().parents[1]))  # a script, to which pytest gives no path
+from samples import sample_receipts
 
 logging.getLogger("kkt_buffer").setLevel(logging.ERROR)  # what SQLite it is, the last line of the table says
 

@@ -9,6 +9,7 @@ import uuid
 
 import pytest
 from builders import NOON, a_document, a_receipt, an_id, commits, new_receipt
+from samples import sample_receipts
 from sqlalchemy import event, text
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
@@ -26,7 +27,6 @@ from kkt_buffer import (
     ReceiptStatus,
     create_buffer_engine,
 )
-from kkt_buffer.demo import sample_receipts
 from kkt_buffer.models import CONFIG_RULES, TRANSITIONS
 
 STATUSES = tuple(str(status) for status in ReceiptStatus)
