@@ -16,13 +16,14 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 import pytest
-from sqlalchemy import Engine, event
+from sqlalchemy import Engine, event, text
 
 from kkt_buffer import Receipt, ReceiptRepository, ReceiptStatus
 
 T = TypeVar("T")
 
 NOON = 1_772_366_400  # 2026-03-01 12:00 UTC
+STATUSES = tuple(str(status) for status in ReceiptStatus)
 PROOF = bool(os.environ.get("KKT_BUFFER_PROOF"))  # `make proof`: deeper, and nothing may be left out
 
 
@@ -82,6 +83,22 @@ def together(n: int, work: Callable[[int], T]) -> list[T]:
         return [future.result() for future in futures]
     finally:
         executor.shutdown()
+
+
+def snapshot(engine: Engine) -> dict[str, list[tuple[object, ...]]]:
+    """All rows of all tables: what a refused call must leave as it was."""
+    tables = ("receipts", "dlq", "buffer_events", "config", "buffer_counts")
+    with engine.connect() as connection:
+        return {table: [tuple(row) for row in connection.execute(text(f"SELECT * FROM {table}"))] for table in tables}
+
+
+def stamps(receipts: Iterable[Receipt]) -> list[tuple[int, int]]:
+    return [(receipt.hlc_local_time, receipt.hlc_logical_counter) for receipt in receipts]
+
+
+def story(repository: ReceiptRepository, receipt_id: str) -> list[str]:
+    """The types of a receipt's events, oldest first."""
+    return [event.event_type for event in reversed(repository.get_events(receipt_id=receipt_id))]
 
 
 def an_id() -> str:
