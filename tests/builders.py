@@ -47,6 +47,15 @@ def new_receipt(**fields: Any) -> dict[str, Any]:
     return {"pos_id": "till-1", "fiscal_doc": json.dumps(a_document(), ensure_ascii=False), **fields}
 
 
+def a_foreign_receipt(engine: Engine, receipt_id: str, **columns: Any) -> None:
+    """A row as a program writes it that knows no more than the columns which the first schema demanded."""
+    row = {"pos_id": "till-1", "created_at": 5, "hlc_local_time": 5, "hlc_logical_counter": 0, "fiscal_doc": "{}"}
+    row |= {"id": receipt_id, **columns}
+    names, values = ", ".join(row), ", ".join(f":{name}" for name in row)
+    with engine.begin() as connection:
+        connection.execute(text(f"INSERT INTO receipts ({names}) VALUES ({values})"), row)
+
+
 def a_receipt(repository: ReceiptRepository, status: str = "pending", **fields: Any) -> Receipt:
     """A stored receipt, brought to `status` in the way that a service would."""
     receipt_id = repository.insert_receipt(new_receipt(**fields))
@@ -86,10 +95,13 @@ def together(n: int, work: Callable[[int], T]) -> list[T]:
 
 
 def snapshot(engine: Engine) -> dict[str, list[tuple[object, ...]]]:
-    """All rows of all tables: what a refused call must leave as it was."""
-    tables = ("receipts", "dlq", "buffer_events", "config", "buffer_counts")
+    """All rows of the tables, and the counts: what a refused call must leave as it was."""
+    tables = {"receipts": "id", "dlq": "id", "buffer_events": "id", "config": "key", "v_buffer_status": "pending"}
     with engine.connect() as connection:
-        return {table: [tuple(row) for row in connection.execute(text(f"SELECT * FROM {table}"))] for table in tables}
+        return {
+            table: [tuple(row) for row in connection.execute(text(f"SELECT * FROM {table} ORDER BY {key}"))]
+            for table, key in tables.items()
+        }
 
 
 def stamps(receipts: Iterable[Receipt]) -> list[tuple[int, int]]:
@@ -143,17 +155,28 @@ def start_python(program: str, *arguments: object, before: Iterable[str] = (), *
 
 @contextlib.contextmanager
 def commits(engine: Engine) -> Iterator[list[str]]:
-    """The COMMITs that SQLite runs meanwhile, by whatever way they reach it."""
+    """The COMMITs that the database runs meanwhile; in SQLite, by whatever way they reach it."""
     seen: list[str] = []
+
+    def committed(_connection: object) -> None:
+        seen.append("COMMIT")
 
     def trace(connection: Any, *_: object) -> None:
         connection.set_trace_callback(lambda statement: seen.append(statement) if statement == "COMMIT" else None)
 
-    engine.pool.dispose()  # so that every connection comes by
-    event.listen(engine, "connect", trace)
+    def untrace(connection: Any, *_: object) -> None:
+        connection.set_trace_callback(None)
+
+    if engine.dialect.name != "sqlite":
+        event.listen(engine, "commit", committed)
+        yield seen
+        event.remove(engine, "commit", committed)
+        return
+    event.listen(engine, "checkout", trace)
+    event.listen(engine, "checkin", untrace)
     yield seen
-    event.remove(engine, "connect", trace)
-    engine.pool.dispose()
+    event.remove(engine, "checkout", trace)
+    event.remove(engine, "checkin", untrace)
 
 
 def open_files(path: Path) -> list[str]:

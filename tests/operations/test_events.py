@@ -1,6 +1,7 @@
 """The events: those of the caller's own, and those that the triggers write."""
 
 import logging
+import time
 import uuid
 
 import pytest
@@ -76,16 +77,16 @@ class TestEvents:
     def test_append_only(self, repository, engine):
         """The database itself refuses to change an event, and to delete one before its time."""
         repository.log_event("sync_started")
-        now = "UPDATE buffer_events SET timestamp = 5"
         with pytest.raises(Exception, match="buffer_events is append-only"), engine.begin() as connection:
-            connection.execute(text(now))
+            connection.execute(text("UPDATE buffer_events SET timestamp = 5"))
         young = ReceiptRepository(engine)  # by the real clock
         young.log_event("sync_started")
         with pytest.raises(Exception, match="cannot be deleted before retention_events_days"):
             with engine.begin() as connection:
                 connection.execute(text("DELETE FROM buffer_events"))
         with engine.begin() as connection:
-            connection.execute(text("DELETE FROM buffer_events WHERE timestamp < unixepoch() - 90 * 86400"))
+            old = text("DELETE FROM buffer_events WHERE timestamp < :before")
+            connection.execute(old, {"before": int(time.time()) - 90 * 86_400})
         assert len(repository.get_events()) == 1
 
 

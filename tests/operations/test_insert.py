@@ -12,8 +12,6 @@ from kkt_buffer import (
     BufferFullError,
     DuplicateReceiptError,
     InvalidConfigError,
-    ReceiptRepository,
-    create_buffer_engine,
 )
 
 
@@ -182,16 +180,6 @@ class TestInsertReceipt:
         assert stamps(made) == sorted(set(stamps(made)))
         assert stamps(made) == stamps(repository.get_pending_receipts())
 
-    def test_restart(self, path, clock):
-        """The database is the memory: another process with another clock goes on from the last timestamp."""
-        made = []
-        for seconds in (NOON, NOON - 1000):
-            clock.seconds = seconds
-            engine = create_buffer_engine(path)
-            made += [a_receipt(ReceiptRepository(engine, now=clock)) for _ in range(2)]
-            engine.dispose()
-        assert [(NOON, 0), (NOON, 1), (NOON, 2), (NOON, 3)] == stamps(made)
-
 
 class TestInsertReceipts:
     def test_order(self, repository):
@@ -219,10 +207,10 @@ class TestInsertReceipts:
         assert before == snapshot(engine)
         assert len(repository.insert_receipts(new_receipt() for _ in range(2))) == 2
 
-    def test_one_commit(self, file_repository, file_engine):
+    def test_one_commit(self, repository, engine):
         """A batch costs one commit."""
-        with commits(file_engine) as seen:
-            file_repository.insert_receipts(new_receipt() for _ in range(50))
+        with commits(engine) as seen:
+            repository.insert_receipts(new_receipt() for _ in range(50))
         assert len(seen) == 1
 
     def test_known_id(self, repository, engine):

@@ -3,8 +3,8 @@
 import pickle
 
 import pytest
-from builders import NOON, STATUSES, a_receipt, an_id, new_receipt
-from sqlalchemy import event, text
+from builders import NOON, STATUSES, a_foreign_receipt, a_receipt, an_id, new_receipt
+from sqlalchemy import event
 
 from kkt_buffer import InvalidDocumentError
 
@@ -31,12 +31,12 @@ class TestGetPendingReceipts:
         with pytest.raises((ValueError, TypeError), match="limit: expected a whole number of 1 or more"):
             repository.get_pending_receipts(limit)
 
-    def test_detached(self, file_repository, file_engine):
+    def test_detached(self, repository, engine):
         """What was returned is complete: no attribute touches the database any more."""
-        receipt = a_receipt(file_repository)
-        file_engine.dispose()
+        receipt = a_receipt(repository)
+        engine.dispose()
         touched = []
-        event.listen(file_engine, "before_cursor_execute", lambda *_: touched.append(1))
+        event.listen(engine, "before_cursor_execute", lambda *_: touched.append(1))
         assert receipt.to_dict() == pickle.loads(pickle.dumps(receipt)).to_dict()
         assert receipt.changed_at is None
         assert [] == touched
@@ -45,10 +45,9 @@ class TestGetPendingReceipts:
 class TestReceipt:
     def test_not_json(self, repository, engine):
         """A text that is no JSON, which a predecessor may have left, is kept; decoding it is refused clearly."""
-        receipt = a_receipt(repository)
-        with engine.begin() as connection:
-            connection.execute(text("UPDATE receipts SET fiscal_doc = 'чек №1'"))
-        receipt = repository.get_receipt_by_id(receipt.id)
+        receipt_id = an_id()
+        a_foreign_receipt(engine, receipt_id, fiscal_doc="чек №1")
+        receipt = repository.get_receipt_by_id(receipt_id)
         assert receipt.fiscal_doc == "чек №1"
         with pytest.raises(InvalidDocumentError, match=f"fiscal_doc of receipt {receipt.id} is not JSON"):
             receipt.document  # noqa: B018 (a property that raises)

@@ -1,10 +1,9 @@
 """Several operations, and a service's own rows, in one transaction."""
 
 import asyncio
-import threading
 
 import pytest
-from builders import NOON, a_receipt, an_id, new_receipt, snapshot
+from builders import NOON, a_receipt, an_id, new_receipt, snapshot, together
 from sqlalchemy import text
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
@@ -109,18 +108,14 @@ class TestTransaction:
 
     def test_threads(self, file_repository):
         """Another thread is not inside: it sees nothing before the commit."""
-        seen = []
 
-        def look():
-            seen.append(file_repository.get_buffer_status().pending)
+        def pending(_number=0):
+            return file_repository.get_buffer_status().pending
 
         with file_repository.transaction():
             file_repository.insert_receipt(new_receipt())
-            thread = threading.Thread(target=look)
-            thread.start()
-            thread.join()
-        look()
-        assert [0, 1] == seen
+            assert together(1, pending) == [0]
+        assert pending() == 1
 
     def test_asyncio_tasks(self, repository):
         """
@@ -149,12 +144,12 @@ class TestTransaction:
         asyncio.run(both())
         repository.insert_receipt(new_receipt())
 
-    def test_to_thread(self, file_repository):
+    def test_to_thread(self, repository):
         """The recommended way from asyncio: each operation in a thread."""
 
         async def many():
-            calls = [asyncio.to_thread(file_repository.insert_receipt, new_receipt()) for _ in range(20)]
+            calls = [asyncio.to_thread(repository.insert_receipt, new_receipt()) for _ in range(20)]
             return await asyncio.gather(*calls)
 
         assert len(set(asyncio.run(many()))) == 20
-        assert file_repository.get_buffer_status().pending == 20
+        assert repository.get_buffer_status().pending == 20
