@@ -44,7 +44,7 @@ class TestGetBufferStatus:
 
     @pytest.mark.parametrize("status", ["pending", "syncing", "failed"])
     def test_deadline(self, repository, clock, status):
-        """The oldest receipt that the operator does not have, a dead-lettered one too, sets the deadline."""
+        """The oldest receipt that the OFD does not have, a dead-lettered one too, sets the deadline."""
         a_receipt(repository, "synced")
         clock.seconds += 100
         oldest = a_receipt(repository, status)

@@ -131,7 +131,7 @@ class TestMoveToDlq:
         assert repository.move_to_dlq(an_id(), "rejected") is False
 
     def test_synced(self, repository, engine):
-        """What the operator has cannot be given up."""
+        """What the OFD has cannot be given up."""
         receipt = a_receipt(repository, "synced")
         before = snapshot(engine)
         with pytest.raises(InvalidTransitionError, match="is synced and cannot become failed; it was not changed"):
@@ -179,7 +179,7 @@ class TestUpdateReceiptStatus:
         }
 
     def test_synced_now(self, repository, clock):
-        """`synced` takes the present time for the operator's."""
+        """`synced` takes the present time for the OFD's."""
         receipt = a_receipt(repository)
         clock.seconds += 7.9
         repository.update_receipt_status(receipt.id, "synced")
