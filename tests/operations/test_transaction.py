@@ -4,11 +4,17 @@ import asyncio
 
 import pytest
 from builders import NOON, a_receipt, an_id, new_receipt, snapshot, together
-from sqlalchemy import text
+from sqlalchemy import create_engine, text
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
-from kkt_buffer import BufferFullError, DuplicateReceiptError, ReceiptBufferError, ReceiptNotFoundError
+from kkt_buffer import (
+    BufferFullError,
+    DuplicateReceiptError,
+    ReceiptBufferError,
+    ReceiptNotFoundError,
+    ReceiptRepository,
+)
 
 
 class Own(DeclarativeBase):
@@ -153,3 +159,16 @@ class TestTransaction:
 
         assert len(set(asyncio.run(many()))) == 20
         assert repository.get_buffer_status().pending == 20
+
+
+class TestEngine:
+    def test_other_engine(self):
+        """Without the guards of our own engine nothing that is promised would hold."""
+        other = create_engine("sqlite://")
+        with pytest.raises(TypeError, match="engine: expected one that create_buffer_engine has made"):
+            ReceiptRepository(other)
+        other.dispose()
+
+    def test_derived_engine(self, engine):
+        derived = engine.execution_options(logging_token="till-1")
+        assert ReceiptRepository(derived).insert_receipt(new_receipt())
