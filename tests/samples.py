@@ -1,5 +1,6 @@
 """Fiscal documents of every shape that a shop sends, the same ones each time."""
 
+import json
 import random
 from collections.abc import Iterator
 from typing import Any
@@ -54,6 +55,16 @@ def sample_receipts(count: int, *, seed: int = 54) -> Iterator[dict[str, Any]]:
         if chance.random() < 0.1:
             document["propertiesUser"] = {"propertyName": "Заказ", "propertyValue": f"№ {number}/\u0416"}
         yield document
+
+
+def a_document_of(size: int, *, seed: int = 54) -> str:
+    """Compact JSON text of one receipt, with as many items as it takes to reach so many bytes, and no more."""
+    document = next(sample_receipts(1, seed=seed))
+    chance = random.Random(seed)
+    document["items"] = []
+    while len(text := json.dumps(document, ensure_ascii=False, separators=(",", ":")).encode()) < size:
+        document["items"].append(an_item(chance))
+    return text.decode()
 
 
 def an_item(chance: random.Random) -> dict[str, Any]:
