@@ -20,7 +20,7 @@ class TestCode:
         assert run_python(BLOCKS[0], cwd=tmp_path).stdout == "{'totalSum': 6490, 'items': []} 1\n"
 
     def test_all_blocks(self, tmp_path):
-        """So do all blocks in their order; the endpoint takes a receipt, twice is once, and tells of a full buffer."""
+        """So do all blocks in their order; the endpoint takes a receipt, is idempotent, and tells of a full buffer."""
         use = """
 from fastapi.testclient import TestClient
 
@@ -46,7 +46,7 @@ with TestClient(app) as client:
         assert printed.splitlines()[-2:] == ["3", "3"]
 
     def test_breaker(self, tmp_path):
-        """The example's breaker opens after five outages in a row, leaves the operator alone, and closes again."""
+        """The example's breaker opens after five outages in a row, leaves the OFD alone, and closes again."""
         use = """
 online = False
 breaker = Breaker()

@@ -184,13 +184,13 @@ class TestFailedAttempt:
 
     @pytest.mark.parametrize("answer", [None, -1, True, "1772366405", 5.0, 2**63])
     def test_no_time(self, repository, three, answer):
-        """An answer that is no time is a failed attempt: nobody knows what it means."""
+        """An answer that is no time is a failed attempt: its meaning is unknown."""
         report = deliver_pending(repository, Ofd(first=lambda: answer))
         assert report.outcomes[three[0]] == Outcome.RETRY
         assert "the answer of send: expected a whole number" in repository.get_receipt_by_id(three[0]).last_error
 
     def test_poison(self, repository, clock, three):
-        """A receipt that always fails is dead-lettered in the end, and blocks nobody until then."""
+        """A receipt that always fails is dead-lettered in the end, and does not block others until then."""
         repository.set_config("max_retry_attempts", 3)
         ofd = Ofd(first=ValueError("poison"))
         for _ in range(3):

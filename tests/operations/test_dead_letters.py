@@ -1,4 +1,4 @@
-"""What an operator does with receipts that were given up, and what nobody may forget of them."""
+"""What an operator does with receipts that were given up, and what is kept on record of it."""
 
 import pytest
 from builders import NOON, a_receipt, an_id, new_receipt, story
@@ -15,7 +15,7 @@ def letters(repository, **options):
 
 class TestListDeadLetters:
     def test_open(self, repository, clock):
-        """The oldest first, and only what waits for somebody."""
+        """The oldest first, and only those that are open."""
         made = []
         for _ in range(3):
             made.append(a_receipt(repository, "failed").id)

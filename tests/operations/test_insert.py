@@ -94,8 +94,8 @@ class TestInsertReceipt:
             repository.mark_synced(receipt.id, NOON)
         repository.insert_receipt(new_receipt())
 
-    def test_nonsense_capacity(self, repository, engine):
-        """Somebody's nonsense in the config table is named, and nothing is stored beyond it."""
+    def test_invalid_capacity(self, repository, engine):
+        """A stored capacity that is invalid is named, and nothing is stored beyond it."""
         with engine.begin() as connection:
             connection.execute(text("UPDATE config SET value = 'abc' WHERE key = 'buffer_capacity'"))
         with pytest.raises(InvalidConfigError, match="config buffer_capacity is 'abc', expected a whole number from 1"):
@@ -227,8 +227,8 @@ class TestInsertReceipts:
         assert ids[1] == known["id"]
         assert repository.get_buffer_status().pending == 3
 
-    def test_twice_in_one_batch(self, repository, engine):
-        """An id that comes twice in a batch is a duplicate too."""
+    def test_duplicate_in_one_batch(self, repository, engine):
+        """An id that a batch holds two times is a duplicate too."""
         twice = new_receipt(id=an_id())
         before = snapshot(engine)
         with pytest.raises(DuplicateReceiptError):

@@ -20,7 +20,7 @@ class TestConfig:
         assert repository.get_config("version") == "1.0.0"
 
     def test_without_rows(self, repository, engine):
-        """The buffer works by its defaults if somebody has emptied the table."""
+        """The buffer works by its defaults if the table is empty."""
         with engine.begin() as connection:
             connection.execute(text("DELETE FROM config"))
         a_receipt(repository)
@@ -33,7 +33,7 @@ class TestConfig:
         assert repository.get_buffer_status().capacity == 7
 
     @pytest.mark.parametrize("value", ["abc", 0, -5, "0", "", "1.5", 1.5, True, None, 10**10, "9" * 5000, "٧", "１"])
-    def test_nonsense(self, repository, engine, value):
+    def test_invalid(self, repository, engine, value):
         before = snapshot(engine)
         with pytest.raises(ValueError, match="buffer_capacity: expected a whole number from 1 to 1000000000"):
             repository.set_config("buffer_capacity", value)

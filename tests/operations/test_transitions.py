@@ -121,7 +121,7 @@ class TestMoveToDlq:
         assert ("receipt_failed", receipt.id, NOON + 60) == (last.event_type, last.receipt_id, last.timestamp)
         assert {"reason": "unknown tax rate", "retry_attempts": 1} == last.details
 
-    def test_twice_is_once(self, repository, engine):
+    def test_idempotent(self, repository, engine):
         receipt = a_receipt(repository, "failed")
         before = snapshot(engine)
         assert repository.move_to_dlq(receipt.id, "again") is True

@@ -1,5 +1,5 @@
 """
-Many writers at once, on a good disk and on a slow one: nobody is locked out, nobody waits long, the WAL stays short.
+Many writers at once, on a good disk and on a slow one: no lock error, no long wait, a short WAL.
 
 And what SQLite itself gets wrong when writers and checkpoints meet, which the gate keeps from happening.
 `KKT_BUFFER_PROOF=1` goes on for longer.
@@ -158,11 +158,11 @@ def wide(path):
 class TestWriters:
     @pytest.mark.parametrize("slow", [False, True], ids=["good disk", "slow disk"])
     def test_crowd(self, wide, slow):
-        """No lock reaches a caller, nobody waits long, the WAL stays short, and all that was acknowledged is there."""
+        """No lock error reaches a caller, no wait is long, the WAL stays short, and what was acknowledged is there."""
         Crowd(wide, slow=slow).check(wide)
 
     def test_would_be_found(self, wide):
-        """Without the gate the same check fails: SQLite's busy handler starves somebody, or the WAL grows."""
+        """Without the gate the same check fails: SQLite's busy handler starves a writer, or the WAL grows."""
         crowd = Crowd(wide, slow=True, fault="no gate")
         with pytest.raises(AssertionError):
             crowd.check(wide)
@@ -171,7 +171,7 @@ class TestWriters:
 @pytest.mark.slow
 class TestReaders:
     def test_not_blocked(self, file_repository, path):
-        """While somebody keeps the write lock, status and monitor answer at once."""
+        """While a writer keeps the write lock, status and monitor answer at once."""
         monitor = create_buffer_engine(path, read_only=True)
 
         def read(_number):
@@ -212,7 +212,7 @@ class TestReaders:
         """
         While a reader keeps its snapshot the WAL grows with every insert; it shrinks as soon as the reader is gone.
 
-        There is no bound but the reader's end: no SQLite can forget what somebody reads.
+        There is no bound but the reader's end: SQLite cannot drop what is being read.
         """
         under, after = self.insert_under_a_reader(wide, 1000)
         print(
@@ -227,7 +227,7 @@ class TestReaders:
         assert after >= under > 1 << 20
 
 
-# Three write, two checkpoint in a loop, with a short WAL and a file system in memory, where nobody waits for a disk.
+# Three write, two checkpoint in a loop, with a short WAL, on a file system in memory, which is never waited for.
 WRITER = """
 import contextlib, sys, time
 from sqlalchemy import event
