@@ -93,3 +93,13 @@ class TestTables:
     def test_python_version(self):
         """The Python that runs this is one that the README allows."""
         assert sys.version_info >= (3, 11)
+
+
+def test_tests_named():
+    """What the README of the tests names is there: files, the tests and classes in them, and folders."""
+    tests = Path(__file__).parent
+    table = (tests / "README.md").read_text()
+    for file, names in re.findall(r"`([a-z_/]+\.py)`(?:: ((?:(?:test_|Test)\w+(?:, )?)+))?", table):
+        source = (tests / file).read_text()
+        assert [] == [name for name in names.split(", ") if name and not re.search(rf"(def|class) {name}\b", source)]
+    assert all((tests / folder).is_dir() for folder in re.findall(r"^\| `(\w+)/`", table, re.MULTILINE))
