@@ -190,5 +190,9 @@ def open_files(path: Path) -> list[str]:
 
 def everything(path: Path) -> list[str]:
     """All that a database holds, as SQL, read by a process of its own."""
-    program = "import sqlite3, sys; print(*sqlite3.connect(sys.argv[1]).iterdump(), sep='\\n')"
+    program = """
+        import contextlib, sqlite3, sys
+        with contextlib.closing(sqlite3.connect(sys.argv[1])) as db:
+            print(*db.iterdump(), sep="\\n")
+    """
     return run_python(program, path).stdout.splitlines()
