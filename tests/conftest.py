@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from builders import Clock
+from builders import STATUSES, Clock, a_receipt
 from sqlalchemy import Engine
 
 from kkt_buffer import ReceiptRepository, create_buffer_engine, upgrade
@@ -44,6 +44,17 @@ def migrated_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def path(migrated_file: Path, tmp_path: Path) -> Path:
     """A migrated, empty buffer on disk."""
     return Path(shutil.copy(migrated_file, tmp_path / "buffer.db"))
+
+
+@pytest.fixture
+def used(path: Path) -> Path:
+    """A buffer on disk with a receipt of every status, that nobody has open."""
+    engine = create_buffer_engine(path)
+    repository = ReceiptRepository(engine, now=Clock())
+    for status in STATUSES:
+        a_receipt(repository, status)
+    engine.dispose()
+    return path
 
 
 @pytest.fixture

@@ -68,7 +68,7 @@ ERRORS = [
     (BufferBusyError("locked"), BufferStorageError, {}),
     (BufferDamagedError("not a database"), BufferStorageError, {}),
     (DeliveryRejected("unknown tax rate"), ReceiptBufferError, {}),
-    (DeliveryUnavailable("no route to the operator"), ReceiptBufferError, {}),
+    (DeliveryUnavailable("no route to the OFD"), ReceiptBufferError, {}),
 ]
 
 every_error = pytest.mark.parametrize(
