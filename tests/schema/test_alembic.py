@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
+from alembic import command
+from alembic.config import Config
 from builders import a_receipt, everything
 from schema.helpers import ALEMBIC, HEAD, ROOT, alembic, schema
 
@@ -66,6 +68,25 @@ class TestAlembic:
         done = alembic("-x", f"db={path}", "downgrade", "base")
         assert "refusing to drop the buffer: it holds 1 receipts. Nothing was changed" in done.stdout
         assert before == everything(path)
+
+    def test_downgrade_with_settings(self, path, opened):
+        """Nor is one without receipts whose settings were changed."""
+        engine = opened(path)
+        ReceiptRepository(engine).set_config("buffer_capacity", 500)
+        engine.dispose()
+        before = everything(path)
+        done = alembic("-x", f"db={path}", "downgrade", "base")
+        assert "its settings are its own (buffer_capacity). Nothing was changed" in done.stdout
+        assert before == everything(path)
+
+    def test_without_an_ini(self, tmp_path, opened):
+        """A program may run Alembic by a configuration of its own making, without a file."""
+        path = tmp_path / "buffer.db"
+        config = Config()
+        config.set_main_option("script_location", str(migrate.SCRIPTS))
+        config.set_main_option("sqlalchemy.url", str(path))
+        command.upgrade(config, "head")
+        check(opened(path))
 
     def test_up_down_up(self, path):
         """Going down and up again arrives at the same schema."""
