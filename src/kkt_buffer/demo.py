@@ -220,9 +220,8 @@ def _play(path: str, repository: ReceiptRepository, say: Callable[[str], None]) 
     received = _until_killed(_work, (path,), KILL_AFTER // 2)
     held = repository.get_buffer_status().syncing
     say(f"   The operator has {len(received)} when the worker is killed with SIGKILL; it had leased {held} more.")
-    say(
-        f"   Nothing is stuck: in {LEASE_SECONDS} s (here; usually {CONFIG_RULES['lease_seconds'].default}) its leases are over."
-    )
+    usually = CONFIG_RULES["lease_seconds"].default
+    say(f"   Nothing is stuck: in {LEASE_SECONDS} s (here; usually {usually}) its leases are over.")
     time.sleep(LEASE_SECONDS + 1)
 
     put_right: list[str] = []
