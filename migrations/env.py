@@ -37,19 +37,17 @@ def _is_ours(name: str | None, kind: str, parents: Mapping[Any, str | None]) -> 
 
 def _add_what_autogenerate_misses(ctx: Any, _revision: Any, directives: list[MigrationScript]) -> None:  # noqa: ANN401
     """Add triggers, views, checks and partial indexes, for `alembic check` and a new migration."""
-    for script in directives:
-        up, down = script.upgrade_ops, script.downgrade_ops
-        if up is None or down is None or not getattr(context.config.cmd_opts, "autogenerate", True):
-            continue
-        told = str(up.as_diffs())
-        for difference in differences(ctx.connection):
-            if difference.kind == "table" and not difference.constraints and f"'{difference.name}'" in told:
-                continue  # its columns, which autogenerate has found
-            if difference.kind == "table" or f"'{difference.name}'" not in told:
-                _mend(difference, up, down)
+    [script] = directives
+    [up], [down] = script.upgrade_ops_list, script.downgrade_ops_list
+    told = str(up.as_diffs())
+    for difference in differences(ctx.connection):
+        if difference.kind == "table" and not difference.constraints and f"'{difference.name}'" in told:
+            continue  # its columns, which autogenerate has found
+        if difference.kind == "table" or f"'{difference.name}'" not in told:
+            _add(difference, up, down)
 
 
-def _mend(difference: Difference, up: UpgradeOps, down: DowngradeOps) -> None:
+def _add(difference: Difference, up: UpgradeOps, down: DowngradeOps) -> None:
     kind, name, expected, found = difference
     if kind == "table":
         up.ops.append(ExecuteSQLOp(f"-- write this by hand: {difference}"))

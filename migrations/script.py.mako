@@ -9,9 +9,9 @@ Rules of our migrations; delete them once they are kept:
 - Prefer ADD COLUMN, its CHECK with it. Rebuilding a table drops its triggers (make them again) and takes minutes.
 - Write SQL and columns out; import nothing from src, which will have changed when this runs.
 - Names of constraints in op.f(), or they come out doubled. Literals, not parameters, in partial indexes.
-- Triggers and views of `schema` are dropped and made anew where their text changes. `alembic check` tells.
+- Triggers and views of `sqlite.schema` are dropped and created again where their text changes. `alembic check` tells.
 - The downgrade is real: it keeps every row, or refuses with a CommandError that says what to do.
-- Test it with data in tests/test_migrate.py: up, down, up, with what each step keeps.
+- Test it with data in tests/schema: up, down, up, with what each step keeps.
 """
 
 import sqlalchemy as sa

@@ -61,7 +61,7 @@ ARROWS = {
     "operations.integrity": {"sqlite.file", "config", "errors", "models", "operations.settings"},
     "delivery": {"arguments", "errors", "models", "repository"},
     "buffer": {"delivery", "sqlite.engine", "migrate", "models", "repository"},
-    "demo": {"delivery", "sqlite.engine", "errors", "migrate", "models", "repository"},
+    "demo": {"config", "delivery", "sqlite.engine", "errors", "migrate", "models", "repository"},
     "__init__": INTERNAL | {"buffer"},
     "cli": INTERNAL | {"demo"},
     "operations": set(),

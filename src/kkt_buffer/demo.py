@@ -17,6 +17,7 @@ from typing import Any
 from sqlalchemy import func, select
 
 from kkt_buffer.backend import READ_ONLY
+from kkt_buffer.config import CONFIG_RULES
 from kkt_buffer.delivery import Outcome, deliver_pending
 from kkt_buffer.engine import create_buffer_engine
 from kkt_buffer.errors import BufferFullError, DeliveryRejected, DeliveryUnavailable
@@ -155,7 +156,8 @@ def _play(path: str, repository: ReceiptRepository, say: Callable[[str], None]) 
     received = _until_killed(_work, (path,), KILL_AFTER // 2)
     held = repository.get_buffer_status().syncing
     say(f"   The operator has {len(received)} when the worker is killed with SIGKILL; it had leased {held} more.")
-    say(f"   Nothing is stuck: in {LEASE_SECONDS} s (here; usually 300) its leases are over.")
+    usually = CONFIG_RULES["lease_seconds"].default
+    say(f"   Nothing is stuck: in {LEASE_SECONDS} s (here; usually {usually}) its leases are over.")
     time.sleep(LEASE_SECONDS + 1)
 
     put_right: list[str] = []
