@@ -2,6 +2,7 @@
 
 import contextlib
 import sqlite3
+from types import SimpleNamespace
 
 import pytest
 from builders import NOON, a_receipt, new_receipt
@@ -9,6 +10,7 @@ from sqlalchemy import text
 from sqlalchemy.exc import IntegrityError
 
 from kkt_buffer import BufferDamagedError, ReceiptRepository, SchemaError
+from kkt_buffer.sqlite import engine as layer
 
 
 def run(engine, *statements):
@@ -122,3 +124,24 @@ class TestRows:
             connection.execute(text("UPDATE config SET value = CAST(X'32f1' AS TEXT) WHERE key = 'buffer_capacity'"))
         with pytest.raises(BufferDamagedError, match="text that is no UTF-8"):
             repository.get_buffer_status()
+
+
+def test_error_without_a_connection(engine):
+    """An error that comes before there is a connection is explained too."""
+    error = UnicodeDecodeError("utf-8", b"\xff", 0, 1, "invalid start byte")
+    context = SimpleNamespace(original_exception=error, connection=None)
+    explained = layer._databases[engine].explain(context)
+    assert isinstance(explained, BufferDamagedError)
+    assert "it holds text that is no UTF-8" in str(explained)
+
+
+def test_stray_bytes(repository, caplog):
+    """One stray byte in one document does not keep the others from being delivered."""
+    for _ in range(3):
+        repository.insert_receipt(new_receipt())
+    with repository.transaction() as session:
+        session.execute(text("UPDATE receipts SET fiscal_doc = CAST(X'7B22CF' AS TEXT) WHERE rowid = 2"))
+    claimed = repository.claim_pending()
+    assert ['{"\\xcf'] == [found.fiscal_doc for found in claimed][1:2]
+    assert len(claimed) == 3
+    assert "it holds text that is no UTF-8" in caplog.text
