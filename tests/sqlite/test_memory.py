@@ -3,12 +3,11 @@
 import threading
 
 import pytest
-from builders import new_receipt
+from builders import new_receipt, together
 from sqlalchemy import StaticPool, create_engine, make_url, text
 
 from kkt_buffer import (
     ReceiptRepository,
-    create_buffer_engine,
     upgrade,
 )
 
@@ -34,11 +33,7 @@ def acknowledged_and_kept(engine):
             connection.rollback()
         rolled_back.set()
 
-    threads = [threading.Thread(target=careful), threading.Thread(target=careless)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    together(2, lambda number: (careful, careless)[number]())
     with engine.connect() as connection:
         return list(connection.scalars(text("SELECT who FROM rows")))
 
@@ -52,33 +47,25 @@ class TestMemory:
         """The usual recipe for tests in memory, one connection for all threads, loses an acknowledged row."""
         naive = create_engine("sqlite://", poolclass=StaticPool, connect_args={"check_same_thread": False})
         assert acknowledged_and_kept(naive) != ["careful"]
+        naive.dispose()
 
     def test_many_threads(self, engine):
         """Sixteen threads write and read one database: no error, nothing lost."""
         repository = ReceiptRepository(engine)
         repository.set_config("buffer_capacity", 1000)
-        errors = []
 
-        def work():
-            try:
-                for _ in range(10):
-                    repository.insert_receipt(new_receipt())
-                    repository.get_buffer_status()
-            except Exception as error:  # noqa: BLE001 (whatever it is, it is told below)
-                errors.append(error)
+        def work(_number):
+            for _ in range(10):
+                repository.insert_receipt(new_receipt())
+                repository.get_buffer_status()
 
-        threads = [threading.Thread(target=work) for _ in range(16)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        assert [] == errors
+        together(16, work)
         assert repository.get_buffer_status().pending == 160
 
     @pytest.mark.parametrize("url", [":memory:", "sqlite://", "sqlite:///:memory:", make_url("sqlite+pysqlite://")])
-    def test_own(self, url):
+    def test_own(self, url, open_engine):
         """Each engine in memory is a buffer of its own, gone with its engine."""
-        one, other = create_buffer_engine(url), create_buffer_engine(url)
+        one, other = open_engine(url), open_engine(url)
         upgrade(one)
         with other.connect() as connection, pytest.raises(Exception, match="no such table: receipts"):
             connection.execute(COUNT)
@@ -86,6 +73,6 @@ class TestMemory:
         with pytest.raises(Exception, match="no such table: receipts"), one.connect() as connection:
             connection.execute(COUNT)
 
-    def test_not_read_only(self):
+    def test_not_read_only(self, open_engine):
         with pytest.raises(ValueError, match="read_only: an in-memory buffer"):
-            create_buffer_engine(":memory:", read_only=True)
+            open_engine(":memory:", read_only=True)

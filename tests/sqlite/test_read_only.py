@@ -7,7 +7,6 @@ from sqlalchemy import text
 from kkt_buffer import (
     BufferStorageError,
     ReceiptRepository,
-    create_buffer_engine,
 )
 
 ADD = text(
@@ -18,9 +17,9 @@ COUNT = text("SELECT COUNT(*) FROM receipts")
 
 
 class TestReadOnly:
-    def test_live(self, file_repository, path):
+    def test_live(self, file_repository, path, open_engine):
         """A monitor sees what a running service commits, and its own writes are refused with a clear error."""
-        monitor = create_buffer_engine(path, read_only=True)
+        monitor = open_engine(path, read_only=True)
         watched = ReceiptRepository(monitor)
         assert watched.get_buffer_status().pending == 0
         receipt = a_receipt(file_repository)
@@ -35,19 +34,19 @@ class TestReadOnly:
                 write()
         assert file_repository.get_buffer_status() == watched.get_buffer_status()
 
-    def test_twice_refused(self, path):
+    def test_twice_refused(self, path, open_engine):
         """Not even a program that switches `query_only` off can write through it."""
-        with create_buffer_engine(path, read_only=True).connect() as connection:
+        with open_engine(path, read_only=True).connect() as connection:
             connection.connection.cursor().execute("PRAGMA query_only = OFF")
             with pytest.raises(BufferStorageError, match="it is read-only here"):
                 connection.execute(ADD, {"id": "a"})
 
-    def test_nobody_else(self, path):
+    def test_nobody_else(self, path, open_engine):
         """It works on a database that nobody has open, too."""
-        assert ReceiptRepository(create_buffer_engine(path, read_only=True)).get_buffer_status().pending == 0
+        assert ReceiptRepository(open_engine(path, read_only=True)).get_buffer_status().pending == 0
 
-    def test_missing(self, tmp_path):
+    def test_missing(self, tmp_path, open_engine):
         """It makes no file."""
         with pytest.raises(BufferStorageError, match="No such file or directory"):
-            create_buffer_engine(tmp_path / "buffer.db", read_only=True)
+            open_engine(tmp_path / "buffer.db", read_only=True)
         assert list(tmp_path.iterdir()) == []

@@ -1,16 +1,11 @@
 """What SQLite refuses of the operations' own statements is told as damage; what a service's trigger raises is not."""
 
-import contextlib
-import sqlite3
-from types import SimpleNamespace
-
 import pytest
-from builders import NOON, a_receipt, new_receipt
+from builders import NOON, a_receipt, another_program, new_receipt
 from sqlalchemy import text
 from sqlalchemy.exc import IntegrityError
 
 from kkt_buffer import BufferDamagedError, ReceiptRepository, SchemaError
-from kkt_buffer.sqlite import engine as layer
 
 
 def run(engine, *statements):
@@ -107,13 +102,11 @@ class TestRows:
         receipt_id = a_receipt(repository).id
         a_receipt(repository)
         file_engine.dispose()
-        with contextlib.closing(sqlite3.connect(path)) as connection:
+        with another_program(path) as connection:
             connection.execute("PRAGMA writable_schema = ON")
             connection.execute("UPDATE sqlite_master SET sql = replace(sql, 'id TEXT NOT NULL', 'id TEXT')")
-            connection.commit()
-        with contextlib.closing(sqlite3.connect(path)) as connection:
+        with another_program(path) as connection:
             connection.execute("UPDATE receipts SET id = NULL WHERE id <> ?", (receipt_id,))
-            connection.commit()
         assert [receipt_id] == [receipt.id for receipt in repository.get_pending_receipts()]
         assert "a row without a key" in caplog.text
 
@@ -124,15 +117,6 @@ class TestRows:
             connection.execute(text("UPDATE config SET value = CAST(X'32f1' AS TEXT) WHERE key = 'buffer_capacity'"))
         with pytest.raises(BufferDamagedError, match="text that is no UTF-8"):
             repository.get_buffer_status()
-
-
-def test_error_without_a_connection(engine):
-    """An error that comes before there is a connection is explained too."""
-    error = UnicodeDecodeError("utf-8", b"\xff", 0, 1, "invalid start byte")
-    context = SimpleNamespace(original_exception=error, connection=None)
-    explained = layer._databases[engine].explain(context)
-    assert isinstance(explained, BufferDamagedError)
-    assert "it holds text that is no UTF-8" in str(explained)
 
 
 def test_stray_bytes(repository, caplog):

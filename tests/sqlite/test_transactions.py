@@ -4,16 +4,14 @@ import contextlib
 import threading
 
 import pytest
-from builders import a_receipt, new_receipt, run_python, start_python, unmeasured
+from builders import a_receipt, new_receipt, start_python
 from sqlalchemy import NullPool, exc, text
 from sqlalchemy.exc import IntegrityError, ProgrammingError
 
 from kkt_buffer import (
     BufferBusyError,
     BufferStorageError,
-    create_buffer_engine,
 )
-from kkt_buffer.sqlite.engine import READ_ONLY
 
 ADD = text(
     "INSERT INTO receipts (id, pos_id, created_at, hlc_local_time, hlc_logical_counter, fiscal_doc)"
@@ -32,9 +30,9 @@ sys.stdin.read()
 
 
 class TestTransactions:
-    def test_immediate(self, path):
+    def test_immediate(self, path, open_engine):
         """A write transaction has the lock from its BEGIN, so that none is upgraded in the middle."""
-        first, second = create_buffer_engine(path), create_buffer_engine(path, busy_timeout=0.05)
+        first, second = open_engine(path), open_engine(path, busy_timeout=0.05)
         with first.begin() as connection:
             connection.execute(COUNT)
             with second.connect() as other, pytest.raises(BufferBusyError):
@@ -42,21 +40,21 @@ class TestTransactions:
         with second.begin() as other:
             assert other.scalar(COUNT) == 0
 
-    def test_foreign_lock(self, path):
+    def test_foreign_lock(self, path, open_engine):
         """Another program's lock is waited for, and then named."""
         with start_python(LOCK, path, stdin=-1) as other:
             assert other.stdout.readline() == "locked\n"
-            impatient = create_buffer_engine(path, busy_timeout=0.05)
+            impatient = open_engine(path, busy_timeout=0.05)
             with pytest.raises(BufferBusyError, match="another program has kept it locked"), impatient.begin() as busy:
                 busy.execute(COUNT)
-            patient = create_buffer_engine(path, busy_timeout=60)
+            patient = open_engine(path, busy_timeout=60)
             threading.Timer(0.2, other.kill).start()
             with patient.begin() as connection:
                 assert connection.scalar(COUNT) == 0
 
     def test_reader_is_free(self, file_engine):
         """A reader neither waits for the writer nor sees what is not committed, and keeps its snapshot."""
-        reader = file_engine.execution_options(**{READ_ONLY: True})
+        reader = file_engine.execution_options(kkt_buffer_read_only=True)
         with reader.connect() as reading:
             assert reading.scalar(COUNT) == 0
             with file_engine.begin() as writing:
@@ -69,7 +67,7 @@ class TestTransactions:
 
     def test_read_only_commit(self, file_engine):
         """A transaction that only reads may end in a commit like any other."""
-        with file_engine.execution_options(**{READ_ONLY: True}).begin() as connection:
+        with file_engine.execution_options(kkt_buffer_read_only=True).begin() as connection:
             assert connection.scalar(COUNT) == 0
 
     def test_rollback(self, file_engine):
@@ -113,69 +111,25 @@ class TestTransactions:
         with pytest.raises(ProgrammingError), file_engine.begin() as connection:
             connection.execute(COUNT, [{}, {}])
 
-    @pytest.mark.slow
-    def test_signals(self, path):
-        """
-        Exceptions out of a signal handler, which may come at any moment, leave nothing locked.
-
-        Such are Ctrl-C in a worker that survives it, and the time limits of job runners.
-        """
-        program = """
-            import signal, sys, time
-            from kkt_buffer import ReceiptRepository, create_buffer_engine
-
-            class Interrupted(Exception):
-                pass
-
-            def interrupt(*_):
-                raise Interrupted
-
-            engine = create_buffer_engine(sys.argv[1], busy_timeout=3)
-            repository = ReceiptRepository(engine)
-            repository.set_config("buffer_capacity", 1_000_000)
-            receipt = {"pos_id": "till-1", "fiscal_doc": "{}"}
-            signal.signal(signal.SIGALRM, interrupt)
-            acknowledged, interrupted = [], 0
-            deadline = time.monotonic() + 50
-            while interrupted < 400 and time.monotonic() < deadline:
-                try:
-                    signal.setitimer(signal.ITIMER_REAL, 0.00005 + interrupted % 97 * 0.00001)
-                    try:
-                        acknowledged.append(repository.insert_receipt(receipt))
-                    finally:
-                        signal.setitimer(signal.ITIMER_REAL, 0)
-                except Exception:  # SQLAlchemy may make something else of it
-                    interrupted += 1
-            for _ in range(3):
-                acknowledged.append(repository.insert_receipt(receipt))
-            assert interrupted == 400, interrupted
-            stored = repository.get_buffer_status().pending
-            assert all(repository.get_receipt_by_id(receipt_id) for receipt_id in acknowledged)
-            assert len(acknowledged) <= stored <= len(acknowledged) + interrupted
-            print("free")
-        """
-        # Not measured: coverage has a lock of its own, which a signal leaves locked.
-        assert run_python(program, path, env=unmeasured()).stdout == "free\n"
-
-    def test_pool(self, path):
+    def test_pool(self, path, open_engine):
         """As many connections as are asked for at once; eight stay open between their uses."""
-        own = create_buffer_engine(path)
-        reader = own.execution_options(**{READ_ONLY: True})
+        own = open_engine(path)
+        reader = own.execution_options(kkt_buffer_read_only=True)
         with contextlib.ExitStack() as stack:
             for _ in range(10):
                 stack.enter_context(reader.connect())
             assert (0, 10) == (own.pool.checkedin(), own.pool.checkedout())
         assert (8, 0) == (own.pool.checkedin(), own.pool.checkedout())
 
-    def test_limited_pool(self, path):
+    def test_limited_pool(self, path, open_engine):
         """Who wants to wait for a connection, waits."""
-        own = create_buffer_engine(path, pool_size=1, max_overflow=0, pool_timeout=0.05)
+        own = open_engine(path, pool_size=1, max_overflow=0, pool_timeout=0.05)
         with own.connect(), pytest.raises(exc.TimeoutError, match="QueuePool limit"):
             own.connect()
 
-    def test_null_pool(self, path):
+    def test_null_pool(self, path, open_engine):
         """Another pool may be asked for."""
-        own = create_buffer_engine(path, poolclass=NullPool)
+        own = open_engine(path, poolclass=NullPool)
         with own.begin() as connection:
             assert connection.scalar(COUNT) == 0
         assert isinstance(own.pool, NullPool)
