@@ -2,17 +2,14 @@
 
 import json
 import os
-import sqlite3
 import subprocess
 import sys
 import time
-from contextlib import closing
 
 import pytest
-from alembic import command
-from builders import NOON, a_receipt, everything
+from builders import NOON, a_receipt, another_program, everything
 
-from kkt_buffer import ReceiptStatus, create_buffer_engine, demo, migrate
+from kkt_buffer import ReceiptStatus, create_buffer_engine, demo
 from kkt_buffer.cli import main
 from kkt_buffer.migrate import revisions
 
@@ -20,17 +17,9 @@ HEAD = revisions()[-1]
 DAY = 86_400
 
 
-def column(path, query):
-    return [value for (value,) in rows(path, query)]
-
-
-def rows(path, query):
-    with closing(sqlite3.connect(path)) as connection:
-        return connection.execute(query).fetchall()
-
-
 def stored_tables(path):
-    return column(path, "SELECT name FROM sqlite_master")
+    with another_program(path) as connection:
+        return [name for (name,) in connection.execute("SELECT name FROM sqlite_master")]
 
 
 @pytest.fixture
@@ -61,10 +50,9 @@ def text_file(tmp_path):
 def of_another_program(tmp_path):
     """A database with a table that is called like ours, and is not."""
     path = tmp_path / "shop.db"
-    with closing(sqlite3.connect(path)) as connection:
+    with another_program(path) as connection:
         connection.execute("CREATE TABLE receipts (number INTEGER PRIMARY KEY, total REAL)")
         connection.execute("INSERT INTO receipts VALUES (1, 64.9)")
-        connection.commit()
     return path
 
 
@@ -93,12 +81,11 @@ class TestUpgrade:
         assert (f"{used}: schema {HEAD} (was {HEAD})\n", "") == capsys.readouterr()
         assert before == everything(used)
 
-    def test_old(self, tmp_path, capsys):
+    def test_old(self, tmp_path, capsys, pytestconfig):
         """A buffer of an earlier release says what it was, too."""
         path = tmp_path / "buffer.db"
-        engine = create_buffer_engine(path)
-        command.upgrade(migrate._config(engine), "0001")
-        engine.dispose()
+        alembic = [sys.executable, "-m", "alembic", "-x", f"db={path}", "upgrade", "0001"]
+        subprocess.run(alembic, cwd=pytestconfig.rootpath, check=True, capture_output=True)
         assert 0 == main(["upgrade", str(path)])
         assert (f"{path}: schema {HEAD} (was 0001)\n", "") == capsys.readouterr()
 
@@ -205,9 +192,8 @@ class TestErrors:
     @pytest.mark.parametrize("command", ["status", "upgrade", "demo"])
     def test_newer(self, command, used, refused):
         """What a newer release made is not for this one to touch."""
-        with closing(sqlite3.connect(used)) as connection:
+        with another_program(used) as connection:
             connection.execute("UPDATE kkt_buffer_version SET version_num = '9999'")
-            connection.commit()
         before = everything(used)
         assert "schema 9999, made by kkt-buffer 1.0.0; this is" in refused(command, used)
         assert before == everything(used)
@@ -229,9 +215,8 @@ class TestErrors:
         assert before == everything(of_another_program)
 
     def test_nonsense_in_config(self, used, refused):
-        with closing(sqlite3.connect(used)) as connection:
+        with another_program(used) as connection:
             connection.execute("UPDATE config SET value = 'many' WHERE key = 'buffer_capacity'")
-            connection.commit()
         assert "config buffer_capacity is 'many'" in refused("status", used)
 
     @pytest.mark.parametrize(
@@ -262,7 +247,11 @@ class TestErrors:
 
     def test_broken_demo(self, path, monkeypatch, refused):
         """A demo that does not prove what it should is an error like any other."""
-        monkeypatch.setattr(demo, "_until_killed", lambda work, arguments, count: ["lost"])
+
+        def broken(path):
+            raise RuntimeError("1 acknowledged receipts are not in the buffer: ['lost']")
+
+        monkeypatch.setattr(demo, "run", broken)
         assert "error: 1 acknowledged receipts are not in the buffer: ['lost']" == refused("demo", path)
 
     def test_reader_gone(self, path):
