@@ -158,8 +158,10 @@ class TestProcesses:
     def test_disposed_inside(self, path, open_engine):
         """An engine that is disposed of inside a transaction keeps the others out until the transaction has ended."""
         engine = open_engine(path)
+        pool = engine.pool
         with engine.begin() as connection:
             connection.exec_driver_sql("SELECT COUNT(*) FROM receipts")
             engine.dispose()
             assert "busy" == another_process(path, 0)
+        pool.dispose()  # the connection went back to the pool that it came from
         assert "inserted" == another_process(path, 10)
