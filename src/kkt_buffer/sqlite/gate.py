@@ -83,11 +83,11 @@ class WriteGate:
 
     @contextmanager
     def held_if_free(self) -> Iterator[None]:
-        """Hold the gate for a block unless somebody else does."""
+        """Hold the gate for a block unless somebody else does, or its file cannot be opened."""
         holder = object()
         try:
             if not self.is_mine and self._place.setdefault("", (holder, threading.get_ident()))[0] is holder:
-                with contextlib.suppress(BlockingIOError):
+                with contextlib.suppress(OSError):
                     self._open_and_lock()
             yield
         finally:
