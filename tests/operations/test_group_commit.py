@@ -16,7 +16,6 @@ from kkt_buffer import (
     DuplicateReceiptError,
     InvalidConfigError,
     ReceiptRepository,
-    create_buffer_engine,
     group_commit,
 )
 
@@ -201,10 +200,10 @@ class TestAllFail:
         assert sorted(of_kind(str, outcomes)) == sorted(crowd.stored)
         assert len(outcomes) == len(of_kind((str, BufferStorageError), outcomes))
 
-    def test_busy(self, path):
+    def test_busy(self, path, open_engine):
         """Nobody can begin: that is told to each."""
-        other = create_buffer_engine(path)
-        crowd = Crowd(create_buffer_engine(path, busy_timeout=0.05))
+        other = open_engine(path)
+        crowd = Crowd(open_engine(path, busy_timeout=0.05))
         with other.begin() as connection:
             connection.execute(text("SELECT 1"))
             outcomes = crowd.insert([new_receipt() for _ in range(4)])
