@@ -10,6 +10,7 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+import pytest
 from builders import NOON, an_id, new_receipt
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
@@ -419,6 +420,7 @@ BufferMachine.TestCase.settings = settings(
 )
 
 
+@pytest.mark.one_python
 class TestBuffer(BufferMachine.TestCase):
     def runTest(self):  # noqa: N802 (unittest's name)
         super().runTest()
