@@ -1,9 +1,9 @@
 """
 The tests on every Python that the package supports, with the other SQLite library, and on the oldest SQLAlchemy.
 
-`matrix.py` runs all of them, two at a time; `matrix.py NAME …` those that are named. The Python that runs this program
-is the one of `make test`, which need not be repeated. What this machine does not have is said loudly, at the beginning
-and at the end.
+`matrix.py` runs all of them, two at a time; `matrix.py NAME …` those that are named, and fails if one is missing. The
+Python that runs this program is the one of `make test`, which need not be repeated. What this machine does not have is
+said loudly, at the beginning and at the end.
 """
 
 import glob
@@ -119,7 +119,7 @@ def main(names: list[str]) -> int:
         say(run.name, outcome)
     for version in absent:
         say(version, f"NOT TESTED: there is no Python {version} on PATH or under pyenv")
-    return int(any("FAILED" in outcome for outcome in outcomes))
+    return int(any("FAILED" in outcome for outcome in outcomes) or bool(names and absent))
 
 
 if __name__ == "__main__":
