@@ -2,6 +2,7 @@
 
 import contextlib
 import faulthandler
+import functools
 import json
 import os
 import subprocess
@@ -13,12 +14,17 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import pytest
 from sqlalchemy import Engine, event, text
 
-from kkt_buffer import Receipt, ReceiptRepository, ReceiptStatus
+from kkt_buffer import Receipt, ReceiptRepository, ReceiptStatus, create_buffer_engine
+from kkt_buffer.sqlite.engine import driver_of
+
+if TYPE_CHECKING:
+    import sqlite3
 
 T = TypeVar("T")
 
@@ -151,6 +157,23 @@ def start_python(program: str, *arguments: object, before: Iterable[str] = (), *
         text=True,
         **options,
     )
+
+
+@functools.cache
+def driver() -> ModuleType:
+    """The SQLite library that the package uses. A second library in one process would cancel the locks of the first."""
+    engine = create_buffer_engine(":memory:")
+    try:
+        return driver_of(engine)
+    finally:
+        engine.dispose()
+
+
+@contextlib.contextmanager
+def another_program(path: Path, **options: Any) -> "Iterator[sqlite3.Connection]":
+    """A connection as another program opens it: of plain SQLite, in autocommit, closed at the end of the block."""
+    with contextlib.closing(driver().connect(path, isolation_level=None, **options)) as connection:
+        yield connection
 
 
 @contextlib.contextmanager

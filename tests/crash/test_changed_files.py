@@ -1,7 +1,7 @@
 """
 Files that are cut short under a service, copied without their WAL, or damaged: refused rather than written to.
 
-That a file which was deleted or replaced is noticed is in `test_engine.py`, TestReplacedFiles.
+That a file which was deleted or replaced is noticed is in `sqlite/test_replaced_files.py`.
 """
 
 import contextlib
@@ -107,9 +107,9 @@ class TestTruncated:
         assert service.get_buffer_status().pending == 24
         assert len(found_by_another(path).split()) == 24
 
-    def test_limited_by_sqlite(self, service, path, monkeypatch):
+    def test_limited_by_sqlite(self, service, path, monkeypatch, open_engine):
         """A WAL that SQLite has cut to its limit, after a long reader, is nothing to read the whole file for."""
-        with create_buffer_engine(path, read_only=True).connect() as reader:
+        with open_engine(path, read_only=True).connect() as reader:
             reader.execute(text("SELECT COUNT(*) FROM receipts"))
             for _ in range(20):
                 service.insert_receipt(new_receipt(fiscal_doc={"text": "x" * 100_000}))

@@ -236,11 +236,11 @@ class TestFullDisk:
         assert sorted(kept) == sorted(stored(small_disk / "buffer.db"))
         print(f"filled by {by}: {len(kept) - 50} kept before, 50 after")
 
-    def test_restart(self, repository, small_disk):
+    def test_restart(self, repository, small_disk, open_engine):
         """A service that is started again on the disk that it has filled finds all that it acknowledged."""
         kept = self.fill_up(repository)
         repository._sessions.get_bind().dispose()
-        with contextlib.closing(create_buffer_engine(small_disk / "buffer.db").raw_connection()) as other:
+        with contextlib.closing(open_engine(small_disk / "buffer.db").raw_connection()) as other:
             assert len(kept) == other.cursor().execute("SELECT COUNT(*) FROM receipts").fetchone()[0]
         assert len(kept) == repository.get_buffer_status().pending
 

@@ -5,7 +5,7 @@ import stat
 import pytest
 from builders import a_receipt, everything
 
-from kkt_buffer import BufferStorageError, ReceiptRepository, create_buffer_engine
+from kkt_buffer import BufferStorageError, ReceiptRepository
 from kkt_buffer.sqlite.file import backup
 
 
@@ -24,12 +24,11 @@ class TestBackup:
         assert stat.S_IMODE(target.stat().st_mode) == 0o600
         assert [] == left_behind(target.parent)
 
-    def test_is_a_buffer(self, tmp_path, file_engine, file_repository):
+    def test_is_a_buffer(self, tmp_path, file_engine, file_repository, open_engine):
         receipt = a_receipt(file_repository)
         backup(file_engine, tmp_path / "copy.db")
-        copy = create_buffer_engine(tmp_path / "copy.db")
+        copy = open_engine(tmp_path / "copy.db")
         assert [receipt.id] == [found.id for found in ReceiptRepository(copy).get_pending_receipts()]
-        copy.dispose()
 
     def test_of_memory(self, tmp_path, engine, repository):
         receipt = a_receipt(repository)

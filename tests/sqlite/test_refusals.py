@@ -1,10 +1,7 @@
 """What SQLite refuses of the operations' own statements is told as damage; what a service's trigger raises is not."""
 
-import contextlib
-import sqlite3
-
 import pytest
-from builders import NOON, a_receipt, new_receipt
+from builders import NOON, a_receipt, another_program, new_receipt
 from sqlalchemy import text
 from sqlalchemy.exc import IntegrityError
 
@@ -105,13 +102,11 @@ class TestRows:
         receipt_id = a_receipt(repository).id
         a_receipt(repository)
         file_engine.dispose()
-        with contextlib.closing(sqlite3.connect(path)) as connection:
+        with another_program(path) as connection:
             connection.execute("PRAGMA writable_schema = ON")
             connection.execute("UPDATE sqlite_master SET sql = replace(sql, 'id TEXT NOT NULL', 'id TEXT')")
-            connection.commit()
-        with contextlib.closing(sqlite3.connect(path)) as connection:
+        with another_program(path) as connection:
             connection.execute("UPDATE receipts SET id = NULL WHERE id <> ?", (receipt_id,))
-            connection.commit()
         assert [receipt_id] == [receipt.id for receipt in repository.get_pending_receipts()]
         assert "a row without a key" in caplog.text
 
@@ -122,3 +117,15 @@ class TestRows:
             connection.execute(text("UPDATE config SET value = CAST(X'32f1' AS TEXT) WHERE key = 'buffer_capacity'"))
         with pytest.raises(BufferDamagedError, match="text that is no UTF-8"):
             repository.get_buffer_status()
+
+
+def test_stray_bytes(repository, caplog):
+    """One stray byte in one document does not keep the others from being delivered."""
+    for _ in range(3):
+        repository.insert_receipt(new_receipt())
+    with repository.transaction() as session:
+        session.execute(text("UPDATE receipts SET fiscal_doc = CAST(X'7B22CF' AS TEXT) WHERE rowid = 2"))
+    claimed = repository.claim_pending()
+    assert ['{"\\xcf'] == [found.fiscal_doc for found in claimed][1:2]
+    assert len(claimed) == 3
+    assert "it holds text that is no UTF-8" in caplog.text

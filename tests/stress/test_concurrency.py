@@ -78,11 +78,9 @@ def assert_all_there(path, acknowledged):
 
 @pytest.mark.slow
 class TestProcesses:
-    def test_nothing_lost(self, path):
+    def test_nothing_lost(self, path, open_engine):
         """Four processes of four threads each: every acknowledged receipt is there, once, and HLC follows commits."""
-        engine = create_buffer_engine(path)
-        ReceiptRepository(engine).set_config("buffer_capacity", 10_000)
-        engine.dispose()
+        ReceiptRepository(open_engine(path)).set_config("buffer_capacity", 10_000)
         acknowledged = sell(path, threads=4, each=25)
         assert len(acknowledged) == PROCESSES * 4 * 25
         assert_all_there(path, acknowledged)
@@ -207,9 +205,9 @@ class TestThreads:
             status.dlq_size,
         )
 
-    def test_short_lived(self, path):
+    def test_short_lived(self, path, open_engine):
         """A thousand short-lived threads leave no connection, transaction or file open behind them."""
-        engine = create_buffer_engine(path)
+        engine = open_engine(path)
         repository = ReceiptRepository(engine)
         repository.set_config("buffer_capacity", 10_000)
         repository.insert_receipt(new_receipt())

@@ -8,6 +8,7 @@ import contextlib
 import tempfile
 from pathlib import Path
 
+import pytest
 from builders import NOON, PROOF, an_id, new_receipt
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
@@ -383,6 +384,7 @@ BufferMachine.TestCase.settings = settings(
 )
 
 
+@pytest.mark.one_python
 class TestBuffer(BufferMachine.TestCase):
     def runTest(self):  # noqa: N802 (unittest's name)
         super().runTest()

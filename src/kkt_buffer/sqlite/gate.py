@@ -88,7 +88,7 @@ class WriteGate:
 
     @contextmanager
     def held_if_free(self) -> Iterator[None]:
-        """Hold the gate for a block unless somebody else does."""
+        """Hold the gate for a block unless somebody else does, or its file cannot be opened."""
         holder = object()
         if not self._lock.acquire(blocking=False):
             yield
@@ -96,7 +96,7 @@ class WriteGate:
         self._thread, self._holder = threading.get_ident(), holder
         try:
             if self._path is not None and self._place is None:
-                with contextlib.suppress(BlockingIOError):
+                with contextlib.suppress(OSError):
                     fcntl.flock(self._open(self._path), fcntl.LOCK_EX | fcntl.LOCK_NB)
             yield
         finally:
