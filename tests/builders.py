@@ -21,7 +21,7 @@ import pytest
 from sqlalchemy import Engine, event, text
 
 from kkt_buffer import Receipt, ReceiptRepository, ReceiptStatus, create_buffer_engine
-from kkt_buffer.sqlite.engine import driver_of
+from kkt_buffer.backend import backend_of
 
 if TYPE_CHECKING:
     import sqlite3
@@ -164,7 +164,7 @@ def driver() -> ModuleType:
     """The SQLite library that the package uses. A second library in one process would cancel the locks of the first."""
     engine = create_buffer_engine(":memory:")
     try:
-        return driver_of(engine)
+        return backend_of(engine).driver
     finally:
         engine.dispose()
 

@@ -337,6 +337,7 @@ class TestReadOnly:
         program = """
             import os, sys
             from kkt_buffer import BufferStorageError, ReceiptRepository, create_buffer_engine
+            create_buffer_engine(":memory:").dispose()  # this user may not import what is not imported yet
             os.setuid(65534)
             folder = os.path.dirname(sys.argv[1])
             engine = create_buffer_engine(sys.argv[1])

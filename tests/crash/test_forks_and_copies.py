@@ -18,7 +18,7 @@ from kkt_buffer import ReceiptRepository, create_buffer_engine
 COPIED = """
 import shutil, sqlite3, subprocess, sys
 from kkt_buffer import BufferStorageError, ReceiptRepository, create_buffer_engine
-from kkt_buffer.sqlite.engine import GuardedConnection
+from kkt_buffer.sqlite.connection import GuardedConnection
 
 path, fault = sys.argv[1:]
 OTHER = "import sqlite3, sys; c = sqlite3.connect(sys.argv[1]); c.execute('SELECT 1 FROM receipts'); c.close()"

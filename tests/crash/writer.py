@@ -16,7 +16,7 @@ import uuid
 from crash.facts import Story, digest
 
 from kkt_buffer import DeliveryRejected, ReceiptRepository, buffer, migrate
-from kkt_buffer.sqlite import engine
+from kkt_buffer.sqlite import engine, file
 
 TILLS = 3
 ROUNDS = 2
@@ -34,7 +34,7 @@ def normal_synchronous():
 
 def unsynced_folders():
     """A new folder's name may be lost."""
-    engine.sync_folder = lambda folder: None
+    file.sync_folder = lambda folder: None
 
 
 FAULTS = {"": lambda: None, "synchronous=NORMAL": normal_synchronous, "folders not synced": unsynced_folders}

@@ -4,7 +4,7 @@ import pytest
 from builders import NOON, a_receipt, snapshot
 from sqlalchemy import text
 
-from kkt_buffer.models import CONFIG_RULES
+from kkt_buffer.config import CONFIG_RULES
 
 
 class TestConfig:

@@ -9,7 +9,7 @@ import predecessor
 import pytest
 from builders import PROOF, new_receipt, open_files, run_python, start_python, together
 
-from kkt_buffer import BufferFullError, ReceiptRepository, create_buffer_engine
+from kkt_buffer import BufferFullError, ReceiptRepository
 
 ROOT = Path(__file__).parents[2]
 THREADS = 16

@@ -18,7 +18,7 @@ from builders import PROOF, new_receipt, start_python, together, unproven
 from sqlalchemy import event, text
 
 from kkt_buffer import ReceiptRepository, create_buffer_engine
-from kkt_buffer.sqlite.engine import READ_ONLY
+from kkt_buffer.backend import READ_ONLY
 
 PROCESSES = 4
 THREADS = 8

@@ -57,16 +57,20 @@ class GuardedConnection(sqlite3.Connection if TYPE_CHECKING else object):  # typ
         self.refuse_child()
         database = self.database
         write = write and not database.read_only
-        if write:
-            self.is_writing = True
-            database.gate.acquire(self)
-        with storage_errors(database, database.driver):
-            if self.files is not None:
-                self.files.before(self, write=write)
-            if self.query_only is write:
-                self.execute(f"PRAGMA query_only = {not write}")
-                self.query_only = not write
-            self.execute("BEGIN IMMEDIATE" if write else "BEGIN")
+        try:
+            with storage_errors(database, database.driver):
+                if write:
+                    self.is_writing = True
+                    database.gate.acquire(self)
+                if self.files is not None:
+                    self.files.before(self, write=write)
+                if self.query_only is write:
+                    self.execute(f"PRAGMA query_only = {not write}")
+                    self.query_only = not write
+                self.execute("BEGIN IMMEDIATE" if write else "BEGIN")
+        except BaseException:
+            self.finish()
+            raise
         self.is_begun, self.began = True, time.monotonic()
 
     def commit(self) -> None:
@@ -75,7 +79,7 @@ class GuardedConnection(sqlite3.Connection if TYPE_CHECKING else object):  # typ
         self.execute("COMMIT")
         if self.is_writing and self.files is not None:
             self.files.after()
-        self._finish()
+        self.finish()
 
     def rollback(self) -> None:
         """Roll back, and let the next writer in."""
@@ -83,7 +87,7 @@ class GuardedConnection(sqlite3.Connection if TYPE_CHECKING else object):  # typ
             try:
                 super().rollback()
             finally:
-                self._finish()
+                self.finish()
 
     def close(self) -> None:
         """
@@ -100,7 +104,7 @@ class GuardedConnection(sqlite3.Connection if TYPE_CHECKING else object):  # typ
                 with self.database.gate.held_if_free():
                     super().close()
         finally:
-            self._finish()
+            self.finish()
 
     def refuse_child(self) -> None:
         """Raise if this is not the process that opened the connection."""
@@ -112,7 +116,8 @@ class GuardedConnection(sqlite3.Connection if TYPE_CHECKING else object):  # typ
         """Whether SQLite has ended a write transaction of ours by itself."""
         return self.is_writing and self.is_begun and not self.in_transaction
 
-    def _finish(self) -> None:
+    def finish(self) -> None:
+        """The transaction is over, whoever ended it: let the next writer in."""
         lasted = time.monotonic() - self.began if self.is_writing and self.is_begun else 0.0
         self.is_begun = False
         if self.is_writing:

@@ -301,11 +301,13 @@ class Database(Backend):
 
     def _handle_error(self, context: ExceptionContext) -> BaseException | None:
         connection = context.connection
-        is_open = connection is not None and not connection.closed and not connection.invalidated
-        if connection is not None and is_open and driver_connection(connection).was_rolled_back:
-            # What came next would be committed statement by statement: nothing may come next.
-            context.is_disconnect = True
-            context.invalidate_pool_on_disconnect = False
+        if connection is not None and not connection.closed and not connection.invalidated:
+            driver = driver_connection(connection)
+            if driver.was_rolled_back:
+                # What came next would be committed statement by statement: nothing may come next.
+                driver.finish()
+                context.is_disconnect = True
+                context.invalidate_pool_on_disconnect = False
         return storage_error(self, context.original_exception)
 
     def _disposed(self, _engine: Engine) -> None:
