@@ -21,7 +21,7 @@ PLANS = {
     "receipts.DEAD_LETTER": [BY_ID],
     "receipts.FAIL": [BY_ID],
     "receipts.KNOWN": [BY_ID],
-    "receipts.LAST_HLC": ["SCAN receipts USING COVERING INDEX idx_receipts_hlc"],
+    "receipts.LAST_HLC": ["SCAN buffer_state"],
     "receipts.MARK_FAILED_SYNCED": [BY_ID],
     "receipts.MARK_SYNCED": [BY_ID],
     "receipts.PENDING": ["SCAN receipts USING INDEX idx_receipts_status"],
@@ -52,21 +52,22 @@ PLANS = {
     ],
     "dead_letters.REVIVE": [BY_ID],
     "status.DUE": [
-        "SEARCH receipts USING INDEX idx_receipts_undelivered (created_at<?)",
+        "SCAN receipts",
         "CORRELATED SCALAR SUBQUERY",
         OPEN_LETTER,
+        "USE TEMP B-TREE FOR ORDER BY",
     ],
-    # buffer_counts has five rows.
     "status.STATUS": [
-        "CO-ROUTINE",
-        "SCAN buffer_counts",
+        "SCAN buffer_state",
         "SCALAR SUBQUERY",
         SETTING,
-        "SCAN",
         "SCALAR SUBQUERY",
-        "SCAN receipts USING INDEX idx_receipts_undelivered",
+        SETTING,
+        "SCALAR SUBQUERY",
+        "SCAN receipts",
         "CORRELATED SCALAR SUBQUERY",
         OPEN_LETTER,
+        "USE TEMP B-TREE FOR ORDER BY",
         "SCALAR SUBQUERY",
         SETTING,
         "SCALAR SUBQUERY",
@@ -119,10 +120,12 @@ OPERATIONS = {
     "prune": lambda repository, _: repository.prune(),
 }
 
-SMALL = {"SCAN config", "SCAN buffer_counts", "SCAN m"}  # settings, five counts, the schema
+SMALL = {"SCAN config", "SCAN buffer_state", "SCAN m"}  # settings, one row, the schema
 # By number from one end of the table to the LIMIT; and what no till waits for.
 KNOWN = {
     "get_events": {"SCAN buffer_events"},
+    "get_buffer_status": {"SCAN receipts", "USE TEMP B-TREE FOR ORDER BY"},
+    "get_receipts_due": {"SCAN receipts", "USE TEMP B-TREE FOR ORDER BY"},
     "prune": {"SCAN buffer_events", "SCAN dlq", "SCAN letter"},
     "list_dead_letters": {"USE TEMP B-TREE FOR ORDER BY"},
 }
