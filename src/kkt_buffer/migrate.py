@@ -56,19 +56,22 @@ def upgrade(engine: Engine) -> None:
     if found == revisions()[-1]:
         return
     with _silent_alembic():
-        _upgrade(engine)
-    logger.info("upgraded the schema from %s to %s", found or "none", revisions()[-1])
+        has_migrated = _upgrade(engine)
+    if has_migrated:
+        logger.info("upgraded the schema from %s to %s", found or "none", revisions()[-1])
     backend_of(engine).upgraded(engine)
 
 
-def _upgrade(engine: Engine) -> None:
+def _upgrade(engine: Engine) -> bool:
+    """Run the steps that are missing; False if another process has run them meanwhile."""
     from alembic import command  # noqa: PLC0415 (costs as much as all of SQLAlchemy, and is rarely needed)
     from alembic.util import CommandError  # noqa: PLC0415
 
+    config = alembic_config(engine)
     deadline = time.monotonic() + LOCK_TIMEOUT_SECONDS
     while True:
         try:
-            command.upgrade(alembic_config(engine), "head")
+            command.upgrade(config, "head")
         except BufferBusyError:
             if time.monotonic() > deadline:
                 raise
@@ -84,7 +87,7 @@ def _upgrade(engine: Engine) -> None:
                 f"{reason}"
             ) from error
         else:
-            return
+            return bool(config.attributes["has_migrated"])
 
 
 def current(engine: Engine) -> str | None:

@@ -228,7 +228,8 @@ class TestRecording:
 
 TAMPERED = {
     "UPDATE receipts SET last_error = 'x' WHERE rowid = (SELECT MIN(rowid) FROM receipts)": "acknowledged was",
-    "UPDATE receipts SET hlc_local_time = hlc_local_time + 1 WHERE rowid = (SELECT MIN(rowid) FROM receipts)": "HLC",
+    "DROP TRIGGER trg_guard_acknowledged; UPDATE receipts SET hlc_local_time = hlc_local_time + 1"
+    " WHERE rowid = (SELECT MIN(rowid) FROM receipts)": "HLC",
     "INSERT INTO buffer_events (event_type, receipt_id, timestamp) SELECT event_type, receipt_id, timestamp"
     " FROM buffer_events WHERE receipt_id IS NOT NULL LIMIT 1": "acknowledged was",
     "INSERT INTO buffer_events (event_type, timestamp) VALUES ('sync_started', 1)": "acknowledged was [None]",
@@ -255,7 +256,7 @@ class TestJudge:
         """What is not as it should be is seen, and what does not matter is not."""
         facts = known_facts(buffer_file)
         connection = sqlite3.connect(buffer_file)
-        connection.execute(statement)
+        connection.executescript(statement)
         connection.commit()
         connection.close()
         complaints = "; ".join(judge(buffer_file, facts, []))

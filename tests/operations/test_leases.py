@@ -7,7 +7,7 @@ from builders import NOON, a_receipt, an_id, new_receipt, story, together
 
 from kkt_buffer import LeaseLostError, ReceiptNotFoundError, ReceiptRepository
 
-LEASE = 300
+LEASE = 60
 
 
 @pytest.fixture

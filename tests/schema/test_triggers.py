@@ -110,6 +110,9 @@ class TestState:
             add(other, stamp=stamp)
         assert before == state(file_engine)
 
+    def test_negative_counter(self, other):
+        refused(other, f"{ADD} ('r', 't', 1, 1, -1, '{{}}')", "ck_receipts_hlc_logical_counter")
+
     def test_moved(self, other, file_engine):
         """Every move of a status, and every dead letter, is counted."""
         for number in range(5):

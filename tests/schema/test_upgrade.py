@@ -141,7 +141,7 @@ class TestUpgrade:
 
 
 class TestLocked:
-    """Somebody else has the file locked: most likely it is upgrading it."""
+    """Another process has the file locked; it may be upgrading it."""
 
     @pytest.fixture
     def locked(self, tmp_path, opened):
@@ -165,6 +165,21 @@ class TestLocked:
         monkeypatch.setattr(command, "upgrade", run)
         upgrade(engine)
         assert rolled_back
+        check(engine)
+
+    def test_another_was_first(self, tmp_path, opened, caplog, monkeypatch):
+        """What another process has done while this one waited is not reported as its own work."""
+        engine = opened(tmp_path / "buffer.db")
+
+        def run(config, target):
+            original(migrate.alembic_config(opened(tmp_path / "buffer.db")), target)
+            original(config, target)
+
+        original = command.upgrade
+        monkeypatch.setattr(command, "upgrade", run)
+        with caplog.at_level(logging.INFO, logger="kkt_buffer"):
+            upgrade(engine)
+        assert "upgraded the schema" not in caplog.text
         check(engine)
 
     def test_gives_up(self, locked, monkeypatch):
