@@ -2,11 +2,10 @@
 
 import json
 import random
-import sqlite3
 import uuid
 from contextlib import closing
 
-from builders import NOON
+from builders import NOON, driver
 
 DDL = """
 PRAGMA journal_mode = WAL;
@@ -119,7 +118,7 @@ def statements():
     found, so_far = [], ""
     for line in DDL.replace("PRAGMA journal_mode = WAL;", "").splitlines(keepends=True):
         so_far += line
-        if sqlite3.complete_statement(so_far):
+        if driver().complete_statement(so_far):
             found.append(so_far)
             so_far = ""
     return found
@@ -128,7 +127,7 @@ def statements():
 def make(path, rows=0, *, neighbours=True):
     """Make such a file with this many receipts, most of them delivered, and some of everything."""
     chance = random.Random(rows)
-    with closing(sqlite3.connect(path)) as db:
+    with closing(driver().connect(path)) as db:
         db.executescript(DDL + (NEIGHBOURS if neighbours else ""))
         db.execute("INSERT INTO config VALUES ('shop', 'Ромашка', ?)", (NOON,))
         for number in range(rows):

@@ -6,7 +6,6 @@ import logging
 import os
 import pty
 import shutil
-import sqlite3
 import stat
 import subprocess
 import sys
@@ -15,7 +14,7 @@ from pathlib import Path
 import predecessor
 import pytest
 from alembic import command
-from builders import NOON, everything
+from builders import NOON, driver, everything
 
 from kkt_buffer import (
     BufferStorageError,
@@ -38,14 +37,14 @@ HEAD = migrate.revisions()[-1]
 
 def rows(path, table):
     """The rows of a table by their first column, as SQLite has them."""
-    with contextlib.closing(sqlite3.connect(path)) as db:
-        db.row_factory = sqlite3.Row
+    with contextlib.closing(driver().connect(path)) as db:
+        db.row_factory = driver().Row
         return {row[0]: dict(row) for row in db.execute(f"SELECT * FROM {table}")}
 
 
 def run(path, *statements):
     """Change a file of the predecessor by hand."""
-    with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as db:
+    with contextlib.closing(driver().connect(path, isolation_level=None)) as db:
         for statement in statements:
             db.execute(*((statement,) if isinstance(statement, str) else statement))
 
@@ -166,12 +165,12 @@ class TestWhole:
     def test_order_of_rows(self, tmp_path):
         """The order in which the rows were made is kept; other tables may rely on it."""
         path = predecessor.make(tmp_path / "old.db", 50)
-        with contextlib.closing(sqlite3.connect(path)) as db:
+        with contextlib.closing(driver().connect(path)) as db:
             db.execute("DELETE FROM receipts WHERE rowid % 7 = 0")
             db.commit()
             before = db.execute("SELECT rowid, id FROM receipts ORDER BY rowid").fetchall()
         adopt(path)
-        with contextlib.closing(sqlite3.connect(path)) as db:
+        with contextlib.closing(driver().connect(path)) as db:
             assert before == db.execute("SELECT rowid, id FROM receipts ORDER BY rowid").fetchall()
 
     @pytest.mark.slow
@@ -185,7 +184,7 @@ class TestWhole:
         assert status.total_receipts == 100_000
         assert "6 rows of config" in caplog.text
         assert "100000 rows of receipts" in caplog.text
-        with contextlib.closing(sqlite3.connect(path)) as db:
+        with contextlib.closing(driver().connect(path)) as db:
             assert ("ok",) == db.execute("PRAGMA integrity_check").fetchone()
 
     def test_once(self, old):
@@ -460,7 +459,7 @@ class TestOthers:
         names = ("pos_sessions", "cash_transactions", "loyalty", "v_turnover", "v_recent_events", "shop_points")
 
         def others():
-            with contextlib.closing(sqlite3.connect(path)) as db:
+            with contextlib.closing(driver().connect(path)) as db:
                 found = db.execute("SELECT name, sql FROM sqlite_master").fetchall()
                 data = [db.execute(f"SELECT * FROM {name}").fetchall() for name in (*names[:4],)]
                 return {name: sql for name, sql in found if name in (*names, "idx_cash_receipt")}, data
@@ -473,7 +472,7 @@ class TestOthers:
         ReceiptRepository(engine).insert_receipt({"pos_id": "till-1", "fiscal_doc": {}})
         engine.dispose()
         assert len(rows(path, "loyalty")) == 21
-        with contextlib.closing(sqlite3.connect(path)) as db:
+        with contextlib.closing(driver().connect(path)) as db:
             newest = db.execute("SELECT event_type, event_time FROM v_recent_events LIMIT 1").fetchone()
             db.execute("PRAGMA foreign_keys = ON")
             assert [] == db.execute("PRAGMA foreign_key_check").fetchall()
@@ -481,7 +480,7 @@ class TestOthers:
 
     def test_our_old_indexes_go(self, old):
         adopt(old)
-        with contextlib.closing(sqlite3.connect(old)) as db:
+        with contextlib.closing(driver().connect(old)) as db:
             names = {name for (name,) in db.execute("SELECT name FROM sqlite_master WHERE type = 'index'")}
         gone = {"idx_receipts_created_at", "idx_receipts_retry", "idx_dlq_failed_at", "idx_events_timestamp"}
         assert names.isdisjoint(gone)
@@ -523,7 +522,7 @@ class TestOthers:
         """What SQLite cannot add again as it was is kept as a plain column, with its values."""
         ddl = "email TEXT UNIQUE, -- a comment, with a comma\n    pos_id TEXT NOT NULL"
         path = tmp_path / "old.db"
-        with contextlib.closing(sqlite3.connect(path)) as db:
+        with contextlib.closing(driver().connect(path)) as db:
             db.executescript(predecessor.DDL.replace("pos_id TEXT NOT NULL", ddl, 1))
         run(path, receipt(), "UPDATE receipts SET email = 'a@b'")
         adopt(path)

@@ -5,7 +5,6 @@ import logging
 import os
 import re
 import shutil
-import sqlite3
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +12,7 @@ from pathlib import Path
 import pytest
 from alembic import command
 from alembic.util import CommandError
-from builders import NOON, a_receipt, everything, new_receipt, run_python
+from builders import NOON, a_receipt, driver, everything, new_receipt, run_python
 from sqlalchemy import inspect, text
 
 from kkt_buffer import (
@@ -241,7 +240,7 @@ class TestPatience:
     def locked(self, tmp_path):
         """A new buffer that is locked, and how to unlock it."""
         engine = create_buffer_engine(tmp_path / "buffer.db", busy_timeout=0.05)
-        with contextlib.closing(sqlite3.connect(tmp_path / "buffer.db", isolation_level=None)) as other:
+        with contextlib.closing(driver().connect(tmp_path / "buffer.db", isolation_level=None)) as other:
             other.execute("BEGIN IMMEDIATE")
             yield engine, other
         engine.dispose()
@@ -428,7 +427,7 @@ class TestCheck:
     def tampered(self, request, path):
         """A buffer that is not as it should be, and how."""
         change, told = TAMPERED[request.param]
-        with sqlite3.connect(path) as db:
+        with driver().connect(path) as db:
             if isinstance(change, str):
                 db.execute(change)
             else:
