@@ -12,7 +12,6 @@ from kkt_buffer import (
     ReceiptRepository,
     SchemaError,
     buffer,
-    create_buffer_engine,
 )
 
 
@@ -21,6 +20,7 @@ def closed(monkeypatch, tmp_path):
     """No buffer is open before a test, nor after it; the default path is in a folder of the test's own."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("BUFFER_DB_PATH", raising=False)
+    buffer.close_buffer_db()  # a test of another file may have left one open, or refused
     yield
     buffer.close_buffer_db()
 
@@ -70,9 +70,9 @@ class TestInit:
             buffer.init_buffer_db(tmp_path / "bad.db")
         assert first is buffer.get_db()
 
-    def test_newer(self, path):
+    def test_newer(self, path, open_engine):
         """A file of a newer release is refused."""
-        engine = create_buffer_engine(path)
+        engine = open_engine(path)
         with engine.begin() as connection:
             connection.exec_driver_sql("UPDATE kkt_buffer_version SET version_num = '9999'")
         engine.dispose()
