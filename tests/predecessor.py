@@ -7,7 +7,7 @@ import random
 import uuid
 from contextlib import closing
 
-from builders import NOON, driver
+from builders import NOON
 
 from kkt_buffer import check, create_buffer_engine, upgrade
 
@@ -125,11 +125,7 @@ def statements():
     found, so_far = [], ""
     for line in DDL.replace("PRAGMA journal_mode = WAL;", "").splitlines(keepends=True):
         so_far += line
-<<<<<<< HEAD
         if driver.complete_statement(so_far):
-=======
-        if driver().complete_statement(so_far):
->>>>>>> tests-a
             found.append(so_far)
             so_far = ""
     return found
@@ -138,11 +134,7 @@ def statements():
 def make(path, rows=0, *, neighbours=True):
     """Make such a file with this many receipts, most of them delivered, and some of everything."""
     chance = random.Random(rows)
-<<<<<<< HEAD
     with closing(driver.connect(path)) as db:
-=======
-    with closing(driver().connect(path)) as db:
->>>>>>> tests-a
         db.executescript(DDL + (NEIGHBOURS if neighbours else ""))
         db.execute("INSERT INTO config VALUES ('shop', 'Ромашка', ?)", (NOON,))
         for number in range(rows):

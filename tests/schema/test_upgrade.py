@@ -21,9 +21,9 @@ from kkt_buffer import (
     migrate,
     upgrade,
 )
-from kkt_buffer.backend import READ_ONLY
 from kkt_buffer.config import CONFIG_RULES
 from kkt_buffer.drift import differences
+from kkt_buffer.sqlite.engine import READ_ONLY
 from kkt_buffer.sqlite.schema import SQLITE_TRIGGERS, SQLITE_VIEWS
 
 
