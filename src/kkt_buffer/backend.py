@@ -48,6 +48,10 @@ class Backend(ABC):
         """A connection for a transaction of ours; `engine` says with `READ_ONLY` for what kind of one."""
 
     @abstractmethod
+    def end(self, connection: Connection) -> None:
+        """End the transaction that was open on this connection, if an exception kept SQLAlchemy from ending it."""
+
+    @abstractmethod
     def refuse_second(self) -> None:
         """Raise `BufferBusyError` if this thread is writing: a second write transaction would wait for it for ever."""
 

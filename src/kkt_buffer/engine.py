@@ -8,6 +8,9 @@ from sqlalchemy import URL, Engine
 
 from kkt_buffer.errors import BufferStorageError
 
+if sys.platform != "win32":  # which has no fcntl
+    from kkt_buffer.sqlite import engine as sqlite
+
 LOCK_TIMEOUT_SECONDS = 10.0
 
 
@@ -38,6 +41,4 @@ def create_buffer_engine(
     """
     if sys.platform == "win32":
         raise BufferStorageError("kkt-buffer runs on Linux and macOS; Windows has no flock. Nothing was opened.")
-    from kkt_buffer.sqlite import engine as sqlite  # noqa: PLC0415 (needs fcntl, which Windows has not)
-
     return sqlite.create(path_or_url, read_only=read_only, busy_timeout=busy_timeout, **engine_options)

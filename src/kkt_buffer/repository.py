@@ -511,6 +511,6 @@ class ReceiptRepository:
 
     def _require_schema(self) -> None:
         """Refuse to work on the schema of another release, until it was seen to be this one's."""
-        if not self._has_schema:
+        if not self._has_schema and self._transactions.current is None:
             require(self._engine)
             self._has_schema = True

@@ -61,11 +61,14 @@ class Transaction:
             self._settings = {row.key: row.value for row in self.connection.execute(_SETTINGS)}
         return number_of(key, self._settings.get(key))
 
-    def forget(self, *, moment: bool = True) -> None:
-        """Read the settings, and the moment, anew when they are next asked for."""
+    def start_on(self, connection: Connection) -> None:
+        """Work on this connection from now on; nothing is known yet."""
+        self.connection = connection
+        self._now = self._settings = None
+
+    def forget_settings(self) -> None:
+        """Read the settings anew when they are next asked for."""
         self._settings = None
-        if moment:
-            self._now = None
 
     def explained(self, error: Exception) -> Exception:
         """Our error for what a statement of an operation was refused for; where we have none, the one that is there."""
@@ -173,19 +176,24 @@ class Transactions:
     @contextmanager
     def begun(self, tx: Transaction) -> Iterator[None]:
         """Begin a transaction on a connection of the pool, and commit it; an exception rolls it back."""
-        with self.backend.connect(self.engine if tx.write else self._reading) as tx.connection:
-            tx.forget()
-            transaction = tx.connection.begin()
-            try:
-                yield
-                transaction.commit()
-            except (DBAPIError, InvalidRequestError) as error:
-                if not tx.connection.invalidated:
-                    raise
-                raise BufferStorageError(
-                    f"{self.backend}: the database had to roll the transaction back (see the error before this one). "
-                    "Nothing of it was stored; what was acknowledged before is safe. Try again."
-                ) from error
+        connection = None
+        try:
+            with self.backend.connect(self.engine if tx.write else self._reading) as connection:
+                tx.start_on(connection)
+                transaction = connection.begin()
+                try:
+                    yield
+                    transaction.commit()
+                except (DBAPIError, InvalidRequestError) as error:
+                    if not connection.invalidated:
+                        raise
+                    raise BufferStorageError(
+                        f"{self.backend}: the database had to roll the transaction back (see the error before this "
+                        "one). Nothing of it was stored; what was acknowledged before is safe. Try again."
+                    ) from error
+        finally:
+            if tx.write and connection is not None:
+                self.backend.end(connection)
 
     @contextmanager
     def block(self, *, write: bool) -> Iterator[Session]:

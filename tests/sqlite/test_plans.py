@@ -9,7 +9,11 @@ from sqlalchemy.pool import Pool
 
 SMALL = {"SCAN config", "SCAN buffer_counts", "SCAN buffer_state", "SCAN m"}  # settings, counts, the schema
 # By number from one end of the table to the LIMIT; and what no till waits for.
+# The heads of three indexes, put into order.
+HEADS = {"SCAN part", "SCAN oldest", "USE TEMP B-TREE FOR ORDER BY"}
 KNOWN = {
+    "get_buffer_status": HEADS,
+    "get_receipts_due": HEADS,
     "get_events": {"SCAN buffer_events"},
     "prune": {"SCAN buffer_events", "SCAN dlq", "SCAN letter"},
     "list_dead_letters": {"USE TEMP B-TREE FOR ORDER BY"},

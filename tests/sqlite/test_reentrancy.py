@@ -142,7 +142,7 @@ class TestNotRefused:
         other = ReceiptRepository(engine)
         repository = ReceiptRepository(file_engine, now=lambda: bool(other.insert_receipt(new_receipt())) * NOON)
         repository.insert_receipt(new_receipt())
-        assert (1, 1) == (repository.get_buffer_status().pending, other.get_buffer_status().pending)
+        assert (1, 1) == (other.get_buffer_status().pending, repository.get_buffer_status().pending)
 
     def test_afterwards(self, file_engine):
         """What was refused inside works as soon as the outer operation has ended."""

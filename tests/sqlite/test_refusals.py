@@ -116,7 +116,7 @@ class TestRows:
         repository = ReceiptRepository(file_engine)
         with file_engine.begin() as connection:
             connection.execute(text("UPDATE config SET value = CAST(X'32f1' AS TEXT) WHERE key = 'buffer_capacity'"))
-        with pytest.raises(BufferDamagedError, match="text that is no UTF-8"):
+        with pytest.raises(BufferDamagedError, match="text that is not UTF-8"):
             repository.get_buffer_status()
 
 
@@ -125,8 +125,9 @@ def test_stray_bytes(repository, caplog):
     for _ in range(3):
         repository.insert_receipt(new_receipt())
     with repository.transaction() as session:
+        session.execute(text("DROP TRIGGER trg_guard_acknowledged"))
         session.execute(text("UPDATE receipts SET fiscal_doc = CAST(X'7B22CF' AS TEXT) WHERE rowid = 2"))
     claimed = repository.claim_pending()
     assert ['{"\\xcf'] == [found.fiscal_doc for found in claimed][1:2]
     assert len(claimed) == 3
-    assert "it holds text that is no UTF-8" in caplog.text
+    assert "it holds text that is not UTF-8" in caplog.text

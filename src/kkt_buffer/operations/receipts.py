@@ -130,13 +130,11 @@ def insert_together(tx: Transaction, many: list[NewReceipt]) -> list[str]:
 def insert_all(tx: Transaction, many: list[NewReceipt]) -> list[str]:
     """Store all of these receipts, in their order, or none."""
     if many:
-        savepoint = tx.connection.begin_nested()
         try:
-            _add(tx, many)
-            savepoint.commit()
+            with tx.connection.begin_nested():
+                _add(tx, many)
         except IntegrityError:
             # Only now is it worth asking which one was refused, and why.
-            savepoint.rollback()
             new = _unknown(tx, many)
             refuse_if_full(tx, len(new))
             if new:

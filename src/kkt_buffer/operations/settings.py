@@ -29,4 +29,4 @@ def set_config(tx: Transaction, key: str, value: str) -> None:
     row = {"key": key, "value": value, "updated_at": tx.now}
     if not tx.connection.execute(CHANGE, {"name": key, "new": value, "now": tx.now}).rowcount:
         tx.connection.execute(insert(_config), row)
-    tx.forget(moment=False)
+    tx.forget_settings()

@@ -50,10 +50,12 @@ class GuardedConnection(sqlite3.Connection if TYPE_CHECKING else object):  # typ
     query_only: bool | None = None  # as it was set last; None: not by us
     is_writing = False
     is_begun = False
+    owner = 0
     began = 0.0
 
-    def begin(self, *, write: bool) -> None:
-        """Begin a transaction: a write takes the gate first, any other one cannot write."""
+    def begin(self, *, write: bool, owner: int) -> None:
+        """Begin a transaction: a write takes the gate first, any other one cannot write. `owner` identifies it."""
+        self.owner = owner
         self.refuse_child()
         database = self.database
         write = write and not database.read_only
@@ -119,7 +121,7 @@ class GuardedConnection(sqlite3.Connection if TYPE_CHECKING else object):  # typ
     def finish(self) -> None:
         """The transaction is over, whoever ended it: let the next writer in."""
         lasted = time.monotonic() - self.began if self.is_writing and self.is_begun else 0.0
-        self.is_begun = False
+        self.is_begun, self.owner = False, 0
         if self.is_writing:
             self.database.gate.release(self)
             self.is_writing = False

@@ -10,6 +10,7 @@ import importlib.util
 import logging
 import os
 import sqlite3
+import threading
 import uuid
 import weakref
 from collections import deque
@@ -19,7 +20,7 @@ from types import ModuleType
 from typing import Any, cast
 from urllib.parse import quote
 
-from sqlalchemy import URL, Connection, Engine, ExceptionContext, Pool, create_engine, event, make_url, text
+from sqlalchemy import URL, Connection, Engine, ExceptionContext, Pool, QueuePool, create_engine, event, make_url, text
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.pool import ConnectionPoolEntry
 
@@ -71,7 +72,7 @@ def create(
     database = Database(driver, path, read_only=read_only, busy_timeout=busy_timeout, cache_size=cache_size)
     engine = create_engine(
         URL.create("sqlite+pysqlite", database=":memory:" if path is None else str(path)),
-        **{"poolclass": _ThreadPool} | options,
+        **{"poolclass": QueuePool if {"max_overflow", "pool_timeout"} & options.keys() else _ThreadPool} | options,
         execution_options={OPTION: database, **options.pop("execution_options", {})},
         creator=database.open,
         module=driver,
@@ -204,6 +205,8 @@ class Database(Backend):
         self.connections: weakref.WeakSet[GuardedConnection] = weakref.WeakSet()
         self.identity: Identity | None = None
         self.inherited = False
+        self._readers: Pool | None = None
+        self._readers_lock = threading.Lock()
         self.pragmas: tuple[Pragma, ...] = (*COMMON, cache(cache_size))
         self._busy_timeout = busy_timeout
         self._sizes: dict[str, int] = {}
@@ -236,7 +239,6 @@ class Database(Backend):
 
     def watch(self, engine: Engine) -> None:
         """Take part in what happens on the engine."""
-        self._readers = engine.pool.recreate()
         event.listen(engine, "connect", self._configure)
         event.listen(engine, "begin", self._begin)
         event.listen(engine, "savepoint", self._savepoint)
@@ -294,7 +296,7 @@ class Database(Backend):
 
     def _begin(self, connection: Connection) -> None:
         write = not connection.get_execution_options().get(READ_ONLY, False)
-        driver_connection(connection).begin(write=write)
+        driver_connection(connection).begin(write=write, owner=id(connection))
 
     def _savepoint(self, connection: Connection, _name: str) -> None:
         driver_connection(connection).refuse_child()
@@ -311,7 +313,7 @@ class Database(Backend):
         return storage_error(self, context.original_exception)
 
     def _disposed(self, _engine: Engine) -> None:
-        self._readers.dispose()
+        self._close_readers()
         self.gate.close()
         if self._anchor is not None:
             self._anchor.close()
@@ -321,12 +323,12 @@ class Database(Backend):
     def close_idle(self, engine: Engine) -> None:
         """Close the connections that are not in use. (`engine.dispose()` would forget those that are.)"""
         engine.pool.dispose()
-        self._readers.dispose()
+        self._close_readers()
 
     def start_afresh(self, engine: Engine) -> None:
         """Give a forked child pools of its own: another thread of the parent may have been inside these."""
         engine.pool = engine.pool.recreate()
-        self._readers = self._readers.recreate()
+        self._readers = None
 
     def forked(self) -> BufferStorageError:
         """The error of a child process that may not use what its parent had open."""
@@ -344,12 +346,30 @@ class Database(Backend):
 
         A connection that changes between the two prepares all of its statements anew.
         """
-        if engine.get_execution_options().get(READ_ONLY):
-            return Connection(engine, self._readers.connect())
-        return engine.connect()
+        if not engine.get_execution_options().get(READ_ONLY):
+            return engine.connect()
+        with self._readers_lock:
+            if self._readers is None:
+                self._readers = engine.pool.recreate()  # only now, with all listeners that the engine has got
+            readers = self._readers
+        return Connection(engine, readers.connect())
+
+    def _close_readers(self) -> None:
+        readers, self._readers = self._readers, None
+        if readers is not None:
+            readers.dispose()
+
+    def end(self, connection: Connection) -> None:
+        """Roll back what still holds the gate though its transaction is over."""
+        holder = self.gate.holder_here
+        if isinstance(holder, GuardedConnection) and holder.owner == id(connection):
+            holder.rollback()
 
     def refuse_second(self) -> None:
-        """Raise if this thread has passed the gate."""
+        """Raise if this thread holds the gate, unless an exception has left it locked without a transaction."""
+        holder = self.gate.holder_here
+        if isinstance(holder, GuardedConnection) and not holder.in_transaction:
+            holder.finish()
         self.gate.refuse_second()
 
     def explain(self, error: DBAPIError) -> ReceiptBufferError | None:

@@ -64,6 +64,10 @@ def storage_error(buffer: object, error: BaseException | None) -> ReceiptBufferE
             f"{buffer} cannot be used: {error.strerror or error}. Nothing was written. Check that the folder exists "
             "and that this user may read and write it."
         )
+    if said == "cannot commit - no transaction is active":
+        return BufferStorageError(
+            f"{buffer}: SQLite had to roll the transaction back (see the error before this one). {_SAFE} Try again."
+        )
     if said == "an acknowledged receipt does not change":
         return AcknowledgedReceiptError()
     fault = _FAULTS.get(getattr(error, "sqlite_errorcode", 0) & 0xFF)

@@ -7,9 +7,11 @@ lock, processes in the kernel's `flock` queue, which frees a lock when its holde
 
 import contextlib
 import fcntl
+import gc
 import os
 import threading
 import time
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,8 +26,8 @@ class WriteGate:
     A lock that one holder in one process has at a time.
 
     `path` is the lock file beside the database, or None for a database that only this process sees. `timeout` is in
-    seconds. A holder is any object. `release` may be called twice, so that whoever cleans up after an exception need
-    not know how far `acquire` came.
+    seconds. A holder is any object; the gate is free again when it is gone. `release` may be called twice, so that a
+    clean-up after an exception need not know how far `acquire` came.
     """
 
     def __init__(self, path: Path | None, timeout: float) -> None:
@@ -35,7 +37,8 @@ class WriteGate:
 
     def _reset(self) -> None:
         self._lock = threading.Lock()  # between the threads of this process
-        self._holder: object = None
+        self._holder: weakref.ref[object] | None = None
+        self._mutex = threading.Lock()  # for the clean-up after a holder that is gone
         self._thread = 0  # of the holder
         self._descriptor: int | None = None  # of the lock file, between processes
         self._place: _Place | None = None  # in the queue of processes, while we wait there
@@ -43,43 +46,48 @@ class WriteGate:
     def acquire(self, holder: object) -> None:
         """Wait for the gate. Raises `BufferBusyError` after the timeout, or at once if this thread holds it."""
         self.refuse_second()
+        if self._holder is not None and self._holder() is None:
+            self._lost(self._holder)
         thread, deadline = threading.get_ident(), time.monotonic() + self._timeout
-        if not self._lock.acquire(timeout=self._timeout):
+        held = weakref.ref(holder, self._lost)
+        if not (self._lock.acquire(timeout=self._timeout) or (gc.collect() and self._lock.acquire(blocking=False))):
             raise self._busy("another thread of this process", "; then restart this process")
-        self._thread, self._holder = thread, holder
+        self._thread, self._holder = thread, held
         try:
             if self._path is not None:
                 self._lock_file(self._path, deadline)
         except BaseException:
-            if self._place is not None and not self._place.was_taken:
-                self._unlock()  # the helper has the file lock, or waits for it
-            else:
+            if self._place is not None and self._place.was_taken:
                 self._place = None
-                self.release(holder)
+            self._unlock()
             raise
 
     def release(self, holder: object) -> None:
         """Let the next writer in, if it is this holder that keeps it out."""
-        if self._holder is holder:
-            if self._descriptor is not None:
-                fcntl.flock(self._descriptor, fcntl.LOCK_UN)
+        if self._holder is not None and self._holder() is holder:
             self._unlock()
+
+    @property
+    def holder_here(self) -> object:
+        """Who holds the gate, if it is in this thread."""
+        return self._holder() if self._holder is not None and self._thread == threading.get_ident() else None
 
     def refuse_second(self) -> None:
         """Raise if this thread holds the gate: it would wait for itself."""
-        if self._holder is not None and self._thread == threading.get_ident():
+        if self.holder_here is not None:
             raise BufferBusyError(
                 "this thread is inside a write transaction of this engine already, and a second one would wait for "
-                "it for ever. Nothing was written by the second. Join the first through ReceiptRepository.transaction()"
+                "it for ever. Nothing was written by the second. Join the first through ReceiptRepository.transaction(). If "
+                "an exception was thrown into this thread before, restart this process."
             )
 
     @contextmanager
     def held(self) -> Iterator[None]:
         """Hold the gate for a block; inside a write transaction of this thread it is held anyway."""
-        if self._holder is not None and self._thread == threading.get_ident():
+        if self.holder_here is not None:
             yield
             return
-        holder = object()
+        holder = _Holder()
         self.acquire(holder)
         try:
             yield
@@ -89,11 +97,12 @@ class WriteGate:
     @contextmanager
     def held_if_free(self) -> Iterator[None]:
         """Hold the gate for a block unless somebody else does, or its file cannot be opened."""
-        holder = object()
+        holder = _Holder()
+        held = weakref.ref(holder, self._lost)
         if not self._lock.acquire(blocking=False):
             yield
             return
-        self._thread, self._holder = threading.get_ident(), holder
+        self._thread, self._holder = threading.get_ident(), held
         try:
             if self._path is not None and self._place is None:
                 with contextlib.suppress(OSError):
@@ -119,8 +128,16 @@ class WriteGate:
         self._reset()
 
     def _unlock(self) -> None:
+        if self._descriptor is not None and self._place is None:  # else a helper has the file lock, or waits for it
+            fcntl.flock(self._descriptor, fcntl.LOCK_UN)
         self._holder = None
         self._lock.release()
+
+    def _lost(self, held: "weakref.ref[object]") -> None:
+        """Free the gate from a holder that is gone: an exception kept its connection from being closed."""
+        with self._mutex:
+            if self._holder is held:
+                self._unlock()
 
     def _open(self, path: Path) -> int:
         if self._descriptor is None:
@@ -151,6 +168,10 @@ class WriteGate:
             f"buffer holds is safe. Try again; if it persists, look for a hung process that has {self._path} open"
             f"{last_resort}."
         )
+
+
+class _Holder:
+    """Somebody who holds the gate for a block."""
 
 
 class _Place:
