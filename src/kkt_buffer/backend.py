@@ -21,6 +21,9 @@ OPTION = "kkt_buffer_backend"
 # Execution option: with True, transactions lock nobody, and the database refuses to write in them.
 READ_ONLY = "kkt_buffer_read_only"
 
+# Execution option: marks the transactions that this package opens.
+OPERATION = "kkt_buffer_operation"
+
 
 class Reference(NamedTuple):
     """A foreign key that points at receipts: its table, its column, and the column of receipts."""
@@ -48,8 +51,8 @@ class Backend(ABC):
         """A connection for a transaction of ours; `engine` says with `READ_ONLY` for what kind of one."""
 
     @abstractmethod
-    def end(self, connection: Connection) -> None:
-        """End the transaction that was open on this connection, if an exception kept SQLAlchemy from ending it."""
+    def end(self) -> None:
+        """End what an operation of this thread has left open because an exception kept SQLAlchemy from ending it."""
 
     @abstractmethod
     def refuse_second(self) -> None:

@@ -16,7 +16,7 @@ from sqlalchemy.exc import DBAPIError, InvalidRequestError
 from sqlalchemy.orm import Session, scoped_session, sessionmaker
 
 from kkt_buffer import arguments
-from kkt_buffer.backend import READ_ONLY, Backend, backend_of
+from kkt_buffer.backend import OPERATION, READ_ONLY, Backend, backend_of
 from kkt_buffer.config import number_of
 from kkt_buffer.errors import BufferDamagedError, BufferStorageError, ReceiptBufferError
 from kkt_buffer.models import ConfigEntry
@@ -99,10 +99,10 @@ class Transactions:
     """Opens transactions on one engine, or joins those that a thread has open."""
 
     def __init__(self, engine: Engine, now: Callable[[], float]) -> None:
-        self.engine = engine
         self.backend = backend_of(engine)
         self._now = now
-        self._reading = engine.execution_options(**{READ_ONLY: True})
+        self._writers = engine.execution_options(**{OPERATION: True})
+        self._readers = engine.execution_options(**{OPERATION: True, READ_ONLY: True})
         # A factory per engine, a session for each thread: whoever asks for it in a transaction gets the same one.
         self._sessions = scoped_session(sessionmaker(expire_on_commit=False, join_transaction_mode="rollback_only"))
 
@@ -176,9 +176,8 @@ class Transactions:
     @contextmanager
     def begun(self, tx: Transaction) -> Iterator[None]:
         """Begin a transaction on a connection of the pool, and commit it; an exception rolls it back."""
-        connection = None
         try:
-            with self.backend.connect(self.engine if tx.write else self._reading) as connection:
+            with self.backend.connect(self._writers if tx.write else self._readers) as connection:
                 tx.start_on(connection)
                 transaction = connection.begin()
                 try:
@@ -192,8 +191,8 @@ class Transactions:
                         "one). Nothing of it was stored; what was acknowledged before is safe. Try again."
                     ) from error
         finally:
-            if tx.write and connection is not None:
-                self.backend.end(connection)
+            if tx.write:
+                self.backend.end()
 
     @contextmanager
     def block(self, *, write: bool) -> Iterator[Session]:

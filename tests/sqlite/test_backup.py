@@ -6,7 +6,11 @@ import pytest
 from builders import a_receipt, everything
 
 from kkt_buffer import BufferStorageError, ReceiptRepository
-from kkt_buffer.sqlite.file import backup
+from kkt_buffer.backend import backend_of
+
+
+def backup(engine, target):
+    backend_of(engine).backup(engine, target)
 
 
 def left_behind(folder):

@@ -44,7 +44,7 @@ class TestReplacedFiles:
         content = path.read_bytes()
         path.rename(f"{path}.moved")
         path.write_bytes(content)
-        with pytest.raises(BufferStorageError, match="was deleted or replaced since this engine was made"):
+        with pytest.raises(BufferStorageError, match="was deleted or replaced while it was in use"):
             used.get_pending_receipts()
 
     def test_no_new_file(self, used, file_engine, path):

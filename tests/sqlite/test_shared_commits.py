@@ -2,7 +2,7 @@
 
 import pytest
 from builders import an_id, commits, new_receipt, run_python, start_python, together, unmeasured
-from sqlalchemy import text
+from sqlalchemy import event, text
 from sqlalchemy.exc import IntegrityError
 
 from kkt_buffer import BufferBusyError, BufferStorageError, ReceiptRepository, create_buffer_engine
@@ -51,9 +51,15 @@ class TestAllFail:
     def test_full_disk(self, file_repository, file_engine):
         with file_engine.connect() as connection:
             pages = connection.exec_driver_sql("PRAGMA page_count").scalar()
-            connection.exec_driver_sql(f"PRAGMA max_page_count = {pages + 1}")
+
+        def limit(driver, _record):
+            driver.execute(f"PRAGMA max_page_count = {pages + 1}").fetchone()
+
+        event.listen(file_engine, "connect", limit)
+        file_engine.dispose()
         outcomes = insert_at_once(file_repository, [new_receipt(fiscal_doc={"text": "x" * 100_000})] * 4)
-        file_engine.dispose()  # the limit was the connection's
+        event.remove(file_engine, "connect", limit)
+        file_engine.dispose()
         assert_none(file_repository, outcomes, "the disk is full")
 
     def test_commit(self, file_repository, file_engine):

@@ -22,7 +22,6 @@ logger = logging.getLogger(__name__)
 Identity = tuple[int, int]  # device and inode
 
 LONG_TRANSACTION_SECONDS = 1.0
-RECENT_NANOSECONDS = 1_000_000_000
 
 
 class Database(Protocol):
@@ -50,12 +49,11 @@ class GuardedConnection(sqlite3.Connection if TYPE_CHECKING else object):  # typ
     query_only: bool | None = None  # as it was set last; None: not by us
     is_writing = False
     is_begun = False
-    owner = 0
+    is_operation = False  # whether `Transactions` has opened the transaction, or the caller, on the engine
     began = 0.0
 
-    def begin(self, *, write: bool, owner: int) -> None:
-        """Begin a transaction: a write takes the gate first, any other one cannot write. `owner` identifies it."""
-        self.owner = owner
+    def begin(self, *, write: bool) -> None:
+        """Begin a transaction: a write takes the gate first, any other one cannot write."""
         self.refuse_child()
         database = self.database
         write = write and not database.read_only
@@ -121,7 +119,7 @@ class GuardedConnection(sqlite3.Connection if TYPE_CHECKING else object):  # typ
     def finish(self) -> None:
         """The transaction is over, whoever ended it: let the next writer in."""
         lasted = time.monotonic() - self.began if self.is_writing and self.is_begun else 0.0
-        self.is_begun, self.owner = False, 0
+        self.is_begun = False
         if self.is_writing:
             self.database.gate.release(self)
             self.is_writing = False
@@ -135,76 +133,88 @@ class GuardedConnection(sqlite3.Connection if TYPE_CHECKING else object):  # typ
             )
 
 
+class Sizes:
+    """How large the database and its WAL were when a connection of this engine last looked, in bytes."""
+
+    database = 0
+    wal = 0
+
+
 class Files:
     """
     The database and its WAL as a connection has them open, compared with what stands on disk under their names.
 
     A program that replaces a file leaves us writing to one that nobody else will ever read; one that cuts a file takes
-    acknowledged receipts away. Looks cost time in every transaction, so there are three: both files before a write,
-    and after its COMMIT the folder, whose time every replacement moves.
+    acknowledged receipts away.
     """
 
-    def __init__(self, path: str, identity: Identity, sizes: dict[str, int], driver: ModuleType) -> None:
+    def __init__(self, path: str, database: Identity, known: Sizes, driver: ModuleType) -> None:
         self._path = path
-        self._wal = f"{path}-wal"
-        self._folder = os.path.dirname(path)  # noqa: PTH120 (as below: in every transaction)
-        self._known = {path: identity}
-        self._sizes = sizes  # shared by the connections of an engine; as they were at the last look
-        self._driver = driver
-        self._seen: tuple[int, int, int] | None = None
+        self._wal_path = f"{path}-wal"
+        self._database = database
+        self._wal: Identity | None = None
         with contextlib.suppress(FileNotFoundError):
-            wal = os.stat(self._wal)  # noqa: PTH116
-            self._known[self._wal] = (wal.st_dev, wal.st_ino)
-        self._refuse_replaced("Nothing was written.")
+            wal = os.stat(self._wal_path)  # noqa: PTH116 (here and below: in every transaction)
+            self._wal = (wal.st_dev, wal.st_ino)
+        self._known = known
+        self._driver = driver
+        self._look("Nothing was written.")
 
     def before(self, connection: sqlite3.Connection, *, write: bool) -> None:
         """Look before a transaction begins. Raises `BufferStorageError`, or `BufferDamagedError` for what was cut."""
-        if not write:
-            self.after()
-            return
-        wal = self._look(self._wal, "Nothing was written.").st_size
-        database = self._look(self._path, "Nothing was written.").st_size
-        if wal < self._sizes.get(self._wal, 0):
+        # What is known, before we look: what another thread commits meanwhile makes the files larger.
+        database_before, wal_before = self._known.database, self._known.wal
+        database, wal = self._look("Nothing was written.")
+        if wal < wal_before and write:
             # A checkpoint may have emptied it. SQLite knows which frames must be there, and reads them for this one.
             connection.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()
-        if database < self._sizes.get(self._path, 0):
+        if database < database_before:
             self._refuse_damaged()
-        self._sizes.update({self._wal: wal, self._path: database})
+        if database != database_before or (wal != wal_before and write):
+            self._known.database, self._known.wal = database, wal
 
     def after(self) -> None:
-        """Look after a COMMIT, or before reading. Raises `BufferStorageError` if a file was replaced."""
-        folder = os.stat(self._folder)  # noqa: PTH116
-        seen = (folder.st_dev, folder.st_ino, folder.st_mtime_ns)
-        if seen != self._seen:
-            self._refuse_replaced("The last transaction may be lost.")
-            # File systems keep time in steps of some milliseconds, and a later change may have the same one.
-            if time.time_ns() - folder.st_mtime_ns > RECENT_NANOSECONDS:
-                self._seen = seen
-        if not self._sizes.get(self._wal):
-            self._sizes[self._wal] = self._look(self._wal, "The last transaction may be lost.").st_size
+        """Look after a COMMIT. Raises `BufferStorageError` if a file was replaced meanwhile."""
+        self._known.database, self._known.wal = self._look("The last transaction may be lost.")
 
-    def _refuse_replaced(self, consequence: str) -> None:
-        for name in self._known:
-            self._look(name, consequence)
-
-    def _look(self, name: str, consequence: str) -> os.stat_result:
-        try:
-            found = os.stat(name)  # noqa: PTH116
-        except FileNotFoundError:
-            found = None
-        if found is None or self._known.get(name, (found.st_dev, found.st_ino)) != (found.st_dev, found.st_ino):
-            raise BufferStorageError(
-                f"{name} was deleted or replaced while it was in use. {consequence} Stop every program that uses the "
-                "buffer, put the right files in place, and start again."
-            )
-        return found
+    def _look(self, consequence: str) -> tuple[int, int]:
+        database, wal = _stat(self._path), _stat(self._wal_path)
+        if database is None or (database.st_dev, database.st_ino) != self._database:
+            raise _replaced(self._path, consequence)
+        if self._wal is None:
+            return database.st_size, 0
+        if wal is None or (wal.st_dev, wal.st_ino) != self._wal:
+            raise _replaced(self._wal_path, consequence)
+        return database.st_size, wal.st_size
 
     def _refuse_damaged(self) -> None:
         """Let SQLite read a database that has become shorter, as VACUUM makes it, on a connection without a cache."""
         with contextlib.closing(self._driver.connect(f"file:{quote(self._path)}?mode=ro", uri=True)) as fresh:
-            found = fresh.execute("PRAGMA quick_check(1)").fetchone()[0]
+            try:
+                found = fresh.execute("PRAGMA quick_check(1)").fetchone()[0]
+            except self._driver.DatabaseError as error:
+                if getattr(error, "sqlite_errorcode", 0) & 0xFF not in _DAMAGE:
+                    raise
+                found = str(error)
         if found != "ok":
             raise BufferDamagedError(
                 f"{self._path} was cut short while it was in use ({found}). Nothing was written. Stop every program "
                 "that uses the buffer, keep a copy of all its files, and restore a backup."
             )
+
+
+_DAMAGE = {11, 26}  # SQLITE_CORRUPT, SQLITE_NOTADB
+
+
+def _stat(name: str) -> os.stat_result | None:
+    try:
+        return os.stat(name)  # noqa: PTH116
+    except FileNotFoundError:
+        return None
+
+
+def _replaced(name: str, consequence: str) -> BufferStorageError:
+    return BufferStorageError(
+        f"{name} was deleted or replaced while it was in use. {consequence} Stop every program that uses the buffer, "
+        "put the right files in place, and start again."
+    )

@@ -24,10 +24,10 @@ from sqlalchemy import URL, Connection, Engine, ExceptionContext, Pool, QueuePoo
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.pool import ConnectionPoolEntry
 
-from kkt_buffer.backend import OPTION, READ_ONLY, Backend, Reference, backend_of
+from kkt_buffer.backend import OPERATION, OPTION, READ_ONLY, Backend, Reference, backend_of
 from kkt_buffer.errors import BufferStorageError, ReceiptBufferError
 from kkt_buffer.sqlite import file, fork
-from kkt_buffer.sqlite.connection import Files, GuardedConnection, Identity
+from kkt_buffer.sqlite.connection import Files, GuardedConnection, Identity, Sizes
 from kkt_buffer.sqlite.ddl import REFERENCES
 from kkt_buffer.sqlite.errors import statement_error, storage_error, storage_errors
 from kkt_buffer.sqlite.gate import WriteGate
@@ -209,7 +209,7 @@ class Database(Backend):
         self._readers_lock = threading.Lock()
         self.pragmas: tuple[Pragma, ...] = (*COMMON, cache(cache_size))
         self._busy_timeout = busy_timeout
-        self._sizes: dict[str, int] = {}
+        self._sizes = Sizes()
         self._class = type("Connection", (GuardedConnection, driver.Connection), {})
         self._anchor: sqlite3.Connection | None = None
         if path is None:
@@ -295,8 +295,10 @@ class Database(Backend):
             )
 
     def _begin(self, connection: Connection) -> None:
-        write = not connection.get_execution_options().get(READ_ONLY, False)
-        driver_connection(connection).begin(write=write, owner=id(connection))
+        options = connection.get_execution_options()
+        driver = driver_connection(connection)
+        driver.is_operation = options.get(OPERATION, False)
+        driver.begin(write=not options.get(READ_ONLY, False))
 
     def _savepoint(self, connection: Connection, _name: str) -> None:
         driver_connection(connection).refuse_child()
@@ -359,17 +361,15 @@ class Database(Backend):
         if readers is not None:
             readers.dispose()
 
-    def end(self, connection: Connection) -> None:
-        """Roll back what still holds the gate though its transaction is over."""
+    def end(self) -> None:
+        """Roll back what still holds the gate though its operation is over."""
         holder = self.gate.holder_here
-        if isinstance(holder, GuardedConnection) and holder.owner == id(connection):
+        if isinstance(holder, GuardedConnection) and (holder.is_operation or not holder.in_transaction):
             holder.rollback()
 
     def refuse_second(self) -> None:
-        """Raise if this thread holds the gate, unless an exception has left it locked without a transaction."""
-        holder = self.gate.holder_here
-        if isinstance(holder, GuardedConnection) and not holder.in_transaction:
-            holder.finish()
+        """Raise if this thread holds the gate, for a transaction of the caller's own on the engine."""
+        self.end()
         self.gate.refuse_second()
 
     def explain(self, error: DBAPIError) -> ReceiptBufferError | None:

@@ -48,11 +48,9 @@ class WriteGate:
         self.refuse_second()
         if self._holder is not None and self._holder() is None:
             self._lost(self._holder)
-        thread, deadline = threading.get_ident(), time.monotonic() + self._timeout
-        held = weakref.ref(holder, self._lost)
-        if not (self._lock.acquire(timeout=self._timeout) or (gc.collect() and self._lock.acquire(blocking=False))):
+        deadline = time.monotonic() + self._timeout
+        if not self._take(holder, self._timeout) and not (gc.collect() and self._take(holder, 0)):
             raise self._busy("another thread of this process", "; then restart this process")
-        self._thread, self._holder = thread, held
         try:
             if self._path is not None:
                 self._lock_file(self._path, deadline)
@@ -77,8 +75,9 @@ class WriteGate:
         if self.holder_here is not None:
             raise BufferBusyError(
                 "this thread is inside a write transaction of this engine already, and a second one would wait for "
-                "it for ever. Nothing was written by the second. Join the first through ReceiptRepository.transaction(). If "
-                "an exception was thrown into this thread before, restart this process."
+                "it for ever. Nothing was written by the second. Join the first through "
+                "ReceiptRepository.transaction(). If an exception was thrown into this thread before, restart this "
+                "process."
             )
 
     @contextmanager
@@ -98,11 +97,9 @@ class WriteGate:
     def held_if_free(self) -> Iterator[None]:
         """Hold the gate for a block unless somebody else does, or its file cannot be opened."""
         holder = _Holder()
-        held = weakref.ref(holder, self._lost)
-        if not self._lock.acquire(blocking=False):
+        if not self._take(holder, 0):
             yield
             return
-        self._thread, self._holder = threading.get_ident(), held
         try:
             if self._path is not None and self._place is None:
                 with contextlib.suppress(OSError):
@@ -126,6 +123,21 @@ class WriteGate:
         if self._descriptor is not None:
             os.close(self._descriptor)
         self._reset()
+
+    def _take(self, holder: object, seconds: float) -> bool:
+        """Take the lock of this process and note its holder; False if it was not free in time."""
+        thread, held = threading.get_ident(), weakref.ref(holder, self._lost)
+        taken: list[bool] = []
+        try:
+            # One call in C: no exception can come between the lock and the note that we have it.
+            taken.extend(map(self._lock.acquire, (seconds > 0,), (seconds or -1,)))
+            if taken[0]:
+                self._thread, self._holder = thread, held
+        except BaseException:
+            if taken and taken[0] and self._holder is not held:
+                self._lock.release()
+            raise
+        return taken[0]
 
     def _unlock(self) -> None:
         if self._descriptor is not None and self._place is None:  # else a helper has the file lock, or waits for it
