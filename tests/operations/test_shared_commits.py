@@ -22,7 +22,7 @@ THREADS = 8
 
 
 class Crowd:
-    """Threads that call while another thread has a transaction open, so that nobody can commit before all have called."""
+    """Threads that call while another one has a transaction open, so that none can commit before all have called."""
 
     def __init__(self, engine):
         self.in_the_transaction = lambda: None

@@ -138,7 +138,9 @@ class TestTransaction:
         async def other(inside, done):
             await inside.wait()
             try:
-                with pytest.raises(ReceiptBufferError, match="this thread is inside a write transaction of this engine already"):
+                with pytest.raises(
+                    ReceiptBufferError, match="this thread is inside a write transaction of this engine"
+                ):
                     repository.insert_receipt(new_receipt())
             finally:
                 done.set()
