@@ -15,7 +15,7 @@ def test_used_again(file_repository, file_engine, clock):
 
     fill()
     clock.seconds += 8 * DAY
-    assert file_repository.prune().receipts == 249
+    assert file_repository.prune().receipts == 250
     with file_engine.connect() as connection:
         pages = connection.exec_driver_sql("PRAGMA page_count").scalar()
         assert connection.exec_driver_sql("PRAGMA freelist_count").scalar() > 0
