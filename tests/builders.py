@@ -18,7 +18,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import pytest
-from sqlalchemy import Engine, event, text
+from sqlalchemy import Engine, Pool, event, text
 
 from kkt_buffer import Receipt, ReceiptRepository, ReceiptStatus, create_buffer_engine
 from kkt_buffer.backend import backend_of
@@ -200,6 +200,27 @@ def commits(engine: Engine) -> Iterator[list[str]]:
     yield seen
     event.remove(engine, "checkout", trace)
     event.remove(engine, "checkin", untrace)
+
+
+@contextlib.contextmanager
+def checkouts() -> Iterator[list[object]]:
+    """The pooled connections that are in use, of those taken since the block began, from whichever pool."""
+    taken: list[object] = []
+
+    def took(_connection: object, record: object, _proxy: object) -> None:
+        taken.append(record)
+
+    def gave(_connection: object, record: object) -> None:
+        if record in taken:
+            taken.remove(record)
+
+    event.listen(Pool, "checkout", took)
+    event.listen(Pool, "checkin", gave)
+    try:
+        yield taken
+    finally:
+        event.remove(Pool, "checkout", took)
+        event.remove(Pool, "checkin", gave)
 
 
 def open_files(path: Path) -> list[str]:

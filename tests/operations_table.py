@@ -66,6 +66,7 @@ OPERATIONS = {
     "mark_synced": Operation(lambda buffer, known: buffer.mark_synced(known.pending, NOON), writes=True),
     "move_to_dlq": Operation(lambda buffer, known: buffer.move_to_dlq(known.pending, "a reason"), writes=True),
     "prune": Operation(lambda buffer, _: buffer.prune(), writes=True),
+    "reading": Operation(lambda buffer, _: _entered(buffer.reading())),
     "record_failure": Operation(
         lambda buffer, known: buffer.record_failure(known.claimed, "an error", known.lease_token), writes=True
     ),
@@ -81,8 +82,8 @@ OPERATIONS = {
         lambda buffer, known: buffer.update_receipt_status(known.pending, "syncing"), writes=True
     ),
 }
-# These cannot stand in the table: a property, and one that writes a file wherever it is told to.
-OTHERS = {"backup", "in_transaction"}
+# These cannot stand in the table: a property, one that writes a file wherever it is told to, and one that closes.
+OTHERS = {"backup", "close", "in_transaction"}
 
 
 def public_names() -> set[str]:

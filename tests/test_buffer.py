@@ -3,7 +3,7 @@
 import inspect
 
 import pytest
-from builders import NOON, an_id, new_receipt, run_python, together
+from builders import NOON, an_id, new_receipt, open_files, run_python, together
 from operations_table import OPERATIONS, prepared
 
 from kkt_buffer import (
@@ -59,7 +59,8 @@ class TestInit:
         second = buffer.init_buffer_db(tmp_path / "second.db")
         assert second is buffer.get_db()
         assert buffer.get_buffer_status().pending == 0
-        assert first.pool.checkedin() == 0
+        assert first is not second
+        assert [] == open_files(tmp_path / "first.db")
 
     @pytest.mark.parametrize(("content", "error"), [(b"not a database" * 100, BufferDamagedError)])
     def test_failure_keeps_first(self, tmp_path, content, error):
@@ -157,7 +158,7 @@ class TestFunctions:
 
     def test_same_signatures(self):
         """A function takes what its method takes, with the same defaults."""
-        own = {"init_buffer_db", "get_db", "close_buffer_db", "deliver_pending"}
+        own = {"init_buffer_db", "get_db", "close_buffer_db", "repository", "deliver_pending"}
         functions = {
             name: function
             for name, function in inspect.getmembers(buffer, inspect.isfunction)

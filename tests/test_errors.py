@@ -9,6 +9,7 @@ import pytest
 
 import kkt_buffer
 from kkt_buffer import (
+    AcknowledgedReceiptError,
     BufferBusyError,
     BufferDamagedError,
     BufferFullError,
@@ -47,6 +48,7 @@ ERRORS = [
         ValueError,
         {"receipt_id": UUID_TEXT, "status": "synced", "wanted": "failed"},
     ),
+    (AcknowledgedReceiptError(), ReceiptBufferError, {}),
     (
         LeaseLostError(UUID_TEXT, ReceiptStatus.PENDING),
         ReceiptBufferError,

@@ -1,7 +1,8 @@
 """
 The examples in the documentation of the repository: each operation has one, and each runs as it is printed.
 
-An example begins with `repository` alone: a buffer in memory that is new and empty. What else it needs, it makes.
+An example begins with `repository`, a buffer in memory that is new and empty, and `folder`, an empty folder. What else
+it needs, it makes.
 """
 
 import doctest
@@ -40,7 +41,7 @@ class TestExamples:
     def test_runs(self, name, fresh, tmp_path, monkeypatch):
         monkeypatch.chdir(tmp_path)  # for those that write a file
         test = examples(name)
-        test.globs = {"repository": fresh}
+        test.globs = {"repository": fresh, "folder": tmp_path}
         told = []
         doctest.DocTestRunner(optionflags=doctest.ELLIPSIS).run(test, out=told.append)
         assert [] == told

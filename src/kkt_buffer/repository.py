@@ -93,7 +93,12 @@ class ReceiptRepository:
 
     @property
     def in_transaction(self) -> bool:
-        """Whether this thread is inside `transaction()` or `reading()`."""
+        """
+        Whether this thread is inside `transaction()` or `reading()`.
+
+        >>> repository.in_transaction
+        False
+        """
         return self._transactions.current is not None
 
     # Receipts.

@@ -136,8 +136,12 @@ deliver before     | 2026-03-31 15:00:00 +0300
             "dlq_size": 1,
             "capacity": 200,
             "percent_full": 1.0,
+            "held": 0,
+            "expired_leases": 1,
             "oldest_undelivered_at": NOON,
             "deadline_at": NOON + 30 * DAY,
+            "last_synced_at": NOON,
+            "last_outage_at": None,
         }
         assert expected == json.loads(capsys.readouterr().out)
 
@@ -202,7 +206,7 @@ class TestErrors:
         """A database that is not kept as a buffer is, is none; it is left as it is, to the byte."""
         before = of_another_program.read_bytes()
         line = refused("status", of_another_program)
-        assert f"{of_another_program} is no buffer: its journal mode is 'delete'. Nothing was touched." in line
+        assert f"{of_another_program} is not a buffer: its journal mode is 'delete'. Nothing was touched." in line
         assert before == of_another_program.read_bytes()
 
     @pytest.mark.parametrize("command", ["upgrade", "demo"])

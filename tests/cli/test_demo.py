@@ -63,7 +63,7 @@ class TestDemo:
                 r"The operator has (\d+) when the worker is killed with SIGKILL; it had leased (\d+) more", out
             )
             assert 20 <= int(received) <= 60
-            assert "in 1 s (here; usually 300) its leases are over" in out
+            assert "in 1 s (here; usually 60) its leases are over" in out
             [delivered] = re.findall(r"Another worker delivers (\d+); one is rejected, and becomes a dead letter", out)
             assert int(held) == int(delivered) + 1
             assert "requeues it: 1 more delivered" in out
@@ -73,7 +73,7 @@ class TestDemo:
             assert re.search(rf"^synced +\| {60 * shift}$", out, re.MULTILINE)
             assert re.search(r"^failed +\| 0  \(open dead letters: 0\)$", out, re.MULTILINE)
             assert {"synced": 60 * shift, "open": 0} == counts(path)
-        assert [("300",)] == rows(path, "SELECT value FROM config WHERE key = 'lease_seconds'")
+        assert [("60",)] == rows(path, "SELECT value FROM config WHERE key = 'lease_seconds'")
 
         # What the file itself has to tell of both shifts.
         events = "SELECT event_type, COUNT(*) FROM buffer_events WHERE event_type LIKE 'receipt%' GROUP BY event_type"

@@ -97,7 +97,7 @@ class TestTruncated:
         for operation in (service.get_pending_receipts, lambda: service.insert_receipt(new_receipt())):
             with pytest.raises(BufferDamagedError):
                 operation()
-        engine.dispose()
+        service.close()
         assert content == path.read_bytes()
 
     @pytest.mark.parametrize("by", ["PRAGMA wal_checkpoint(TRUNCATE)", "VACUUM"])

@@ -3,7 +3,7 @@
 import time
 
 import pytest
-from builders import NOON, a_receipt, commits, new_receipt, together
+from builders import NOON, a_receipt, checkouts, commits, new_receipt, together
 
 from kkt_buffer import (
     DeliveryRejected,
@@ -72,16 +72,17 @@ class TestSynced:
         deliver_pending(repository, send)
         assert [0, 1, 2] == seen
 
-    def test_no_transaction(self, file_repository, file_engine):
+    def test_no_transaction(self, file_repository):
         """No transaction is open while a receipt is sent, so others can write."""
         a_receipt(file_repository)
 
         def send(receipt):
-            assert file_engine.pool.checkedout() == 0
+            assert [] == in_use
             file_repository.insert_receipt(new_receipt())
             return NOON
 
-        assert deliver_pending(file_repository, send).count(Outcome.SYNCED) == 1
+        with checkouts() as in_use:
+            assert deliver_pending(file_repository, send).count(Outcome.SYNCED) == 1
 
     def test_nothing_due(self, repository, engine):
         """A call that found nothing sends nothing, logs nothing, and writes nothing."""

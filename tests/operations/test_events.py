@@ -5,7 +5,7 @@ import time
 import uuid
 
 import pytest
-from builders import NOON, STATUSES, a_receipt, story
+from builders import NOON, STATUSES, a_foreign_receipt, a_receipt, story
 from sqlalchemy import text
 
 from kkt_buffer import EventType, ReceiptRepository
@@ -53,8 +53,28 @@ class TestEvents:
                 repository.log_event(event_type)
         found = {event_type: len(repository.get_events(event_type=event_type)) for event_type in EventType}
         counted = {"receipt_added": 4, "receipt_attempt_failed": 4, "receipt_requeued": 0, "receipt_resolved": 0}
-        counted["receipt_repaired"] = 0
+        counted |= {"receipt_completed": 0, "receipt_repaired": 0}
         assert dict.fromkeys(EventType, 1) | counted == found
+
+    def test_completed(self, repository, engine):
+        """That a held receipt was completed is a fact, with the time of the change, whoever completed it."""
+        a_foreign_receipt(engine, "held", held_at=NOON)
+        assert story(repository, "held") == ["receipt_added"]
+        with engine.begin() as connection:
+            printed = "UPDATE receipts SET fiscal_doc = '{\"n\":1}', digest = 'd', held_at = NULL, changed_at = 9"
+            connection.execute(text(printed.replace(":", "\\:")))
+        assert story(repository, "held") == ["receipt_added", "receipt_completed"]
+        [event] = repository.get_events(event_type="receipt_completed")
+        assert ("held", 9, {"digest": "d"}) == (event.receipt_id, event.timestamp, event.details)
+
+    def test_not_completed(self, repository, engine):
+        """A held receipt that was delivered all the same was not completed; nor was one that was never held."""
+        a_foreign_receipt(engine, "held", held_at=NOON)
+        repository.mark_synced("held", NOON)
+        assert story(repository, "held") == ["receipt_added", "receipt_synced"]
+        receipt = a_receipt(repository)
+        repository.increment_retry_count(receipt.id, "HTTP 500")
+        assert repository.get_events(event_type="receipt_completed") == []
 
     @pytest.mark.parametrize("event_type", ["lunch", 5])
     def test_bad_type(self, repository, event_type):

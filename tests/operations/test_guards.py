@@ -4,6 +4,8 @@ import pytest
 from builders import NOON, STATUSES, a_foreign_receipt, a_receipt, snapshot, story
 from sqlalchemy import text
 
+from kkt_buffer import AcknowledgedReceiptError
+
 A_LETTER = "INSERT INTO dlq (id, original_receipt_id, failed_at, reason, fiscal_doc, retry_attempts)"
 
 
@@ -26,7 +28,6 @@ class TestGuards:
             ("pending", "UPDATE receipts SET lease_token = 'x'", "ck_receipts_lease"),
             ("syncing", "UPDATE receipts SET lease_expires_at = NULL", "ck_receipts_lease"),
             ("pending", "UPDATE receipts SET retry_count = -1", "ck_receipts_retry_count"),
-            ("pending", "UPDATE receipts SET hlc_logical_counter = -1", "ck_receipts_hlc_logical_counter"),
             ("failed", "UPDATE dlq SET resolved_at = 1", "ck_dlq_resolved"),
             ("failed",
              f"{A_LETTER} SELECT 'x', original_receipt_id, 1, 'r', '{{}}', 0 FROM dlq",
@@ -41,6 +42,46 @@ class TestGuards:
         with pytest.raises(Exception, match=message), engine.begin() as connection:
             connection.execute(text(statement))
         assert before == snapshot(engine)
+
+    @pytest.mark.parametrize("status", STATUSES)
+    @pytest.mark.parametrize(
+        "change",
+        [
+            "id = 'another'",
+            "pos_id = 'till-2'",
+            "created_at = 1",
+            "hlc_local_time = hlc_local_time + 1",
+            "hlc_logical_counter = 7",
+            "fiscal_doc = '{}'",
+            "digest = NULL",
+            "inserted_digest = 'x'",
+        ],
+    )
+    def test_acknowledged(self, repository, engine, status, change):
+        """What was acknowledged of a receipt does not change, and the file is not called damaged for the attempt."""
+        a_receipt(repository, status)
+        before = snapshot(engine)
+        with pytest.raises(AcknowledgedReceiptError), engine.begin() as connection:
+            connection.execute(text(f"UPDATE receipts SET {change}"))
+        assert before == snapshot(engine)
+
+    def test_acknowledged_while_held(self, repository, engine):
+        """Of a held receipt only the document may change, with its digests."""
+        a_foreign_receipt(engine, "held", held_at=NOON)
+        for change in ("id = 'another'", "pos_id = 'till-2'", "created_at = 1", "hlc_local_time = 6"):
+            with pytest.raises(AcknowledgedReceiptError), engine.begin() as connection:
+                connection.execute(text(f"UPDATE receipts SET {change}"))
+        with engine.begin() as connection:
+            connection.execute(text("UPDATE receipts SET fiscal_doc = '{ }', digest = 'd', inserted_digest = 'i'"))
+        assert repository.get_receipt_by_id("held").fiscal_doc == "{ }"
+
+    def test_counter_without_its_guard(self, repository, engine):
+        """A logical counter is never negative, even where somebody has dropped the guard."""
+        a_receipt(repository)
+        with engine.begin() as connection:
+            connection.execute(text("DROP TRIGGER trg_guard_acknowledged"))
+        with pytest.raises(Exception, match="ck_receipts_hlc_logical_counter"), engine.begin() as connection:
+            connection.execute(text("UPDATE receipts SET hlc_logical_counter = -1"))
 
     def test_first_schema_insert(self, repository, engine):
         """The plain INSERT of the first schema still works, and is counted, told and limited like any other."""

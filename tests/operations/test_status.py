@@ -1,8 +1,10 @@
 """What a monitor sees of the buffer."""
 
 import pytest
-from builders import NOON, STATUSES, a_receipt
+from builders import NOON, STATUSES, a_foreign_receipt, a_receipt
 from sqlalchemy import text
+
+from kkt_buffer import DeliveryUnavailable, deliver_pending
 
 
 class TestGetBufferStatus:
@@ -64,3 +66,57 @@ class TestGetBufferStatus:
             connection.execute(text("UPDATE dlq SET resolved_at = 1, resolved_by = 'Anna'"))
         status = repository.get_buffer_status()
         assert (1, 0, None) == (status.failed, status.dlq_size, status.oldest_undelivered_at)
+
+    def test_never(self, repository):
+        """Before anything has happened there is no last delivery and no last outage, and nothing is held."""
+        status = repository.get_buffer_status()
+        assert (0, 0, None, None) == (status.held, status.expired_leases, status.last_synced_at, status.last_outage_at)
+
+    def test_held(self, repository, engine):
+        """A held receipt fills the buffer and has a deadline, but is not to be delivered yet."""
+        a_foreign_receipt(engine, "held", created_at=NOON, held_at=NOON)
+        a_receipt(repository)
+        status = repository.get_buffer_status()
+        assert (1, 2, NOON) == (status.held, status.pending, status.oldest_undelivered_at)
+        assert "held" not in [receipt.id for receipt in repository.get_pending_receipts()]
+        repository.move_to_dlq("held", "never printed")
+        assert repository.get_buffer_status().held == 0
+
+    def test_expired_leases(self, repository, clock):
+        """A lease counts as expired from its end on, until somebody takes the receipt back."""
+        a_receipt(repository, "syncing")
+        clock.seconds += 59
+        assert repository.get_buffer_status().expired_leases == 0
+        clock.seconds += 1
+        assert (1, 1) == (repository.get_buffer_status().expired_leases, repository.get_buffer_status().syncing)
+        repository.recover_expired_leases()
+        assert repository.get_buffer_status().expired_leases == 0
+
+    def test_last_synced_at(self, repository, clock):
+        """The last delivery by the clock of this machine; pruning does not forget it."""
+        a_receipt(repository, "synced")
+        clock.seconds += 100
+        a_receipt(repository, "synced")
+        assert NOON + 100 == repository.get_buffer_status().last_synced_at
+        clock.seconds += 100 * 86_400
+        assert repository.prune().receipts == 2
+        assert NOON + 100 == repository.get_buffer_status().last_synced_at
+        clock.seconds = NOON
+        a_receipt(repository, "synced")
+        assert NOON + 100 == repository.get_buffer_status().last_synced_at
+
+    def test_last_outage_at(self, repository, clock):
+        """The end of the last delivery run that met an outage; a good one since does not take it away."""
+
+        def send(receipt):
+            clock.seconds += 10
+            if clock.seconds < NOON + 20:
+                raise DeliveryUnavailable
+            return NOON
+
+        a_receipt(repository)
+        deliver_pending(repository, send)
+        assert NOON + 10 == repository.get_buffer_status().last_outage_at
+        deliver_pending(repository, send)
+        status = repository.get_buffer_status()
+        assert (NOON + 10, NOON + 20) == (status.last_outage_at, status.last_synced_at)

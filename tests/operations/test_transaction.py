@@ -138,7 +138,9 @@ class TestTransaction:
         async def other(inside, done):
             await inside.wait()
             try:
-                with pytest.raises(ReceiptBufferError, match="another asyncio task of this thread"):
+                with pytest.raises(
+                    ReceiptBufferError, match="this thread is inside a write transaction of this engine"
+                ):
                     repository.insert_receipt(new_receipt())
             finally:
                 done.set()
@@ -165,7 +167,7 @@ class TestEngine:
     def test_other_engine(self):
         """Without the guards of our own engine nothing that is promised would hold."""
         other = create_engine("sqlite://")
-        with pytest.raises(TypeError, match="engine: expected one that create_buffer_engine has made"):
+        with pytest.raises(TypeError, match="engine: expected one that create_buffer_engine made"):
             ReceiptRepository(other)
         other.dispose()
 

@@ -176,7 +176,7 @@ class TestBackup:
         in_the_way = old.with_name("a file where a folder should be")
         in_the_way.touch()
         copy = in_the_way / "copy.db"
-        monkeypatch.setattr("kkt_buffer.sqlite.file.backup", lambda engine, _: backup(engine, copy))
+        monkeypatch.setattr("kkt_buffer.sqlite.file.backup", lambda database, engine, _: backup(database, engine, copy))
         with pytest.raises(BufferStorageError, match="the backup .* cannot be used: .*Nothing was written"):
             adopt(old)
         assert before == everything(old)

@@ -102,7 +102,7 @@ class TestCheck:
         command.check(migrate.alembic_config(file_engine))
 
     def test_not_migrated(self, tmp_path, opened):
-        with pytest.raises(SchemaError, match="has no schema .*python -m kkt_buffer upgrade PATH"):
+        with pytest.raises(SchemaError, match="has no schema .*kkt-buffer upgrade PATH"):
             check(opened(tmp_path / "buffer.db"))
 
     def test_old(self, engine, monkeypatch):

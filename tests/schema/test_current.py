@@ -39,6 +39,7 @@ OPERATIONS = {
     "mark_synced": lambda repository: repository.mark_synced(NOBODY, NOON),
     "move_to_dlq": lambda repository: repository.move_to_dlq(NOBODY, "a reason"),
     "prune": lambda repository: repository.prune(),
+    "reading": lambda repository: repository.reading().__enter__(),
     "record_failure": lambda repository: repository.record_failure(NOBODY, "an error", NOBODY),
     "recover_expired_leases": lambda repository: repository.recover_expired_leases(),
     "release": lambda repository: repository.release(NOBODY, NOBODY),
@@ -123,8 +124,8 @@ class TestCurrent:
         with pytest.raises(SchemaError, match="schema 9999, made by a newer release"):
             current(engine)
 
-    OLDER = "has the old schema 0001 .* Run `python -m kkt_buffer upgrade PATH`"
-    EMPTY = "has no schema .* Run `python -m kkt_buffer upgrade PATH`"
+    OLDER = "has the old schema 0001 .* Run `kkt-buffer upgrade PATH`"
+    EMPTY = "has no schema .* Run `kkt-buffer upgrade PATH`"
 
     @pytest.mark.parametrize(("fixture", "told"), [("newer", NEWER), ("older", OLDER), ("empty", EMPTY)])
     def test_operations(self, request, fixture, told, opened):
@@ -150,7 +151,7 @@ class TestCurrent:
     def test_all_operations(self):
         """None was forgotten above, but for those which need no schema."""
         public = {name for name in dir(ReceiptRepository) if not name.startswith("_")}
-        assert set(OPERATIONS) == public - {"backup", "in_transaction"}
+        assert set(OPERATIONS) == public - {"backup", "close", "in_transaction"}
 
     def test_not_now(self, older):
         """A service that was told not to upgrade says what to run, and leaves the file alone."""

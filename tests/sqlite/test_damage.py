@@ -25,21 +25,22 @@ class TestCheckIntegrity:
             (
                 "UPDATE receipts SET synced_at = NULL WHERE status = 'synced'",
                 "rules of the tables",
-                "row 3 of receipts breaks ck_receipts_synced",
+                "a row of receipts breaks ck_receipts_synced: ",
             ),
             (
                 "UPDATE receipts SET lease_token = 'x' WHERE status = 'pending'",
                 "rules of the tables",
-                "row 1 of receipts breaks ck_receipts_lease",
+                "a row of receipts breaks ck_receipts_lease: ",
             ),
             ("UPDATE receipts SET status = 'pending' WHERE status = 'failed'", "dead letters", "is pending and has an"),
             ("DELETE FROM dlq", "dead letters", "is failed without a dead letter"),
             (
-                "UPDATE buffer_counts SET value = 7 WHERE name = 'synced'",
+                "UPDATE buffer_state SET synced = 7",
                 "counts",
                 "synced are counted as 7, and are 1",
             ),
-            ("DELETE FROM buffer_counts WHERE name = 'synced'", "counts", "a counter is missing"),
+            ("DELETE FROM buffer_state", "counts", "the row of counts is missing"),
+            ("UPDATE buffer_state SET hlc_local_time = 5", "counts", "the last timestamp is below that of receipt"),
             (
                 "UPDATE receipts SET hlc_local_time = 5 WHERE rowid = 3",
                 "order of timestamps",
@@ -51,7 +52,7 @@ class TestCheckIntegrity:
             (
                 "UPDATE receipts SET retry_count = -1",
                 "rules of the tables",
-                "row 1 of receipts breaks ck_receipts_retry_count",
+                "a row of receipts breaks ck_receipts_retry_count: ",
             ),
         ],
     )

@@ -7,7 +7,7 @@ from operations_table import OPERATIONS, prepared
 from sqlalchemy import event
 from sqlalchemy.pool import Pool
 
-SMALL = {"SCAN config", "SCAN buffer_counts", "SCAN buffer_state", "SCAN m"}  # settings, counts, the schema
+SMALL = {"SCAN config", "SCAN buffer_state", "SCAN m"}  # settings, counts, the schema
 # By number from one end of the table to the LIMIT; and what no till waits for.
 # The heads of three indexes, put into order.
 HEADS = {"SCAN part", "SCAN oldest", "USE TEMP B-TREE FOR ORDER BY"}
@@ -15,6 +15,9 @@ KNOWN = {
     "get_buffer_status": HEADS,
     "get_receipts_due": HEADS,
     "get_events": {"SCAN buffer_events"},
+    # The first rows of three indexes, put together: three of them, and three times the limit.
+    "get_buffer_status": {"SCAN part", "SCAN oldest", "USE TEMP B-TREE FOR ORDER BY"},
+    "get_receipts_due": {"SCAN part", "USE TEMP B-TREE FOR ORDER BY"},
     "prune": {"SCAN buffer_events", "SCAN dlq", "SCAN letter"},
     "list_dead_letters": {"USE TEMP B-TREE FOR ORDER BY"},
     "requeue_all": {"USE TEMP B-TREE FOR ORDER BY"},
@@ -56,6 +59,6 @@ def test_operation(repository, engine, statements, name):
     statements.clear()
     OPERATIONS[name].call(repository, known)
     ran = list(statements)
-    assert ran or name == "transaction"
+    assert ran or name in {"reading", "transaction"}
     steps = set().union(*(plan(engine, sql) for sql in ran))
     assert {step for step in steps if re.fullmatch(r"SCAN \w+|.*TEMP B-TREE.*", step)} <= SMALL | KNOWN.get(name, set())

@@ -112,5 +112,5 @@ class TestPragmas:
         path = tmp_path / "other.db"
         with another_program(path) as connection:
             connection.execute("CREATE TABLE t (x)")
-        with pytest.raises(BufferStorageError, match="is no buffer: its journal mode is 'delete'"):
+        with pytest.raises(BufferStorageError, match="is not a buffer: its journal mode is 'delete'"):
             open_engine(path, read_only=True)

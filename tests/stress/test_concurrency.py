@@ -7,7 +7,7 @@ from pathlib import Path
 
 import predecessor
 import pytest
-from builders import PROOF, new_receipt, open_files, run_python, start_python, together
+from builders import PROOF, checkouts, new_receipt, open_files, run_python, start_python, together
 
 from kkt_buffer import BufferFullError, ReceiptRepository
 
@@ -212,9 +212,10 @@ class TestThreads:
         repository.set_config("buffer_capacity", 10_000)
         repository.insert_receipt(new_receipt())
         before = open_files(path)
-        for _ in range(1000):
-            together(1, lambda _: repository.insert_receipt(new_receipt()))
+        with checkouts() as in_use:
+            for _ in range(1000):
+                together(1, lambda _: repository.insert_receipt(new_receipt()))
+            assert [] == in_use
         assert before == open_files(path)
-        assert engine.pool.checkedout() == 0
         assert repository.get_buffer_status().pending == 1001
         engine.dispose()

@@ -15,7 +15,7 @@ from decimal import Decimal
 from pathlib import Path
 
 import pytest
-from builders import NOON, PROOF, STATUSES, a_receipt
+from builders import NOON, PROOF, STATUSES, a_receipt, checkouts
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from operations_table import OPERATIONS
@@ -205,9 +205,10 @@ class TestOperations:
             positions, keywords = (data.draw(strategy) for strategy in ARGUMENTS[name])
             ends[self.attempt(engine, repository, name, positions, keywords)] += 1
 
-        play()
+        with checkouts() as in_use:
+            play()
+            assert [] == in_use
         print(f"nonsense: {sum(ends.values())} calls: {dict(ends.most_common())}")
-        assert engine.pool.checkedout() == 0
         assert set(KNOWN.values()) <= {repository.get_receipt_by_id(known_id).id for known_id in KNOWN.values()}
 
     @pytest.mark.parametrize("fault", ["another error", "writes and refuses"])

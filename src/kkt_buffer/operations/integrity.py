@@ -69,8 +69,11 @@ def check(transactions: Transactions) -> IntegrityReport:
 
 
 def _found(transactions: Transactions, check: Callable[[Connection], list[str]]) -> tuple[str, ...]:
+    problems: list[str] = []
     try:
         with transactions.reading() as tx:
-            return tuple(check(tx.connection)[:AT_MOST])
+            problems += check(tx.connection)
     except (ReceiptBufferError, SQLAlchemyError, ValueError) as error:
-        return (str(error),)
+        # In a damaged file the end of the transaction can fail too: what was found is more than that.
+        problems = problems or [str(error)]
+    return tuple(problems[:AT_MOST])

@@ -103,7 +103,10 @@ class BufferStatus:
 
 def get_buffer_status(tx: Transaction) -> BufferStatus:
     """The state of the buffer, at the cost of a few lookups."""
-    found = dict(tx.connection.execute(_status(tx.backend.last_synced_at), {"now": tx.now}).mappings().one())
+    row = tx.connection.execute(_status(tx.backend.last_synced_at), {"now": tx.now}).mappings().one_or_none()
+    if row is None:
+        raise BufferDamagedError.found(tx.backend, "the row of counts is missing")
+    found = dict(row)
     number_of("buffer_capacity", found.pop("capacity_setting"))
     days = number_of("ofd_deadline_days", found.pop("deadline_days"))
     oldest = found["oldest_undelivered_at"]
