@@ -15,9 +15,6 @@ KNOWN = {
     "get_buffer_status": HEADS,
     "get_receipts_due": HEADS,
     "get_events": {"SCAN buffer_events"},
-    # The first rows of three indexes, put together: three of them, and three times the limit.
-    "get_buffer_status": {"SCAN part", "SCAN oldest", "USE TEMP B-TREE FOR ORDER BY"},
-    "get_receipts_due": {"SCAN part", "USE TEMP B-TREE FOR ORDER BY"},
     "prune": {"SCAN buffer_events", "SCAN dlq", "SCAN letter"},
     "list_dead_letters": {"USE TEMP B-TREE FOR ORDER BY"},
     "requeue_all": {"USE TEMP B-TREE FOR ORDER BY"},

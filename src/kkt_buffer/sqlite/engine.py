@@ -261,12 +261,18 @@ class Database(Backend):
     def _configure(self, connection: GuardedConnection, _record: object) -> None:
         """Apply the PRAGMAs and read them back. For the pool's `connect` event."""
         with storage_errors(self, self.driver):
+            if (files := self._files()) is not None:
+                files.before(connection, write=False)  # else a file that was cut to nothing would become a new database
             for pragma in (*self._journal(connection), *self.pragmas):
                 self._set(connection, pragma)
             # The first read opens the WAL; from now on it must stay the file that it is.
             connection.execute("SELECT COUNT(*) FROM sqlite_master").fetchone()
-            if self.path is not None and self.identity is not None:
-                connection.files = Files(str(self.path), self.identity, self._sizes, self.driver)
+            connection.files = self._files()
+
+    def _files(self) -> Files | None:
+        if self.path is None or self.identity is None:
+            return None
+        return Files(str(self.path), self.identity, self._sizes, self.driver)
 
     def _journal(self, connection: GuardedConnection) -> tuple[Pragma, ...]:
         if self.path is None:
