@@ -15,7 +15,6 @@ from sqlalchemy import (
     CheckConstraint,
     Column,
     Dialect,
-    Float,
     ForeignKey,
     Index,
     Integer,
@@ -25,8 +24,6 @@ from sqlalchemy import (
     Table,
     Text,
     TypeDecorator,
-    column,
-    table,
     text,
 )
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
@@ -349,17 +346,4 @@ Table(
     metadata,
     Column("version_num", String(32), nullable=False),
     PrimaryKeyConstraint("version_num", name=f"{VERSION_TABLE}_pkc"),
-)
-
-# A lightweight table: a view registered in Base.metadata would be taken for a table by autogenerate.
-buffer_status = table(
-    "v_buffer_status",
-    column("total_receipts", Integer),
-    column("pending", Integer),
-    column("syncing", Integer),
-    column("synced", Integer),
-    column("failed", Integer),
-    column("dlq_size", Integer),
-    column("capacity", Integer),
-    column("percent_full", Float),
 )

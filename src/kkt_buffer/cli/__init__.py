@@ -20,7 +20,8 @@ from kkt_buffer.engine import create_buffer_engine
 from kkt_buffer.errors import ReceiptBufferError
 from kkt_buffer.migrate import check, current, require, stage, upgrade
 from kkt_buffer.repository import ReceiptRepository
-from kkt_buffer.sqlite.engine import known_bugs, pragmas
+from kkt_buffer.sqlite.driver import known_bugs
+from kkt_buffer.sqlite.engine import pragmas
 
 
 def main(argv: Sequence[str] | None = None) -> int:

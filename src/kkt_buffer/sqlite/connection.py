@@ -192,6 +192,8 @@ class Files:
         with contextlib.closing(self._driver.connect(f"file:{quote(self._path)}?mode=ro", uri=True)) as fresh:
             try:
                 found = fresh.execute("PRAGMA quick_check(1)").fetchone()[0]
+                if fresh.execute("SELECT 1 FROM sqlite_master").fetchone() is None:
+                    found = "it is empty"  # which SQLite takes for a new database
             except self._driver.DatabaseError as error:
                 if getattr(error, "sqlite_errorcode", 0) & 0xFF not in _DAMAGE:
                     raise

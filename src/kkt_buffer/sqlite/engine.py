@@ -5,15 +5,11 @@ BEGIN is ours: IMMEDIATE for writes, behind the write gate, DEFERRED for reads, 
 """
 
 import contextlib
-import importlib
-import importlib.util
-import logging
 import os
 import sqlite3
 import threading
 import uuid
 import weakref
-from collections import deque
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import ModuleType
@@ -22,25 +18,17 @@ from urllib.parse import quote
 
 from sqlalchemy import URL, Connection, Engine, ExceptionContext, Pool, QueuePool, create_engine, event, make_url, text
 from sqlalchemy.exc import DBAPIError
-from sqlalchemy.pool import ConnectionPoolEntry
 
-from kkt_buffer.backend import OPERATION, OPTION, READ_ONLY, Backend, Reference, backend_of
+from kkt_buffer.backend import OPERATION, OPTION, READ_ONLY, Backend, Reference
 from kkt_buffer.errors import BufferStorageError, ReceiptBufferError
 from kkt_buffer.sqlite import file, fork
 from kkt_buffer.sqlite.connection import Files, GuardedConnection, Identity, Sizes
 from kkt_buffer.sqlite.ddl import REFERENCES
+from kkt_buffer.sqlite.driver import load_driver
 from kkt_buffer.sqlite.errors import statement_error, storage_error, storage_errors
 from kkt_buffer.sqlite.gate import WriteGate
+from kkt_buffer.sqlite.pool import ThreadPool
 from kkt_buffer.sqlite.pragmas import CACHE_SIZE, COMMON, DURABLE, MEMORY, QUERY_ONLY, WAL, Pragma, cache
-
-logger = logging.getLogger(__name__)
-
-SQLITE_MINIMUM = (3, 38, 0)  # unixepoch() in our triggers
-WAL_RESET_BUG = (
-    "has the WAL-reset bug (fixed in 3.51.3, 3.50.7 and 3.44.6): let no other program write to the buffer or "
-    "checkpoint it. The extra `sqlite` of kkt-buffer brings a fixed SQLite."
-)
-IDLE_CONNECTIONS = 8
 
 # Scalar subqueries: without the row of counts, NOT NULL refuses the receipt. (INSERT … SELECT … FROM buffer_state would
 # store nothing then, and report success.)
@@ -65,14 +53,14 @@ def create(
     **options: Any,  # noqa: ANN401 (passed on to create_engine)
 ) -> Engine:
     """Make an engine on a file or in memory, and open it once to see that it can be used."""
-    driver = _driver(writing=not read_only)
+    driver = load_driver(writing=not read_only)
     path = _path(path_or_url)
     if path is None and read_only:
         raise ValueError("read_only: an in-memory buffer that nobody can write would stay empty")
     database = Database(driver, path, read_only=read_only, busy_timeout=busy_timeout, cache_size=cache_size)
     engine = create_engine(
         URL.create("sqlite+pysqlite", database=":memory:" if path is None else str(path)),
-        **{"poolclass": QueuePool if {"max_overflow", "pool_timeout"} & options.keys() else _ThreadPool} | options,
+        **{"poolclass": QueuePool if {"max_overflow", "pool_timeout"} & options.keys() else ThreadPool} | options,
         execution_options={OPTION: database, **options.pop("execution_options", {})},
         creator=database.open,
         module=driver,
@@ -85,54 +73,6 @@ def create(
         engine.dispose()
         raise
     return engine
-
-
-class _ThreadPool(Pool):
-    """
-    As many connections as there are threads at work; a few stay open between their uses, the last used first.
-
-    SQLAlchemy's QueuePool has a Condition, which an exception that is thrown into a thread can leave locked: then every
-    other thread waits for ever. Each step of a deque is one that nothing can interrupt.
-    """
-
-    __module__ = Pool.__module__  # so that it logs where SQLAlchemy's pools do
-
-    def __init__(self, creator: Any, pool_size: int = IDLE_CONNECTIONS, **options: Any) -> None:  # noqa: ANN401 (SQLAlchemy's)
-        super().__init__(creator, **options)
-        self._pool_size = pool_size
-        self._idle: deque[ConnectionPoolEntry] = deque()
-
-    def _do_get(self) -> ConnectionPoolEntry:
-        try:
-            return self._idle.pop()
-        except IndexError:
-            return self._create_connection()
-
-    def _do_return_conn(self, record: ConnectionPoolEntry) -> None:
-        if len(self._idle) < self._pool_size:
-            self._idle.append(record)
-        else:
-            record.close()
-
-    def recreate(self) -> "_ThreadPool":
-        return type(self)(
-            self._creator,
-            self._pool_size,
-            recycle=self._recycle,
-            echo=self.echo,
-            logging_name=self._orig_logging_name,
-            reset_on_return=self._reset_on_return,
-            _dispatch=self.dispatch,
-            dialect=self._dialect,
-        )
-
-    def dispose(self) -> None:
-        with contextlib.suppress(IndexError):
-            while True:
-                self._idle.pop().close()
-
-    def status(self) -> str:
-        return f"{len(self._idle)} idle connections"
 
 
 def _path(path_or_url: str | os.PathLike[str] | URL) -> Path | None:
@@ -150,38 +90,6 @@ def _path(path_or_url: str | os.PathLike[str] | URL) -> Path | None:
     if not isinstance(name, str) or not name.strip() or "\0" in name:
         raise ValueError(f"path_or_url: expected the path of a file, got {name!r}")
     return None if name == ":memory:" else Path(os.path.realpath(name))
-
-
-def _driver(*, writing: bool) -> ModuleType:
-    """
-    The driver of the `sqlite` extra where it is installed, else the standard one.
-
-    One for the whole process: two SQLite libraries in one process would cancel each other's locks.
-    """
-    driver = importlib.import_module("pysqlite3" if importlib.util.find_spec("pysqlite3") else "sqlite3")
-    if driver.sqlite_version_info < SQLITE_MINIMUM:
-        raise BufferStorageError(
-            f"SQLite {driver.sqlite_version} is too old, {'.'.join(map(str, SQLITE_MINIMUM))} is needed. "
-            "Nothing was opened. Install kkt-buffer[sqlite], which brings its own."
-        )
-    if writing and has_wal_reset_bug(driver.sqlite_version_info):
-        _warn_once(f"SQLite {driver.sqlite_version} {WAL_RESET_BUG}")
-    return driver
-
-
-def has_wal_reset_bug(version: tuple[int, int, int]) -> bool:
-    """Whether several programs that write and checkpoint at one moment can damage the WAL of this SQLite."""
-    fixed = version >= (3, 51, 3) or (3, 50, 7) <= version < (3, 51) or (3, 44, 6) <= version < (3, 45)
-    return not fixed
-
-
-_warned: set[str] = set()
-
-
-def _warn_once(message: str) -> None:
-    if message not in _warned:
-        _warned.add(message)
-        logger.warning(message)
 
 
 def driver_connection(connection: Connection) -> GuardedConnection:
@@ -411,13 +319,6 @@ class Database(Backend):
             self._target, uri=True, isolation_level=None, check_same_thread=False, timeout=self._busy_timeout, **options
         )
         return connection
-
-
-def known_bugs(engine: Engine) -> str:
-    """The version of the SQLite in use, and what is wrong with it."""
-    driver = backend_of(engine).driver
-    affected = has_wal_reset_bug(driver.sqlite_version_info)
-    return f"{driver.sqlite_version} {WAL_RESET_BUG if affected else 'no known bug that concerns a buffer'}"
 
 
 def pragmas(engine: Engine) -> dict[str, str | int]:
