@@ -46,7 +46,7 @@ class GuardedConnection(sqlite3.Connection if TYPE_CHECKING else object):  # typ
     database: Database
     files: "Files | None" = None  # None: in memory
     pid = 0
-    query_only: bool | None = None  # as it was set last; None: not by us
+    query_only = False
     is_writing = False
     is_begun = False
     is_operation = False  # whether `Transactions` has opened the transaction, or the caller, on the engine
