@@ -95,6 +95,15 @@ class Transaction:
 _innermost: ContextVar[Transaction | None] = ContextVar("kkt_buffer_transaction", default=None)
 
 
+class _Here(threading.local):
+    """All transactions that this thread has open, in whatever context."""
+
+    transactions: tuple[Transaction, ...] = ()
+
+
+_here = _Here()
+
+
 class Transactions:
     """Opens transactions on one engine, or joins those that a thread has open."""
 
@@ -117,6 +126,11 @@ class Transactions:
         while tx is not None and (tx.backend is not self.backend or tx.is_over):
             tx = tx.outer
         if tx is None or tx.thread != threading.get_ident():
+            if any(other.backend is self.backend and not other.is_over for other in _here.transactions):
+                raise ReceiptBufferError(
+                    "another asyncio task of this thread has a transaction open and waits inside it. Nothing was "
+                    "done. Never await inside transaction(); run it whole in a thread, with asyncio.to_thread."
+                )
             return None
         if tx.is_busy:
             raise ReceiptBufferError(
@@ -227,9 +241,11 @@ class Transactions:
         tx.outer = _innermost.get()
         try:
             _innermost.set(tx)
+            _here.transactions = (*(other for other in _here.transactions if not other.is_over), tx)
             yield
         finally:
             tx.is_over = True
+            _here.transactions = tuple(other for other in _here.transactions if other is not tx)
             _innermost.set(tx.outer)
 
     @contextmanager

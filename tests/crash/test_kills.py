@@ -31,8 +31,8 @@ from kkt_buffer import (
     BufferFullError, DeliveryRejected, DeliveryUnavailable, InvalidTransitionError, LeaseLostError,
     ReceiptNotFoundError, ReceiptRepository, create_buffer_engine, deliver_pending,
 )
-from kkt_buffer.operations import receipts
-from kkt_buffer.hlc import HybridTimestamp
+from sqlalchemy import text
+from kkt_buffer.sqlite.engine import Database
 
 path, logs, fault = sys.argv[1:]
 EXPECTED = (BufferFullError, InvalidTransitionError, LeaseLostError, ReceiptNotFoundError)
@@ -123,7 +123,10 @@ class Worker(threading.Thread):
 
 def work(number, seed, offset):
     if fault == "forgets the clock":
-        receipts.successor = lambda last, now: HybridTimestamp(now, 0)
+        Database.insert = text(
+            "INSERT INTO receipts (id, pos_id, created_at, hlc_local_time, hlc_logical_counter, fiscal_doc, digest)"
+            " VALUES (:id, :pos_id, :now, :now, 0, :fiscal_doc, :digest)"
+        )
     log = os.open(f"{logs}/{seed}-{number}", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     engine = create_buffer_engine(path)
     if fault == "has no guard":

@@ -132,15 +132,14 @@ class TestTransaction:
 
         async def careless(inside, done):
             with repository.transaction():
+                repository.insert_receipt(new_receipt())
                 inside.set()
                 await done.wait()
 
         async def other(inside, done):
             await inside.wait()
             try:
-                with pytest.raises(
-                    ReceiptBufferError, match="this thread is inside a write transaction of this engine"
-                ):
+                with pytest.raises(ReceiptBufferError, match="another asyncio task of this thread"):
                     repository.insert_receipt(new_receipt())
             finally:
                 done.set()
@@ -150,6 +149,7 @@ class TestTransaction:
             await asyncio.gather(careless(inside, done), other(inside, done))
 
         asyncio.run(both())
+        assert repository.get_buffer_status().pending == 1
         repository.insert_receipt(new_receipt())
 
     def test_to_thread(self, repository):
