@@ -87,7 +87,8 @@ def storage_errors(buffer: object, driver: ModuleType) -> Iterator[None]:
 
 _RAISED = {message for sql in SQLITE_TRIGGERS.values() for message in re.findall(r"RAISE\(ABORT, '([^']+)'\)", sql)}
 _RULE = re.compile(
-    r"(CHECK constraint failed: ck_|UNIQUE constraint failed: (receipts|dlq)\.|NOT NULL constraint failed: receipts\."
+    r"(CHECK constraint failed: ck_|UNIQUE constraint failed: (receipts|dlq)\."
+    r"|NOT NULL constraint failed: (receipts|dlq|buffer_events|buffer_state)\."
     r"|cannot store \w+ value in INTEGER column buffer_state|FOREIGN KEY)"
 )
 
