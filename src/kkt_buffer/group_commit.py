@@ -19,7 +19,7 @@ from typing import Any, Generic, TypeVar
 from sqlalchemy.exc import SQLAlchemyError
 
 from kkt_buffer.errors import BufferStorageError, ReceiptBufferError
-from kkt_buffer.transaction import Transaction, Transactions
+from kkt_buffer.transaction import NotTogetherError, Transaction, Transactions
 
 POLL_SECONDS = 0.05  # in case a wake-up was lost
 MAX_BATCH = 64  # operations of one transaction: other processes wait for its end
@@ -33,11 +33,11 @@ class Shareable(Generic[A, R]):
     """
     An operation that may share a transaction: `one` does it for one argument.
 
-    `many` does it for several at once, faster; it returns None, or raises, where they must be done one by one.
+    `many` does it for several at once, faster; it raises `NotTogetherError` where they must be done one by one.
     """
 
     one: Callable[[Transaction, A], R]
-    many: Callable[[Transaction, list[A]], list[R] | None] | None = None
+    many: Callable[[Transaction, list[A]], list[R]] | None = None
 
 
 class _Member:
@@ -150,11 +150,9 @@ class GroupCommit:
                 done += len(alike)
                 arguments = [member.argument for member in alike]
                 if work.many is None or len(alike) == 1:
-                    results: list[Any] | None = [work.one(tx, argument) for argument in arguments]
+                    results = [work.one(tx, argument) for argument in arguments]
                 else:
                     results = work.many(tx, arguments)
-                if results is None:
-                    raise _OneByOneError
                 for member, result in zip(alike, results, strict=True):
                     member.result = result
             self._gather(members)
@@ -166,11 +164,7 @@ class GroupCommit:
                 members.append(member)
 
 
-class _OneByOneError(Exception):
-    """What several threads want cannot be done with one statement."""
-
-
-_REFUSED = (_OneByOneError, ReceiptBufferError, SQLAlchemyError)
+_REFUSED = (NotTogetherError, ReceiptBufferError, SQLAlchemyError)
 
 
 def _one_by_one(tx: Transaction, members: list[_Member]) -> None:

@@ -25,7 +25,7 @@ from kkt_buffer.operations import dead_letters, events, integrity, leases, pruni
 from kkt_buffer.operations.integrity import IntegrityReport
 from kkt_buffer.operations.pruning import PruneReport
 from kkt_buffer.operations.status import BufferStatus
-from kkt_buffer.transaction import Transaction, Transactions
+from kkt_buffer.transaction import NotTogetherError, Transaction, Transactions
 
 __all__ = ["BufferStatus", "IntegrityReport", "PruneReport", "ReceiptRepository"]
 
@@ -127,8 +127,15 @@ class ReceiptRepository:
         3
         """
         new = arguments.new_receipts(many, exist_ok=exist_ok)
-        with self._writing() as tx:
-            return receipts.insert_all(tx, new)
+        if not new:
+            return []
+        try:
+            with self._writing() as tx:
+                return receipts.insert_together(tx, new)
+        except NotTogetherError:
+            # Only now is it worth asking which one was refused, and why.
+            with self._writing() as tx:
+                return receipts.insert_unknown(tx, new)
 
     def get_pending_receipts(self, limit: int = 50) -> list[Receipt]:
         """

@@ -11,12 +11,12 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
-from sqlalchemy import Connection, Engine, Select, select
+from sqlalchemy import Connection, CursorResult, Engine, Select, select
 from sqlalchemy.exc import DBAPIError, InvalidRequestError
 from sqlalchemy.orm import Session, scoped_session, sessionmaker
 
 from kkt_buffer import arguments
-from kkt_buffer.backend import OPERATION, READ_ONLY, Backend, backend_of
+from kkt_buffer.backend import OPERATION, READ_ONLY, Backend, Parameters, backend_of
 from kkt_buffer.config import number_of
 from kkt_buffer.errors import BufferDamagedError, BufferStorageError, ReceiptBufferError
 from kkt_buffer.models import ConfigEntry
@@ -74,6 +74,10 @@ class Transaction:
         """Our error for what a statement of an operation was refused for; where we have none, the one that is there."""
         return (self.backend.explain(error) if isinstance(error, DBAPIError) else None) or error
 
+    def run(self, sql: str, parameters: Parameters) -> CursorResult[Any]:
+        """Run a constant statement with `:name` parameters."""
+        return self.backend.run(self.connection, sql, parameters)
+
     def load(self, statement: Select[Any], **parameters: object) -> list[Any]:
         """Read rows as objects that are detached and complete."""
         # A session of its own: what the caller's session holds stays attached.
@@ -89,6 +93,10 @@ class Transaction:
             logger.error("a row without a key: the file is damaged. Reading on without it; see check_integrity().")
             rows = [row for row in rows if row is not None]
         return rows
+
+
+class NotTogetherError(Exception):
+    """Several things could not be done with one statement: undo it, and do them one by one."""
 
 
 # The innermost transaction of this context: a thread may run many asyncio tasks, each with a context of its own.
@@ -196,7 +204,8 @@ class Transactions:
                 transaction = connection.begin()
                 try:
                     yield
-                    transaction.commit()
+                    if tx.write:
+                        transaction.commit()
                 except (DBAPIError, InvalidRequestError) as error:
                     if not connection.invalidated:
                         raise

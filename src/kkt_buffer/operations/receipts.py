@@ -25,7 +25,7 @@ from kkt_buffer.models import (
     buffer_state,
     digest_of,
 )
-from kkt_buffer.transaction import Transaction
+from kkt_buffer.transaction import NotTogetherError, Transaction
 
 receipts = cast("Table", Receipt.__table__)
 dlq = cast("Table", DeadLetter.__table__)
@@ -50,16 +50,13 @@ UNDELIVERED = select(buffer_state.c.pending + buffer_state.c.syncing)
 NO_LEASE = {"lease_token": null(), "lease_taken_at": null(), "lease_expires_at": null()}
 CLEARED = {**NO_LEASE, "next_attempt_at": null()}
 
-_delivered = update(receipts).values(
-    status=literal_column("'synced'"),
-    synced_at=bindparam("now"),
-    changed_at=bindparam("now"),
-    hlc_server_time=bindparam("server_time"),
-    held_at=null(),
-    **CLEARED,
-)
-MARK_SYNCED = _delivered.where(text("id = :receipt_id AND status IN ('pending', 'syncing')"))
-MARK_FAILED_SYNCED = _delivered.where(text("id = :receipt_id AND status = 'failed'"))
+_DELIVERED = """\
+UPDATE receipts SET
+    status = 'synced', synced_at = :now, changed_at = :now, hlc_server_time = :server_time, held_at = NULL,
+    lease_token = NULL, lease_taken_at = NULL, lease_expires_at = NULL, next_attempt_at = NULL
+WHERE id = :receipt_id AND"""
+MARK_SYNCED = f"{_DELIVERED} status IN ('pending', 'syncing')"
+MARK_FAILED_SYNCED = f"{_DELIVERED} status = 'failed'"
 
 COUNT_ATTEMPT = (
     update(receipts)
@@ -122,23 +119,20 @@ def insert_one(tx: Transaction, receipt: NewReceipt) -> str:
 
 
 def insert_together(tx: Transaction, many: list[NewReceipt]) -> list[str]:
-    """Store the receipts of several callers in one statement. Raises if one of them is refused."""
-    _add(tx, many)
+    """Store receipts with one statement. Raises `NotTogetherError` if one of them is refused."""
+    try:
+        _add(tx, many)
+    except IntegrityError as error:
+        raise NotTogetherError from error
     return [receipt.id for receipt in many]
 
 
-def insert_all(tx: Transaction, many: list[NewReceipt]) -> list[str]:
-    """Store all of these receipts, in their order, or none."""
-    if many:
-        try:
-            with tx.connection.begin_nested():
-                _add(tx, many)
-        except IntegrityError:
-            # Only now is it worth asking which one was refused, and why.
-            new = _unknown(tx, many)
-            refuse_if_full(tx, len(new))
-            if new:
-                _add(tx, new)
+def insert_unknown(tx: Transaction, many: list[NewReceipt]) -> list[str]:
+    """Store those of these receipts that are no replay; raises for the first that may not be stored."""
+    new = _unknown(tx, many)
+    refuse_if_full(tx, len(new))
+    if new:
+        _add(tx, new)
     return [receipt.id for receipt in many]
 
 
@@ -155,7 +149,7 @@ def _add(tx: Transaction, many: Sequence[NewReceipt]) -> None:
         }
         for receipt in many
     ]
-    stored = tx.connection.execute(tx.backend.insert, rows if len(rows) > 1 else rows[0]).rowcount
+    stored = tx.run(tx.backend.insert, rows if len(rows) > 1 else rows[0]).rowcount
     if stored != len(rows):
         raise BufferDamagedError.found(tx.backend, f"{stored} of {len(rows)} receipts were stored")
 
@@ -218,20 +212,21 @@ def mark_synced(tx: Transaction, delivery: tuple[str, int]) -> bool:
     """Record that the OFD has the receipt, at its time; False if there is none."""
     receipt_id, server_time = delivery
     parameters = {"receipt_id": receipt_id, "server_time": server_time, "now": tx.now}
-    if tx.connection.execute(MARK_SYNCED, parameters).rowcount:
+    if tx.run(MARK_SYNCED, parameters).rowcount:
         return True
     status = status_of(tx, receipt_id)
     if status is ReceiptStatus.FAILED:
         close_dead_letter(tx, receipt_id, "delivery", "the receipt was delivered", Resolution.DELIVERED)
-        tx.connection.execute(MARK_FAILED_SYNCED, parameters)
+        tx.run(MARK_FAILED_SYNCED, parameters)
     return status is not None
 
 
-def mark_synced_together(tx: Transaction, deliveries: list[tuple[str, int]]) -> list[bool] | None:
-    """Record several deliveries with one statement; None if one of the receipts needs a second look."""
+def mark_synced_together(tx: Transaction, deliveries: list[tuple[str, int]]) -> list[bool]:
+    """Record deliveries with one statement. Raises `NotTogetherError` if a receipt is neither pending nor leased."""
     rows = [{"receipt_id": receipt_id, "server_time": time, "now": tx.now} for receipt_id, time in deliveries]
-    marked = tx.connection.execute(MARK_SYNCED, rows).rowcount
-    return [True] * len(rows) if marked == len(rows) else None
+    if tx.run(MARK_SYNCED, rows).rowcount != len(rows):
+        raise NotTogetherError
+    return [True] * len(rows)
 
 
 def increment_retry_count(tx: Transaction, receipt_id: str, error: str) -> int:

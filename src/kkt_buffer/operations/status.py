@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from functools import cache
 
-from sqlalchemy import TextualSelect, bindparam, column, select, text
+from sqlalchemy import bindparam, select, text
 
 from kkt_buffer.config import number_of
 from kkt_buffer.errors import BufferDamagedError
@@ -56,13 +56,11 @@ _VIEW = ("total_receipts", "pending", "syncing", "synced", "failed", "dlq_size",
 
 
 @cache
-def _status(last_synced_at: str) -> TextualSelect:
+def _status(last_synced_at: str) -> tuple[tuple[str, ...], str]:
+    """The names of the figures, and the query for them."""
     figures = {**_figures, "last_synced_at": last_synced_at}
     queries = ", ".join(f"({query}) AS {name}" for name, query in figures.items())
-    # With its columns named, SQLAlchemy works out the shape of the result once.
-    return text(f"SELECT {', '.join(_VIEW)}, {queries} FROM v_buffer_status").columns(
-        *(column(name) for name in (*_VIEW, *figures))
-    )
+    return (*_VIEW, *figures), f"SELECT {', '.join(_VIEW)}, {queries} FROM v_buffer_status"
 
 
 DUE = (
@@ -103,10 +101,11 @@ class BufferStatus:
 
 def get_buffer_status(tx: Transaction) -> BufferStatus:
     """The state of the buffer, at the cost of a few lookups."""
-    row = tx.connection.execute(_status(tx.backend.last_synced_at), {"now": tx.now}).mappings().one_or_none()
+    names, query = _status(tx.backend.last_synced_at)
+    row = tx.run(query, {"now": tx.now}).first()
     if row is None:
         raise BufferDamagedError.found(tx.backend, "the row of counts is missing")
-    found = dict(row)
+    found = dict(zip(names, row, strict=True))
     number_of("buffer_capacity", found.pop("capacity_setting"))
     days = number_of("ofd_deadline_days", found.pop("deadline_days"))
     oldest = found["oldest_undelivered_at"]

@@ -16,10 +16,22 @@ from types import ModuleType
 from typing import Any, cast
 from urllib.parse import quote
 
-from sqlalchemy import URL, Connection, Engine, ExceptionContext, Pool, QueuePool, create_engine, event, make_url, text
+from sqlalchemy import (
+    URL,
+    Connection,
+    CursorResult,
+    Engine,
+    ExceptionContext,
+    Pool,
+    QueuePool,
+    create_engine,
+    event,
+    make_url,
+    text,
+)
 from sqlalchemy.exc import DBAPIError
 
-from kkt_buffer.backend import OPERATION, OPTION, READ_ONLY, Backend, Reference
+from kkt_buffer.backend import OPERATION, OPTION, READ_ONLY, Backend, Parameters, Reference
 from kkt_buffer.errors import BufferStorageError, ReceiptBufferError
 from kkt_buffer.sqlite import file, fork
 from kkt_buffer.sqlite.connection import Files, GuardedConnection, Identity, Sizes
@@ -32,8 +44,7 @@ from kkt_buffer.sqlite.pragmas import CACHE_SIZE, COMMON, DURABLE, MEMORY, QUERY
 
 # Scalar subqueries: without the row of counts, NOT NULL refuses the receipt. (INSERT … SELECT … FROM buffer_state would
 # store nothing then, and report success.)
-INSERT = text(
-    """\
+INSERT = """\
 INSERT INTO receipts (
     id, pos_id, created_at, hlc_local_time, hlc_logical_counter, fiscal_doc, digest, held_at)
 VALUES (
@@ -41,7 +52,6 @@ VALUES (
     (SELECT MAX(hlc_local_time, :now) FROM buffer_state),
     (SELECT CASE WHEN :now > hlc_local_time THEN 0 ELSE hlc_logical_counter + 1 END FROM buffer_state),
     :fiscal_doc, :digest, :held_at)"""
-)
 
 
 def create(
@@ -274,6 +284,10 @@ class Database(Backend):
         readers, self._readers = self._readers, None
         if readers is not None:
             readers.dispose()
+
+    def run(self, connection: Connection, sql: str, parameters: Parameters) -> CursorResult[Any]:
+        """Run it as it is: SQLite has `:name` parameters itself."""
+        return connection.exec_driver_sql(sql, parameters)
 
     def end(self) -> None:
         """Roll back what still holds the gate though its operation is over."""
