@@ -42,12 +42,14 @@ class Backend(ABC):
 
     `str(backend)` names the buffer in messages. `driver` is the DBAPI module. `insert` stores one receipt with its
     timestamp, from the parameters id, pos_id, fiscal_doc, digest, held_at and now. `last_synced_at` is a
-    query for when a receipt was delivered last (Unix seconds, or null), whatever was pruned since.
+    query for when a receipt was delivered last (Unix seconds, or null), whatever was pruned since. `json_array` is the
+    function that makes a JSON array of its arguments.
     """
 
     driver: ModuleType
     insert: str
     last_synced_at: str
+    json_array: str
 
     @abstractmethod
     def connect(self, engine: Engine) -> Connection:

@@ -1,5 +1,6 @@
 """The buffer as a whole: counts, how full it is, deadlines."""
 
+import json
 from dataclasses import dataclass
 from functools import cache
 
@@ -56,11 +57,16 @@ _VIEW = ("total_receipts", "pending", "syncing", "synced", "failed", "dlq_size",
 
 
 @cache
-def _status(last_synced_at: str) -> tuple[tuple[str, ...], str]:
-    """The names of the figures, and the query for them."""
+def _status(json_array: str, last_synced_at: str) -> tuple[tuple[str, ...], str]:
+    """
+    The names of the figures, and the query for them.
+
+    The figures come as one JSON value: SQLAlchemy describes the columns of a result anew each time, and sixteen of them
+    cost it more than the query.
+    """
     figures = {**_figures, "last_synced_at": last_synced_at}
-    queries = ", ".join(f"({query}) AS {name}" for name, query in figures.items())
-    return (*_VIEW, *figures), f"SELECT {', '.join(_VIEW)}, {queries} FROM v_buffer_status"
+    values = ", ".join((*_VIEW, *(f"({query})" for query in figures.values())))
+    return (*_VIEW, *figures), f"SELECT {json_array}({values}) FROM v_buffer_status"
 
 
 DUE = (
@@ -101,11 +107,11 @@ class BufferStatus:
 
 def get_buffer_status(tx: Transaction) -> BufferStatus:
     """The state of the buffer, at the cost of a few lookups."""
-    names, query = _status(tx.backend.last_synced_at)
-    row = tx.run(query, {"now": tx.now}).first()
-    if row is None:
+    names, query = _status(tx.backend.json_array, tx.backend.last_synced_at)
+    figures = tx.run(query, {"now": tx.now}).scalar()
+    if figures is None:
         raise BufferDamagedError.found(tx.backend, "the row of counts is missing")
-    found = dict(zip(names, row, strict=True))
+    found = dict(zip(names, json.loads(figures), strict=True))
     number_of("buffer_capacity", found.pop("capacity_setting"))
     days = number_of("ofd_deadline_days", found.pop("deadline_days"))
     oldest = found["oldest_undelivered_at"]

@@ -112,6 +112,7 @@ class Database(Backend):
 
     insert = INSERT
     last_synced_at = "SELECT last_synced_at FROM buffer_state"
+    json_array = "json_array"
 
     def __init__(
         self, driver: ModuleType, path: Path | None, *, read_only: bool, busy_timeout: float, cache_size: int
