@@ -1,8 +1,8 @@
 """
-How the migrations run: every step in one transaction, on a connection of its own.
+Run the migrations: all of them in one transaction, on a separate connection.
 
-`alembic -x db=PATH_OR_URL …` names the database; without it BUFFER_DB_PATH does, then `sqlalchemy.url` in
-alembic.ini. From a program, `kkt_buffer.upgrade(engine)` passes its engine.
+The database is given by `alembic -x db=PATH_OR_URL …`, else by BUFFER_DB_PATH, else by `sqlalchemy.url` in alembic.ini.
+From a program, `kkt_buffer.upgrade(engine)` passes its engine.
 """
 
 import logging
@@ -28,7 +28,7 @@ logger = logging.getLogger("kkt_buffer.migrations")
 
 
 def _is_ours(name: str | None, kind: str, parents: Mapping[Any, str | None]) -> bool:
-    """Leave out the tables of a host application, and the columns that other programs have added to ours."""
+    """Whether a table or column belongs to the buffer, and not to a host application or another program."""
     table = name if kind == "table" else parents.get("table_name")
     if kind == "column" and table in metadata.tables:
         return str(name) in metadata.tables[str(table)].columns
@@ -36,14 +36,14 @@ def _is_ours(name: str | None, kind: str, parents: Mapping[Any, str | None]) -> 
 
 
 def _add_what_autogenerate_misses(ctx: Any, _revision: Any, directives: list[MigrationScript]) -> None:  # noqa: ANN401
-    """Add triggers, views, checks and partial indexes, for `alembic check` and a new migration."""
+    """Add the differences of triggers, views, checks and partial indexes, for `alembic check` and new migrations."""
     [script] = directives
     [up], [down] = script.upgrade_ops_list, script.downgrade_ops_list
-    told = str(up.as_diffs())
+    found_already = str(up.as_diffs())
     for difference in differences(ctx.connection):
-        if difference.kind == "table" and not difference.constraints and f"'{difference.name}'" in told:
-            continue  # its columns, which autogenerate has found
-        if difference.kind == "table" or f"'{difference.name}'" not in told:
+        if difference.kind == "table" and not difference.constraints and f"'{difference.name}'" in found_already:
+            continue  # only its columns differ, and autogenerate has found that
+        if difference.kind == "table" or f"'{difference.name}'" not in found_already:
             _add(difference, up, down)
 
 
@@ -54,12 +54,12 @@ def _add(difference: Difference, up: UpgradeOps, down: DowngradeOps) -> None:
         return
     drop = f"DROP {kind.upper()} {name}"
     up.ops += [ExecuteSQLOp(sql) for sql in (drop if found else None, expected) if sql]
-    # First of all: a trigger may use what the steps after it take away.
+    # At the beginning: a trigger may use a column that a later step drops.
     down.ops[:0] = [ExecuteSQLOp(sql) for sql in (drop if expected else None, found) if sql]
 
 
 def _note_release(connection: Connection) -> None:
-    """Record the release that made this schema, for the error of an older release that opens it."""
+    """Record the release that made this schema; an older release names it when it refuses the database."""
     if inspect(connection).has_table("config"):
         connection.execute(
             text(
@@ -79,9 +79,9 @@ def _migrate(engine: Engine) -> None:
     current(engine)  # raises if a newer release made the database
     steps: list[object] = []
     with engine.connect().execution_options(**{READ_ONLY: False}) as connection:
-        # A connection of its own, thrown away afterwards. With foreign keys on, rebuilding a table deletes the rows
-        # that refer to it, and the setting cannot be changed inside a transaction. And a rename must neither change
-        # the references of other tables to the old name, nor fail because a view of another program reads the table.
+        # A separate connection, closed afterwards. Foreign keys are off: rebuilding a table would delete the rows that
+        # refer to it; the setting cannot be changed inside a transaction. legacy_alter_table: a rename must not
+        # change the references of other tables, and must not fail because a view of another program reads the table.
         connection.connection.cursor().execute("PRAGMA foreign_keys = OFF")
         connection.connection.cursor().execute("PRAGMA legacy_alter_table = ON")
         connection.detach()
@@ -106,7 +106,7 @@ def _migrate(engine: Engine) -> None:
             broken = _violations(connection) - before
             if broken:
                 raise CommandError(f"the migration would break foreign keys: {sorted(broken, key=str)}; rolled back")
-    # For `kkt_buffer.upgrade`: another process may have run the steps while this one waited.
+    # Read by `kkt_buffer.upgrade`: another process may have run the migrations while this one waited.
     context.config.attributes["has_migrated"] = bool(steps)
 
 
@@ -115,7 +115,7 @@ def _run() -> None:
     if engine is not None:
         _migrate(engine)
         return
-    # From the command line: only here is logging ours to configure.
+    # Configure logging only for the command line: in a program that is up to the host.
     if context.config.config_file_name is not None:
         fileConfig(context.config.config_file_name, disable_existing_loggers=False)
     target = (

@@ -150,7 +150,7 @@ class TestMessages:
 
     def test_config(self):
         """The message says how to put it right."""
-        message = "config lease_seconds is 'soon', expected a number; put it right with set_config('lease_seconds', …)"
+        message = "config lease_seconds is 'soon', expected a number; correct it with set_config('lease_seconds', …)"
         assert message == str(InvalidConfigError("lease_seconds", "soon", "a number"))
 
     def test_drift(self):

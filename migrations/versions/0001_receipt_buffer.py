@@ -1,8 +1,8 @@
 """
 Create the receipt buffer, or adopt the one of the sqlite3 version.
 
-Danger: the downgrade drops every table of the buffer. It refuses while there are receipts, or a history of them. An
-adopted file does not become a file of the sqlite3 version again: use the backup beside it.
+Danger: the downgrade drops every table of the buffer. It refuses while there are receipts, dead letters, events or
+changed settings. It does not restore the tables of the sqlite3 version: use the backup made at the adoption.
 """
 
 from pathlib import Path
@@ -294,7 +294,7 @@ def downgrade() -> None:
     own = [row.key for row in stored if CONFIG.get(row.key) != row.value]
     if own:
         raise CommandError(
-            f"refusing to drop the buffer: its settings are its own ({', '.join(own)}). Nothing was changed. "
+            f"refusing to drop the buffer: it has changed settings ({', '.join(own)}). Nothing was changed. "
             "Keep a backup and delete the file yourself."
         )
     op.execute("DROP VIEW v_buffer_status")

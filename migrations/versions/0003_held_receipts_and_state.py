@@ -2,7 +2,7 @@
 Add held receipts and digests, keep the state of the buffer in one row, and make the indexes smaller.
 
 Danger: the downgrade refuses while a receipt is held, because the older release would deliver it. It forgets the
-digests, and the greatest timestamp where the receipt that had it is gone: then only the wall clock orders what follows.
+digests, and the greatest timestamp if its receipt was pruned: then a clock that was set back could break the order.
 """
 
 import hashlib
@@ -33,7 +33,7 @@ FROM (
     FROM buffer_state
 )"""
 
-# The first of them count what the rows of buffer_counts counted.
+# The trg_state_* triggers replace the trg_count_* triggers of buffer_counts.
 TRIGGERS = (
     """\
 CREATE TRIGGER trg_receipt_completed AFTER UPDATE OF held_at ON receipts
@@ -197,7 +197,7 @@ BEGIN
 END""",
 )
 
-# Another program may have stored text where a number belongs.
+# typeof(): another program may have stored text in a number column.
 STATE = """\
 INSERT INTO buffer_state
 SELECT
@@ -223,8 +223,8 @@ UNION ALL SELECT 'synced', synced FROM buffer_state
 UNION ALL SELECT 'failed', failed FROM buffer_state
 UNION ALL SELECT 'open_dead_letters', open_dead_letters FROM buffer_state"""
 
-# Revision 0001 writes its settings one after the other, so the same second or the next one means that nobody has
-# changed this one since. In an adopted file, `version` is older; retry_backoff_max is never older.
+# Revision 0001 writes all default settings within a second. If lease_seconds has the same time as another default
+# (or one second later), it was not changed since. In an adopted file `version` is older, but retry_backoff_max is not.
 UNTOUCHED = """\
 key = 'lease_seconds' AND EXISTS (
     SELECT 1 FROM config AS beside
@@ -266,9 +266,9 @@ def create_indexes(indexes: tuple[tuple[str, list[str], str | None], ...]) -> No
 
 def record_digests() -> None:
     """
-    Compute the digest of each document that is not synced. Of the synced ones there may be very many.
+    Compute the digest of each document that is not synced; the synced ones may be too many.
 
-    As bytes: text that is not valid UTF-8 would be refused on its way to Python.
+    CAST AS BLOB: the driver refuses to pass invalid UTF-8 to Python as text.
     """
     driver = cast("sqlite3.Connection", op.get_bind().connection.dbapi_connection)
     driver.create_function("digest_of_document", 1, lambda raw: hashlib.sha256(raw).hexdigest())
@@ -295,8 +295,8 @@ def upgrade() -> None:
         sa.PrimaryKeyConstraint("id", name=op.f("pk_buffer_state")),
         sqlite_strict=True,
     )
-    op.execute(STATE)  # while the old indexes answer it
-    # The rule comes with its column, so that the table need not be rebuilt.
+    op.execute(STATE)  # while the old indexes exist, which make it fast
+    # The CHECK is added with its column, so that the table need not be rebuilt.
     op.execute(
         "ALTER TABLE receipts ADD COLUMN held_at INTEGER CONSTRAINT ck_receipts_held"
         " CHECK (held_at IS NULL OR status IN ('pending', 'failed'))"
@@ -307,7 +307,7 @@ def upgrade() -> None:
     for name, _, _ in OLD_INDEXES:
         op.drop_index(name, "receipts")
     create_indexes(INDEXES)
-    # Its time stays: by that the downgrade knows it again.
+    # updated_at stays unchanged: the downgrade recognises the default by it.
     op.execute(f"UPDATE config SET value = '60' WHERE value = '300' AND {UNTOUCHED}")
     op.execute(VIEW)
     for statement in TRIGGERS:
@@ -333,7 +333,7 @@ def downgrade() -> None:
     op.drop_table("buffer_state")
     for name, _, _ in INDEXES:
         op.drop_index(name, "receipts")
-    # The rule of held_at goes with its column.
+    # The CHECK of held_at is dropped with its column.
     for column in ("inserted_digest", "digest", "held_at"):
         op.execute(f"ALTER TABLE receipts DROP COLUMN {column}")
     create_indexes(OLD_INDEXES)

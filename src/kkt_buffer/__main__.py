@@ -1,4 +1,4 @@
-"""`python -m kkt_buffer`: see `cli`."""
+"""Run the `kkt-buffer` command as `python -m kkt_buffer`; see `cli`."""
 
 import sys
 

@@ -1,7 +1,8 @@
 """
-What callers hand in: checked, named in the error when it is wrong, and turned into what is stored.
+Check the arguments of operations and convert them to the values that are stored.
 
-A value of the wrong type is a `TypeError`, a wrong value a `ValueError`; nothing here touches the database.
+A value of the wrong type raises `TypeError`, a wrong value `ValueError`; the error names the argument. Nothing here
+touches the database.
 """
 
 import json
@@ -15,7 +16,7 @@ from typing import Any, NamedTuple, NoReturn
 from kkt_buffer.config import CONFIG_RULES
 from kkt_buffer.models import EventType, ReceiptStatus
 
-MAX_INTEGER = 2**63 - 1  # what an INTEGER column holds
+MAX_INTEGER = 2**63 - 1  # the greatest value of an INTEGER column
 MAX_NOTE_LENGTH = 2000  # characters of an error, a reason or a name; the rest is cut
 MAX_QUOTE_LENGTH = 60  # characters of a wrong value that an error repeats
 MAX_DOCUMENT_LENGTH = 64 * 1024 * 1024  # characters; the largest real documents have some 24,000
@@ -25,7 +26,7 @@ _ESCAPED_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
 class NewReceipt(NamedTuple):
-    """A receipt as the caller gave it, ready to be stored."""
+    """A checked receipt, ready to be stored."""
 
     id: str
     pos_id: str
@@ -34,7 +35,7 @@ class NewReceipt(NamedTuple):
 
 
 def new_receipt(data: Mapping[str, Any], *, exist_ok: bool = False) -> NewReceipt:
-    """Read the mapping that `insert_receipt` takes."""
+    """Check the mapping that `insert_receipt` takes."""
     if not isinstance(data, Mapping):
         raise TypeError(f"receipt_data: expected a mapping with pos_id and fiscal_doc, got {_kind(data)}")
     for field in ("pos_id", "fiscal_doc"):
@@ -53,7 +54,7 @@ def new_receipt(data: Mapping[str, Any], *, exist_ok: bool = False) -> NewReceip
 
 
 def new_receipts(many: Iterable[Mapping[str, Any]], *, exist_ok: bool = False) -> list[NewReceipt]:
-    """Read what `insert_receipts` takes; an error says which of them is wrong."""
+    """Check the receipts that `insert_receipts` takes; a note on the error gives the position of the wrong one."""
     if isinstance(many, Mapping) or not isinstance(many, Iterable):
         raise TypeError(f"many: expected several receipts, got {_kind(many)}")
     receipts = []
@@ -75,7 +76,7 @@ def receipt_id(value: object) -> str:
 
 
 def lookup_id(value: object) -> str:
-    """An id to look for: adopted receipts may have ids that are no UUID."""
+    """An id to look up: the ids of adopted receipts need not be UUIDs."""
     if isinstance(value, uuid.UUID):
         return str(value)
     if not isinstance(value, str):
@@ -85,7 +86,7 @@ def lookup_id(value: object) -> str:
 
 
 def name(field: str, value: object) -> str:
-    """A short text that identifies something, kept as it is."""
+    """A short text that identifies something, stored unchanged."""
     if not isinstance(value, str):
         raise TypeError(f"{field}: expected a text, got {_kind(value)}")
     if not value.strip():
@@ -98,7 +99,7 @@ def name(field: str, value: object) -> str:
 
 
 def note(field: str, value: object) -> str:
-    """A remark for people: what cannot be stored is escaped and what is too long is cut, so that it is never lost."""
+    """A remark for people. Characters that cannot be stored are escaped and long text is cut, so it is not refused."""
     if not isinstance(value, str):
         raise TypeError(f"{field}: expected a text, got {_kind(value)}")
     if not value.strip():
@@ -108,21 +109,21 @@ def note(field: str, value: object) -> str:
 
 
 def status(value: object) -> ReceiptStatus:
-    """A status of receipts."""
+    """The status with this name."""
     if not isinstance(value, str) or value not in set(ReceiptStatus):
         raise ValueError(f"Invalid status: {value!r}; expected {', '.join(ReceiptStatus)}")
     return ReceiptStatus(value)
 
 
 def event_type(value: object) -> str:
-    """A type of event to look for."""
+    """The name of an event type, to filter events by."""
     if not isinstance(value, str) or value not in set(EventType):
         raise ValueError(f"event_type: expected one of {', '.join(EventType)}, got {value!r}")
     return value
 
 
 def own_event_type(value: object) -> str:
-    """A type of event that a caller may write: triggers write the facts about receipts."""
+    """The name of an event type that callers may write: only triggers write facts about receipts."""
     if not isinstance(value, str) or value not in set(EventType) or EventType(value).is_fact:
         own = ", ".join(kind for kind in EventType if not kind.is_fact)
         raise ValueError(f"event_type: expected one of {own}, got {value!r}")
@@ -138,12 +139,12 @@ def setting(key: str, value: object) -> int:
 
 
 def setting_text(key: str, value: object) -> str:
-    """The value of a setting as it is stored: of a key that the buffer reads, or of one of the caller's own."""
+    """The value of a setting as text: an int for a key that the buffer reads, any text for the caller's own keys."""
     return str(setting(key, value)) if key in CONFIG_RULES else name("value", value)
 
 
 def whole_number(field: str, value: object, minimum: int) -> int:
-    """An int from `minimum` to what a column holds; a bool is none."""
+    """An int from `minimum` to `MAX_INTEGER`; a bool is rejected."""
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{field}: expected a whole number of {minimum} or more, got {_kind(value)}")
     if not minimum <= value <= MAX_INTEGER:
@@ -152,7 +153,7 @@ def whole_number(field: str, value: object, minimum: int) -> int:
 
 
 def moment(value: object) -> int:
-    """What the clock `now` of a repository returned, in whole Unix seconds."""
+    """The value that the clock `now` of a repository returned, as whole Unix seconds."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise TypeError(f"now: expected a function that returns Unix seconds, got {_kind(value)} from it")
     if not math.isfinite(value) or abs(value) > MAX_INTEGER // 2:
@@ -164,7 +165,7 @@ def document(value: object) -> str:
     """
     The fiscal document as the text to store.
 
-    A text is kept byte for byte, once it is known to be a JSON object. A mapping becomes compact JSON.
+    Text must be a JSON object and is stored byte for byte. A mapping becomes compact JSON.
     """
     if isinstance(value, str):
         text = value
@@ -188,7 +189,7 @@ def document(value: object) -> str:
 
 
 def details(value: object) -> dict[str, Any] | None:
-    """The metadata of an event: a mapping that JSON can hold."""
+    """The metadata of an event: None, or a mapping that can be written as JSON."""
     if value is None:
         return None
     if not isinstance(value, Mapping):
@@ -202,7 +203,7 @@ def _decoded(text: str) -> object:
     try:
         return _decoder.decode(text)
     except RecursionError:
-        raise ValueError("fiscal_doc: expected JSON of sane depth, this is nested too deeply") from None
+        raise ValueError("fiscal_doc: expected JSON, but it is nested too deeply") from None
     except json.JSONDecodeError as error:
         raise ValueError(f"fiscal_doc: expected JSON, but {error}") from error
     except ValueError as error:
@@ -210,7 +211,7 @@ def _decoded(text: str) -> object:
 
 
 def _refuse_constant(constant: str) -> NoReturn:
-    raise ValueError(f"expected JSON, which has no {constant}")
+    raise ValueError(f"expected JSON, in which {constant} is not allowed")
 
 
 def _finite(text: str) -> float:
@@ -220,13 +221,13 @@ def _finite(text: str) -> float:
     return value
 
 
-# json.loads would make one for every receipt.
+# One for all receipts: with these options json.loads would create a decoder for each document.
 _decoder = json.JSONDecoder(parse_constant=_refuse_constant, parse_float=_finite)
 
 
 def _encoded(value: object, field: str = "fiscal_doc") -> str:
     try:
-        return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"), default=_plain)
+        return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"), default=_json_value)
     except RecursionError:
         raise ValueError(f"{field}: nested too deeply") from None
     except (TypeError, ValueError) as error:
@@ -235,7 +236,7 @@ def _encoded(value: object, field: str = "fiscal_doc") -> str:
 
 
 def _refuse_other_keys(value: object) -> None:
-    """A key that is no text would be written as one, and might meet another of the same name."""
+    """Refuse keys that are not text: json.dumps would convert them to text, and two keys could become equal."""
     if isinstance(value, Mapping):
         for key, inner in value.items():
             if not isinstance(key, str):
@@ -246,9 +247,9 @@ def _refuse_other_keys(value: object) -> None:
             _refuse_other_keys(inner)
 
 
-def _plain(value: object) -> object:
+def _json_value(value: object) -> object:
     if isinstance(value, Decimal):
-        # As the float that is written the same; a number that a float would change is refused.
+        # Only if the float is written with the same value.
         number = float(value)
         if not math.isfinite(number) or Decimal(repr(number)) != value:
             raise ValueError(f"{value} would change as a JSON number; pass it as a text or a whole number")
@@ -263,7 +264,7 @@ def _storable(field: str, text: str) -> str:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
         raise ValueError(
-            f"{field}: holds a lone surrogate (U+{ord(text[error.start]):04X}), which is no character and cannot be "
+            f"{field}: holds a lone surrogate (U+{ord(text[error.start]):04X}), which is not a character and cannot be "
             "stored"
         ) from None
     return text

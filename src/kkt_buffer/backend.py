@@ -1,7 +1,7 @@
 """
-`Backend`: what an engine must answer. Everything else in this package is the same on each of them.
+`Backend`: the interface to one kind of database. The rest of this package is the same for all kinds.
 
-`create_buffer_engine` gives the engine its backend; operations meet it as `Transaction.backend`.
+`create_buffer_engine` attaches a backend to the engine; operations use it as `Transaction.backend`.
 """
 
 import os
@@ -18,7 +18,7 @@ from kkt_buffer.errors import ReceiptBufferError
 
 OPTION = "kkt_buffer_backend"
 
-# Execution option: with True, transactions lock nobody, and the database refuses to write in them.
+# Execution option: with True, transactions take no write lock, and the database refuses writes in them.
 READ_ONLY = "kkt_buffer_read_only"
 
 # Execution option: marks the transactions that this package opens.
@@ -29,7 +29,7 @@ Parameters = dict[str, Any] | Sequence[dict[str, Any]]
 
 
 class Reference(NamedTuple):
-    """A foreign key that points at receipts: its table, its column, and the column of receipts."""
+    """A foreign key that refers to receipts: its table, its column, and the column of receipts."""
 
     table: str
     column: str
@@ -53,7 +53,7 @@ class Backend(ABC):
 
     @abstractmethod
     def connect(self, engine: Engine) -> Connection:
-        """A connection for a transaction of ours; `engine` says with `READ_ONLY` for what kind of one."""
+        """A connection for one transaction; the option `READ_ONLY` of `engine` tells whether it only reads."""
 
     @abstractmethod
     def run(self, connection: Connection, sql: str, parameters: Parameters) -> CursorResult[Any]:
@@ -66,15 +66,15 @@ class Backend(ABC):
 
     @abstractmethod
     def end(self) -> None:
-        """End what an operation of this thread has left open because an exception kept SQLAlchemy from ending it."""
+        """Roll back a transaction that this thread left open because an exception interrupted SQLAlchemy."""
 
     @abstractmethod
     def refuse_second(self) -> None:
-        """Raise `BufferBusyError` if this thread is writing: a second write transaction would wait for it for ever."""
+        """Raise `BufferBusyError` if this thread has a write transaction open: a second one would deadlock."""
 
     @abstractmethod
     def explain(self, error: DBAPIError) -> ReceiptBufferError | None:
-        """What a refusal of a statement of ours means; None for what a service's own trigger or table raised."""
+        """The domain error for a refused statement; None if a trigger or table of the service itself refused it."""
 
     @abstractmethod
     def lenient_text(self, connection: Connection) -> AbstractContextManager[None]:
@@ -82,15 +82,15 @@ class Backend(ABC):
 
     @abstractmethod
     def references(self, connection: Connection) -> list[Reference]:
-        """Every foreign key of the database that points at receipts, whoever added it."""
+        """Every foreign key of the database that refers to receipts, those of other programs included."""
 
     @abstractmethod
     def checks(self) -> Mapping[str, Callable[[Connection], list[str]]]:
-        """What `check_integrity` asks of this engine alone: for each subject, a function that lists problems."""
+        """The checks of this backend for `check_integrity`: for each subject, a function that lists problems."""
 
     @abstractmethod
     def backup(self, engine: Engine, path: str | os.PathLike[str]) -> None:
-        """Copy the buffer as it is at this moment to the file `path`."""
+        """Copy a consistent snapshot of the buffer to the file `path`."""
 
     @abstractmethod
     def upgraded(self, engine: Engine) -> None:
@@ -98,7 +98,7 @@ class Backend(ABC):
 
 
 def backend_of(engine: Engine) -> Backend:
-    """The backend of an engine that `create_buffer_engine` made, or of one derived from it."""
+    """The backend of an engine from `create_buffer_engine`, or of one derived from it."""
     backend = engine.get_execution_options().get(OPTION)
     if not isinstance(backend, Backend):
         raise TypeError(f"engine: expected one that create_buffer_engine made, got {engine!r}")

@@ -1,7 +1,7 @@
 """
-The functional interface: the operations of one default repository, for services that need no more than one buffer.
+The functional interface: the operations of one default repository, for services that need only one buffer.
 
-Each has the signature and the docstring of the `ReceiptRepository` method of its name.
+Each function has the signature and the docstring of the `ReceiptRepository` method with the same name.
 """
 
 import functools
@@ -26,21 +26,20 @@ PATH_VARIABLE = "BUFFER_DB_PATH"
 _lock = threading.RLock()
 _engine: Engine | None = None
 _repository: ReceiptRepository | None = None
-_refused: str | os.PathLike[str] | URL | None = (
-    None  # the buffer that could not be opened: no other one stands in for it
-)
+# The buffer that could not be opened. The next use tries it again, instead of opening another one.
+_refused: str | os.PathLike[str] | URL | None = None
 
 
 def init_buffer_db(db_path: str | os.PathLike[str] | URL | None = None, *, upgrade: bool = True) -> Engine:
     """
-    Open the default buffer, made and upgraded where needed, and return its engine.
+    Open the default buffer, create and upgrade it if needed, and return its engine.
 
     `db_path` is a path, an SQLite URL or `":memory:"`; without it, the environment's BUFFER_DB_PATH, else
     `data/buffer.db`. Safe when several processes start at once. A second call closes the first engine. With
-    `upgrade=False` the schema must be that of this release already.
+    `upgrade=False` the file must exist and have the schema of this release.
 
     Raises `BufferStorageError`, `BufferDamagedError` or `SchemaError` if this buffer cannot be used; the one that was
-    open before stays.
+    open before stays open.
     """
     global _engine, _repository, _refused  # noqa: PLW0603 (as in close_buffer_db)
     with _lock:
@@ -54,7 +53,7 @@ def init_buffer_db(db_path: str | os.PathLike[str] | URL | None = None, *, upgra
 
 def _opened(path: str | os.PathLike[str] | URL, *, upgrade: bool) -> Engine:
     if not upgrade:
-        # For reading at first: what is not there must not be made.
+        # Read-only first: a missing file must not be created.
         engine = create_buffer_engine(path, read_only=True)
         try:
             migrate.require(engine)
@@ -70,13 +69,13 @@ def _opened(path: str | os.PathLike[str] | URL, *, upgrade: bool) -> Engine:
 
 
 def get_db() -> Engine:
-    """The engine of the default buffer, opened on first use; raises again if that was refused."""
+    """The engine of the default buffer, opened on first use. If opening failed before, it is tried again."""
     with _lock:
         return _engine or init_buffer_db(_refused)
 
 
 def close_buffer_db() -> None:
-    """Close the default buffer; the next use opens it again. Twice is once."""
+    """Close the default buffer; the next use opens it again. Idempotent."""
     global _engine, _repository, _refused  # noqa: PLW0603 (the default repository is what this module is for)
     with _lock:
         if _engine is not None:

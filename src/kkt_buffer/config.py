@@ -24,7 +24,7 @@ class ConfigRule:
         return f"a whole number from {self.minimum} to {self.maximum}"
 
     def parse(self, value: object) -> int | None:
-        """`value` (an int, or its decimal text) as an int; None if it is neither, or out of bounds."""
+        """`value` (an int or its decimal text) as an int; None if it is not a number or out of bounds."""
         if isinstance(value, str) and value.isascii() and value.isdigit() and len(value) <= len(str(self.maximum)):
             value = int(value)
         if isinstance(value, int) and not isinstance(value, bool) and self.minimum <= value <= self.maximum:
@@ -43,7 +43,7 @@ CONFIG_RULES: Mapping[str, ConfigRule] = {
     "retention_synced_days": ConfigRule(7, 0, 36_500),
     "retention_dlq_days": ConfigRule(90, 0, 36_500),
     "retention_events_days": ConfigRule(90, 0, 36_500),
-    "ofd_deadline_days": ConfigRule(30, 1, 36_500),  # 54-ФЗ: after 30 calendar days the till is blocked
+    "ofd_deadline_days": ConfigRule(30, 1, 36_500),  # 54-ФЗ: the till is blocked after 30 calendar days
 }
 
 

@@ -1,8 +1,7 @@
 """
-The differences between the objects of a database and those of the models and of `sqlite.schema`: tables with their
-checks, defaults and references, indexes, views, triggers.
+Compare the schema of a database with the models and `sqlite.schema`: tables, indexes, views and triggers.
 
-The SQL text that SQLite keeps is compared. Triggers, views and columns of other names belong to other programs.
+The SQL text that SQLite keeps is compared. Triggers, views and columns with other names belong to other programs.
 """
 
 import re
@@ -17,7 +16,7 @@ from kkt_buffer.sqlite.schema import SQLITE_TRIGGERS, SQLITE_VIEWS
 
 
 class Difference(NamedTuple):
-    """An object that is not as it should be; None for the side where it is missing."""
+    """A schema object that differs; `expected` or `found` is None where it is missing."""
 
     kind: str
     name: str
@@ -28,16 +27,16 @@ class Difference(NamedTuple):
         if self.found is None:
             return f"the {self.kind} {self.name} is missing"
         if self.expected is None:
-            return f"the {self.kind} {self.name} is not ours"
+            return f"the {self.kind} {self.name} is not part of the buffer"
         if self.kind != "table":
             return f"the {self.kind} {self.name} differs"
         missing, extra = self._clauses()
-        told = [f"lacks {', '.join(missing)}"] * bool(missing) + [f"has {', '.join(extra)}"] * bool(extra)
-        return f"the table {self.name} {' and '.join(told)}"
+        parts = [f"lacks {', '.join(missing)}"] * bool(missing) + [f"has {', '.join(extra)}"] * bool(extra)
+        return f"the table {self.name} {' and '.join(parts)}"
 
     @property
     def constraints(self) -> list[str]:
-        """The constraints of a table in which the two differ."""
+        """The constraints of a table that are missing or extra."""
         missing, extra = self._clauses()
         return [clause for clause in missing + extra if clause.startswith("CONSTRAINT")]
 
@@ -45,11 +44,11 @@ class Difference(NamedTuple):
         if self.expected is None or self.found is None:
             return [], []
         expected, found = _clauses(self.expected), _clauses(self.found)
-        return sorted(expected - found), sorted(found - expected - _of_others(self.expected, self.found))
+        return sorted(expected - found), sorted(found - expected - _added_by_others(self.expected, self.found))
 
 
 def differences(connection: Connection) -> list[Difference]:
-    """Every difference, by name; none if the database has exactly the schema of this release."""
+    """Every difference, sorted by kind and name; empty if the database has the schema of this release."""
     expected = _expected(connection)
     found = _found(connection, set(expected))
     return [
@@ -82,28 +81,28 @@ def _differ(expected: str | None, found: str | None) -> bool:
     if expected is None or found is None:
         return True
     if not expected.startswith("CREATE TABLE"):
-        return _plain(expected) != _plain(found)
-    return _clauses(expected) != _clauses(found) - _of_others(expected, found)
+        return _normalized(expected) != _normalized(found)
+    return _clauses(expected) != _clauses(found) - _added_by_others(expected, found)
 
 
-def _of_others(expected: str, found: str) -> frozenset[str]:
-    """The columns that another program has added to a table of ours."""
-    ours = {first_word(clause) for clause in _clauses(expected)}
-    ours |= {"check", "constraint", "foreign", "primary", "unique"}
-    return frozenset(clause for clause in _clauses(found) if first_word(clause) not in ours)
+def _added_by_others(expected: str, found: str) -> frozenset[str]:
+    """The columns that other programs have added to one of our tables."""
+    expected_names = {first_word(clause) for clause in _clauses(expected)}
+    expected_names |= {"check", "constraint", "foreign", "primary", "unique"}
+    return frozenset(clause for clause in _clauses(found) if first_word(clause) not in expected_names)
 
 
-def _plain(sql: str) -> str:
-    """The text without line breaks and the quotes around names, which mean nothing."""
+def _normalized(sql: str) -> str:
+    """The text without line breaks and without quotes around names, which change nothing."""
     return re.sub(r"\s+", " ", sql).replace('"', "").strip()
 
 
 def _clauses(sql: str) -> frozenset[str]:
     """
-    The head of a table, its columns, constraints and options, each by itself: ADD COLUMN changes their order.
+    The head, columns, constraints and options of a table, as a set: ADD COLUMN changes their order.
 
-    It also puts a constraint into the clause of its column.
+    A constraint that ADD COLUMN has put into the clause of its column is split off.
     """
-    head, options = _plain(sql[: sql.index("(")]), _plain(sql[sql.rindex(")") + 1 :])
-    clauses = (piece for clause in table_clauses(sql) for piece in re.split(r" (?=CONSTRAINT )", _plain(clause)))
+    head, options = _normalized(sql[: sql.index("(")]), _normalized(sql[sql.rindex(")") + 1 :])
+    clauses = (piece for clause in table_clauses(sql) for piece in re.split(r" (?=CONSTRAINT )", _normalized(clause)))
     return frozenset({head, *clauses, *([options] if options else [])})

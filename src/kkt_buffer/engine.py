@@ -1,4 +1,4 @@
-"""`create_buffer_engine`: picks the engine by its URL."""
+"""`create_buffer_engine`: open an engine on a buffer."""
 
 import os
 import sys
@@ -8,7 +8,7 @@ from sqlalchemy import URL, Engine
 
 from kkt_buffer.errors import BufferStorageError
 
-if sys.platform != "win32":  # which has no fcntl
+if sys.platform != "win32":  # Windows has no fcntl
     from kkt_buffer.sqlite import engine as sqlite
 
 LOCK_TIMEOUT_SECONDS = 10.0
@@ -24,11 +24,11 @@ def create_buffer_engine(
     """
     Open an engine on a buffer: a path, an SQLite URL, or `":memory:"`.
 
-    A missing file is created, owner-only, with its folders; the schema is not (see `kkt_buffer.upgrade`). An engine
-    in memory is shared by all threads of this process and is gone with `dispose()`. With `read_only`, the file must
-    exist, and every write is refused. `busy_timeout` is how many seconds a writer waits for its turn. `cache_size` is
-    the limit of each connection's page cache, as SQLite's PRAGMA takes it (default -64000: 64 MB). Other options go to
-    `sqlalchemy.create_engine`.
+    A missing file is created, with its folders, readable by the owner only; its schema is not (see
+    `kkt_buffer.upgrade`). An in-memory buffer is shared by all threads of this process; `dispose()` deletes it. With
+    `read_only`, the file must exist, and every write is refused. `busy_timeout` is the number of seconds that a writer
+    waits for the write lock. `cache_size` limits the page cache of each connection, as SQLite's PRAGMA takes it
+    (default -64000: 64 MB). Other options go to `sqlalchemy.create_engine`.
 
     The engine may be used after a fork, unless a connection was in use at that moment: then every use of it in the
     child raises `BufferStorageError`.

@@ -1,9 +1,9 @@
 """
-Group commit: operations that several threads call at one moment share a transaction, and its wait for the disk.
+Group commit: operations that several threads call at the same time share a transaction and its wait for the disk.
 
-A thread puts its operation into a queue. If no other thread is committing, it takes the lock, runs all operations that
-wait in one transaction, and commits it; else it waits until its own is done, or the lock is free. So no leader can be
-lost, and there is no delay. An operation counts as refused until the COMMIT has returned.
+A thread puts its operation into a queue. If no other thread is committing, it becomes the leader: it takes the lock,
+runs all queued operations in one transaction, and commits it. Otherwise it waits until its operation is done or the
+lock is free. There is no delay, and a leader that dies is replaced by the next waiting thread.
 """
 
 import contextlib
@@ -22,7 +22,7 @@ from kkt_buffer.errors import BufferStorageError, ReceiptBufferError
 from kkt_buffer.transaction import NotTogetherError, Transaction, Transactions
 
 POLL_SECONDS = 0.05  # in case a wake-up was lost
-MAX_BATCH = 64  # operations of one transaction: other processes wait for its end
+MAX_BATCH = 64  # operations in one transaction: other processes wait for its end
 
 A = TypeVar("A")
 R = TypeVar("R")
@@ -31,7 +31,7 @@ R = TypeVar("R")
 @dataclass(frozen=True, slots=True)
 class Shareable(Generic[A, R]):
     """
-    An operation that may share a transaction: `one` does it for one argument.
+    An operation that may share a transaction: `one` runs it for one argument.
 
     `many` does it for several at once, faster; it raises `NotTogetherError` where they must be done one by one.
     """
@@ -41,7 +41,7 @@ class Shareable(Generic[A, R]):
 
 
 class _Member:
-    """One call that waits: what it wants done, and what became of it."""
+    """A queued call: its operation, and its result or error."""
 
     def __init__(self, work: Shareable[Any, Any], argument: object) -> None:
         self.work = work
@@ -50,22 +50,22 @@ class _Member:
         self.error: Exception | None = None
         self.is_committing = False
         self.is_done = False
-        self.bell = threading.Lock()
-        self.bell.acquire()
+        self.wakeup = threading.Lock()
+        self.wakeup.acquire()
 
-    def tell(self) -> None:
-        """Wake the thread that waits: its call was committed, or refused."""
+    def finish(self) -> None:
+        """Mark the call as committed or refused, and wake its thread."""
         self.is_done = True
         self.wake()
 
     def wake(self) -> None:
-        """Let the waiting thread look again."""
+        """Wake the waiting thread to check the state of its call."""
         with contextlib.suppress(RuntimeError):  # it was woken already
-            self.bell.release()
+            self.wakeup.release()
 
 
 class GroupCommit:
-    """The calls of one repository that want to commit together."""
+    """The queue of one repository for calls that commit together."""
 
     def __init__(self, transactions: Transactions) -> None:
         self._transactions = transactions
@@ -77,18 +77,18 @@ class GroupCommit:
         self._waiting: deque[_Member] = deque()
 
     def run(self, work: Shareable[A, R], argument: A) -> R:
-        """Do it, and return its result when it is committed; inside a transaction of this thread, do it there."""
+        """Run the operation and return its result once it is committed; inside this thread's transaction, join that."""
         with self._transactions.operation(write=True) as (tx, is_joined):
             if is_joined:
-                with self._transactions.explained(), tx.connection.begin_nested():
+                with self._transactions.explain_errors(), tx.connection.begin_nested():
                     return work.one(tx, argument)
             if self._pid != os.getpid():
-                self._reset()  # a forked child: the threads that waited are not here
+                self._reset()  # in a forked child the queued threads do not exist
             member = _Member(work, argument)
             self._waiting.append(member)
             while not member.is_done:
                 if self._lock.locked():
-                    member.bell.acquire(timeout=POLL_SECONDS)
+                    member.wakeup.acquire(timeout=POLL_SECONDS)
                     continue
                 with self._lock:
                     if not member.is_done:
@@ -102,8 +102,8 @@ class GroupCommit:
         if leader.is_committing:
             leader.error = BufferStorageError(
                 "the transaction that this operation shared with other threads was interrupted while it was "
-                "committed, so it may be stored or not. What was acknowledged before is safe. Try again: a receipt "
-                "with the same id is stored once."
+                "committed, so this operation may be stored or not. What was acknowledged before is safe. Try again: a "
+                "receipt with the same id is stored once."
             )
             leader.is_done = True
             return
@@ -111,37 +111,37 @@ class GroupCommit:
         try:
             try:
                 self._commit(tx, members, self._all_together)
-            except _REFUSED:
+            except _RETRY_ONE_BY_ONE:
                 if len(members) == 1:
                     raise
                 self._commit(tx, members, _one_by_one)
         except (ReceiptBufferError, SQLAlchemyError) as error:
             for member in members[1:]:
-                member.error = _own_copy(error)
-                member.tell()
+                member.error = _copy_for_thread(error)
+                member.finish()
             raise
         finally:
             with contextlib.suppress(IndexError):
-                self._waiting[0].wake()  # it may lead now
+                self._waiting[0].wake()  # it becomes the next leader
 
     def _commit(
         self, tx: Transaction, members: list[_Member], run: Callable[[Transaction, list[_Member]], None]
     ) -> None:
         is_begun = False
         try:
-            with self._transactions.explained(), self._transactions.begun(tx):
+            with self._transactions.explain_errors(), self._transactions.begun(tx):
                 is_begun = True
                 run(tx, members)
                 for member in members:
                     member.is_committing = True
         finally:
             if not is_begun:
-                self._gather(members)  # they would wait for the same
+                self._gather(members)  # they would meet the same error
         for member in members:
-            member.tell()
+            member.finish()
 
     def _all_together(self, tx: Transaction, members: list[_Member]) -> None:
-        """Do what the leader wants, and what all others want who have come by now, and come meanwhile."""
+        """Run the leader's operation and all queued ones, those queued meanwhile included."""
         done = 0
         while done < len(members):
             self._gather(members)
@@ -164,11 +164,11 @@ class GroupCommit:
                 members.append(member)
 
 
-_REFUSED = (NotTogetherError, ReceiptBufferError, SQLAlchemyError)
+_RETRY_ONE_BY_ONE = (NotTogetherError, ReceiptBufferError, SQLAlchemyError)
 
 
 def _one_by_one(tx: Transaction, members: list[_Member]) -> None:
-    """Do each in a savepoint: one that is refused leaves the others alone."""
+    """Run each operation in its own savepoint, so that a refused one does not affect the others."""
     for member in members:
         try:
             with tx.connection.begin_nested():
@@ -176,17 +176,17 @@ def _one_by_one(tx: Transaction, members: list[_Member]) -> None:
         except (ReceiptBufferError, SQLAlchemyError) as error:
             if tx.connection.invalidated:
                 raise
-            member.error = tx.explained(error)
+            member.error = tx.explain(error)
 
 
-def _own_copy(error: Exception) -> ReceiptBufferError:
-    """An exception belongs to one thread: each of the others gets its own."""
+def _copy_for_thread(error: Exception) -> ReceiptBufferError:
+    """A copy of the error for another thread: two threads must not raise the same exception object."""
     if isinstance(error, ReceiptBufferError):
         own = copy.copy(error)
     else:
         own = BufferStorageError(
             f"the transaction that this operation shared with other threads failed ({type(error).__name__}: {error}). "
-            "Nothing of it was stored; what was acknowledged before is safe. Try again."
+            "This operation was not stored; what was acknowledged before is safe. Try again."
         )
     own.__cause__ = error
     return own

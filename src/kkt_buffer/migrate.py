@@ -1,8 +1,8 @@
 """
-The schema of a database: `upgrade` it to this release, tell its `current` revision, `check` it object by object.
+The schema of a database: `upgrade` it to this release, read its `current` revision, `check` it object by object.
 
-The scripts are those that `alembic upgrade` runs in a checkout. Alembic itself is imported only when there is
-something to do.
+The migration scripts are the same ones that `alembic upgrade` runs in a checkout. Alembic is imported only when a
+migration has to run.
 """
 
 import importlib.metadata
@@ -28,18 +28,18 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-RELEASE_KEY = "release"  # in `config`: the release that migrated last
+RELEASE_KEY = "release"  # key in `config`: the release that last migrated the database
 
 # Another process may be upgrading the same file, and a large one takes minutes.
 LOCK_TIMEOUT_SECONDS = 300
 
 _PACKAGE = Path(__file__).parent
-# A wheel carries the scripts inside the package; a checkout has them at its top.
+# In a wheel the scripts are inside the package; in a checkout they are in the top folder.
 SCRIPTS = next(folder for folder in (_PACKAGE / "migrations", _PACKAGE.parents[1] / "migrations") if folder.is_dir())
 
 
 def revisions() -> tuple[str, ...]:
-    """The revisions that this release knows, oldest first. The files are numbered, so none needs to be read."""
+    """The revisions that this release knows, oldest first. The file names contain them, so no file is read."""
     names = (re.match(r"\d{4}(?=_\w+\.py$)", path.name) for path in (SCRIPTS / "versions").iterdir())
     return tuple(sorted(name.group() for name in names if name))
 
@@ -48,7 +48,7 @@ def upgrade(engine: Engine) -> None:
     """
     Bring the database to the schema of this release: all of it, or nothing. Safe when several processes do it at once.
 
-    A file of the hand-written `sqlite3` version is adopted, after a backup of it beside itself.
+    A file of the hand-written `sqlite3` version is adopted, after a backup is made in the same folder.
 
     Raises `SchemaError` if a newer release made the database, or if the upgrade fails; the database is unchanged then.
     """
@@ -63,7 +63,7 @@ def upgrade(engine: Engine) -> None:
 
 
 def _upgrade(engine: Engine) -> bool:
-    """Run the steps that are missing; False if another process has run them meanwhile."""
+    """Run the missing migrations; False if another process has run them meanwhile."""
     from alembic import command  # noqa: PLC0415 (costs as much as all of SQLAlchemy, and is rarely needed)
     from alembic.util import CommandError  # noqa: PLC0415
 
@@ -75,13 +75,11 @@ def _upgrade(engine: Engine) -> bool:
         except BufferBusyError:
             if time.monotonic() > deadline:
                 raise
-            logger.warning("waiting for the process that has the database locked; it may be upgrading it")
+            logger.warning("waiting for the process that has the database locked; it may be running an upgrade")
         except (CommandError, SQLAlchemyError, backend_of(engine).driver.Error) as error:
-            reason = str(
-                getattr(error, "orig", None) or error
-            )  # the driver's message, without the lines that SQLAlchemy adds
+            reason = str(getattr(error, "orig", None) or error)  # without the lines that SQLAlchemy adds
             if re.search("already exists|duplicate column name", reason):
-                reason += ". What has this name there is not ours: give it another one, and upgrade again."
+                reason += ". The object with this name is not part of the buffer: rename it, and upgrade again."
             raise SchemaError(
                 f"the upgrade to schema {revisions()[-1]} failed and was rolled back; the database is as it was. "
                 f"{reason}"
@@ -92,7 +90,7 @@ def _upgrade(engine: Engine) -> bool:
 
 def current(engine: Engine) -> str | None:
     """
-    The revision of the database; None if it has no schema of ours.
+    The revision of the database; None if it was never migrated by this package.
 
     Raises `SchemaError` if this release does not know the revision.
     """
@@ -103,7 +101,7 @@ def current(engine: Engine) -> str | None:
         if revision is not None and revision not in revisions():
             raise SchemaError(
                 f"the database has schema {revision}, made by {_release_of(connection)}; this is kkt-buffer "
-                f"{release()}, which knows schemas up to {revisions()[-1]}. Nothing was touched. Install that release "
+                f"{release()}, which knows schemas up to {revisions()[-1]}. Nothing was changed. Install that release "
                 "or a newer one."
             )
     return None if revision is None else str(revision)
@@ -130,13 +128,13 @@ def require(engine: Engine) -> None:
         if found is None and stage(engine) != "none":
             what = f"the schema of {stage(engine)}"
         raise SchemaError(
-            f"the database has {what} where this release needs {revisions()[-1]}. Nothing was touched. "
+            f"the database has {what} where this release needs {revisions()[-1]}. Nothing was changed. "
             "Run `kkt-buffer upgrade PATH`, or `upgrade(engine)`."
         )
 
 
 def stage(engine: Engine) -> str:
-    """The revision of the database in words: its number, "the sqlite3 version", or "none"."""
+    """The schema of the database for messages: its revision, "the sqlite3 version", or "none"."""
     found = current(engine)
     if found is not None:
         return found
@@ -148,7 +146,7 @@ def stage(engine: Engine) -> str:
 
 
 def check(engine: Engine) -> None:
-    """Raise `SchemaError` if a table, index, view or trigger differs from the models and `schema`, naming each."""
+    """Raise `SchemaError` if a table, index, view or trigger differs from the models or `schema`; names them all."""
     from kkt_buffer.drift import differences  # noqa: PLC0415 (rarely needed)
 
     require(engine)
@@ -157,12 +155,12 @@ def check(engine: Engine) -> None:
     if found:
         raise SchemaError(
             "the schema of the database is not that of this release: " + "; ".join(map(str, found)) + ". Nothing was "
-            "touched. Somebody changed it by hand: put that back (drop an index that is not ours), or restore a backup."
+            "changed. The schema was changed by hand: undo that (drop an added index), or restore a backup."
         )
 
 
 def alembic_config(engine: Engine) -> "Config":
-    """The configuration with which a command of Alembic runs our migrations on this engine."""
+    """The Alembic configuration that runs the migrations of this package on this engine."""
     from alembic.config import Config  # noqa: PLC0415
 
     config = Config(stdout=io.StringIO())  # a library prints nothing
@@ -171,12 +169,12 @@ def alembic_config(engine: Engine) -> "Config":
     return config
 
 
-# The loggers through which Alembic reports while it is imported and while it upgrades.
+# The loggers that Alembic uses while it is imported and while it upgrades.
 _ALEMBIC_LOGGERS = ("alembic.runtime.migration", "alembic.runtime.plugins")
 
 
 class _Silence(threading.local):
-    """A log filter that drops what a thread logs while it is `on` there: the host may use Alembic in other threads."""
+    """A log filter, switched on per thread: the host application may use Alembic in other threads."""
 
     on = False
 
@@ -189,7 +187,7 @@ _silence = _Silence()
 
 @contextmanager
 def _silent_alembic() -> Iterator[None]:
-    """Keep the lines of Alembic out of the host's log."""
+    """Keep Alembic's messages out of the log of the host application."""
     for name in _ALEMBIC_LOGGERS:
         logging.getLogger(name).addFilter(_silence)
     _silence.on = True

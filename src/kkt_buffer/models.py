@@ -1,8 +1,8 @@
 """
-The tables, the values that their columns may hold, and which status may follow which.
+The tables, the allowed values of their columns, and the allowed transitions between statuses.
 
 `metadata` contains every table of a buffer. Triggers and the status view are in `sqlite.schema`; `migrations` creates
-all of it.
+all of them.
 """
 
 import hashlib
@@ -32,7 +32,7 @@ from kkt_buffer.errors import BufferDamagedError, InvalidDocumentError
 
 
 class ReceiptStatus(StrEnum):
-    """What is known of a receipt's delivery. *Syncing* is leased by a worker, *failed* is dead-lettered."""
+    """The delivery state of a receipt. *Syncing* means leased by a worker, *failed* means dead-lettered."""
 
     PENDING = "pending"
     SYNCING = "syncing"
@@ -43,14 +43,14 @@ class ReceiptStatus(StrEnum):
 TRANSITIONS: Mapping[ReceiptStatus, frozenset[ReceiptStatus]] = {
     ReceiptStatus.PENDING: frozenset({ReceiptStatus.SYNCING, ReceiptStatus.SYNCED, ReceiptStatus.FAILED}),
     ReceiptStatus.SYNCING: frozenset({ReceiptStatus.PENDING, ReceiptStatus.SYNCED, ReceiptStatus.FAILED}),
-    # A delivery is a fact, also for a receipt that was given up; the way back to pending is an operator's requeue.
+    # A delivery is recorded even for a dead-lettered receipt. Only an operator's requeue makes it pending again.
     ReceiptStatus.FAILED: frozenset({ReceiptStatus.SYNCED}),
     ReceiptStatus.SYNCED: frozenset(),
 }
 
 
 class Resolution(StrEnum):
-    """How a dead letter was closed. Null on one that another program closed: that counts as resolved."""
+    """How a dead letter was closed. Null if another program closed it; that counts as resolved."""
 
     DELIVERED = "delivered"
     REQUEUED = "requeued"
@@ -84,7 +84,7 @@ class EventType(StrEnum):
 
 
 class JsonText(TypeDecorator[Any]):
-    """JSON kept as TEXT: Cyrillic stays Cyrillic. What another program wrote and is not JSON is read as its text."""
+    """JSON stored as TEXT, with Cyrillic unescaped. Text of other programs that is not JSON is returned unchanged."""
 
     impl = Text
     cache_ok = True
@@ -104,7 +104,7 @@ class JsonText(TypeDecorator[Any]):
 
 
 class StatusText(TypeDecorator[ReceiptStatus]):
-    """A `ReceiptStatus` kept as TEXT."""
+    """A `ReceiptStatus` stored as TEXT."""
 
     impl = Text
     cache_ok = True
@@ -147,12 +147,12 @@ HELD_ONLY = "held_at IS NOT NULL"
 SYNCING_ONLY = "status = 'syncing'"
 SYNCED_ONLY = "status = 'synced'"
 OPEN_ONLY = "resolved_at IS NULL"
-COMMON_EVENTS = (EventType.RECEIPT_ADDED, EventType.RECEIPT_SYNCED)  # every receipt leaves one of each
+COMMON_EVENTS = (EventType.RECEIPT_ADDED, EventType.RECEIPT_SYNCED)  # every delivered receipt has one of each
 RARE_EVENTS = f"event_type NOT IN ({', '.join(repr(str(kind)) for kind in COMMON_EVENTS)})"
 
 
 def _partial_index(name: str, *columns: str, where: str, unique: bool = False) -> Index:
-    """An index on the rows that match `where`. With `sqlite_where` alone it is a full one on PostgreSQL."""
+    """An index on the rows that match `where`. With `sqlite_where` alone it would be a full index on PostgreSQL."""
     return Index(name, *columns, unique=unique, sqlite_where=text(where), postgresql_where=text(where))
 
 
@@ -162,7 +162,7 @@ def digest_of(document: str | bytes) -> str:
 
 
 class Receipt(Base):
-    """A fiscal receipt and what is known of its delivery. Times are Unix seconds."""
+    """A fiscal receipt and the state of its delivery. Times are Unix seconds."""
 
     __tablename__ = "receipts"
 
@@ -200,13 +200,13 @@ class Receipt(Base):
             name="lease",
         ),
         CheckConstraint("held_at IS NULL OR status IN ('pending', 'failed')", name="held"),
-        # All of them are partial, so that a million synced receipts cost them nothing. HLC order needs no
+        # All indexes are partial: synced receipts, which may be a million, are in none but the last. HLC order needs no
         # hlc_server_time: only a synced receipt has one.
-        # What is due, in HLC order.
+        # The receipts that are due, in HLC order.
         _partial_index(
             "idx_receipts_status", "hlc_local_time", "hlc_logical_counter", "next_attempt_at", where=PENDING_ONLY
         ),
-        # The same, of one till.
+        # The receipts of one till that are due, in HLC order.
         _partial_index(
             "idx_receipts_pos_id",
             "pos_id",
@@ -215,13 +215,13 @@ class Receipt(Base):
             "next_attempt_at",
             where=PENDING_ONLY,
         ),
-        # With the two before and after it: the oldest receipt that the OFD does not have.
+        # The oldest undelivered receipt, together with idx_receipts_status and idx_receipts_held.
         _partial_index("idx_receipts_hlc", "hlc_local_time", "hlc_logical_counter", where=UNDELIVERED_REST),
-        # What waits to be printed.
+        # The held receipts: not printed yet.
         _partial_index("idx_receipts_held", "hlc_local_time", "hlc_logical_counter", where=HELD_ONLY),
-        # Which lease holds which receipt, and until when. There are never more leases than the capacity.
+        # The leases. There are never more of them than the capacity.
         _partial_index("idx_receipts_lease", "lease_token", "lease_expires_at", "lease_taken_at", where=SYNCING_ONLY),
-        # What may be pruned.
+        # The receipts that may be pruned.
         _partial_index("idx_receipts_synced", "synced_at", where=SYNCED_ONLY),
     )
 
@@ -230,7 +230,7 @@ class Receipt(Base):
 
     @property
     def document(self) -> Any:  # noqa: ANN401 (a JSON document has no narrower type)
-        """The fiscal document, decoded. Raises `InvalidDocumentError` if the stored text is not JSON."""
+        """The decoded fiscal document. Raises `InvalidDocumentError` if the stored text is not JSON."""
         try:
             return json.loads(self.fiscal_doc)
         except (TypeError, ValueError, RecursionError) as error:
@@ -239,10 +239,10 @@ class Receipt(Base):
     @property
     def is_intact(self) -> bool:
         """
-        Whether the document is the one that was stored, by its digest.
+        Whether the document still has the digest that was stored with it.
 
-        True as well where no digest was recorded: another program inserted the receipt, or it was synced before
-        digests were introduced. `digest` is None then.
+        Also true if `digest` is None: another program inserted the receipt, or it was synced before digests were
+        introduced.
         """
         return self.digest is None or self.digest == digest_of(self.fiscal_doc)
 
@@ -264,7 +264,7 @@ class Receipt(Base):
 
 
 class DeadLetter(Base):
-    """A receipt that was given up; *open* while `resolved_at` is null. Times are Unix seconds."""
+    """A receipt that will not be sent again by itself; *open* while `resolved_at` is null. Times are Unix seconds."""
 
     __tablename__ = "dlq"
 
@@ -292,11 +292,11 @@ class DeadLetter(Base):
 
 
 class BufferEvent(Base):
-    """Something that happened. Append-only: the database refuses to change it, or to delete it while it is young."""
+    """An event. Append-only: the database refuses to change it, and to delete it before its retention is over."""
 
     __tablename__ = "buffer_events"
 
-    # No CHECK on event_type: a new type would mean a rebuild of a table that may hold a million rows.
+    # No CHECK on event_type: each new type would need a rebuild of a table that may have a million rows.
     id: Mapped[int] = mapped_column(primary_key=True)
     event_type: Mapped[str]
     receipt_id: Mapped[str | None]
@@ -305,7 +305,7 @@ class BufferEvent(Base):
 
     __table_args__ = (
         _partial_index("idx_events_receipt_id", "receipt_id", where="receipt_id IS NOT NULL"),
-        # The common types need none: the newest of them are near the end of the table.
+        # The common types need no index: their newest rows are always near the end of the table.
         _partial_index("idx_events_type", "event_type", where=RARE_EVENTS),
         {"sqlite_autoincrement": True},
     )
@@ -324,12 +324,12 @@ class ConfigEntry(Base):
     updated_at: Mapped[int]
 
 
-# The state of the buffer in one row, kept by triggers: reading it costs the same with ten receipts or a million.
+# The state of the buffer in one row, maintained by triggers, so that reading it takes constant time.
 buffer_state = Table(
     "buffer_state",
     metadata,
     Column("id", Integer, primary_key=True),
-    *(Column(status.value, Integer, nullable=False) for status in ReceiptStatus),  # how many receipts have it
+    *(Column(status.value, Integer, nullable=False) for status in ReceiptStatus),  # the number of receipts in it
     Column("open_dead_letters", Integer, nullable=False),
     # The greatest HLC pair ever inserted; 0 and -1 before the first receipt.
     Column("hlc_local_time", Integer, nullable=False),
@@ -339,7 +339,7 @@ buffer_state = Table(
     sqlite_strict=True,
 )
 
-# Alembic creates and writes it. It is here so that the autogenerate of a host application knows it and keeps it.
+# Alembic creates and writes it. It is declared here so that the autogenerate of a host application does not drop it.
 VERSION_TABLE = "kkt_buffer_version"
 Table(
     VERSION_TABLE,

@@ -1,7 +1,7 @@
 """
-`ReceiptRepository`: every operation of a buffer, named, typed and documented.
+`ReceiptRepository`: every operation of a buffer.
 
-What an operation does in its transaction is in `operations`; what an argument may be, in `arguments`.
+The statements of each operation are in `operations`; the checks of its arguments are in `arguments`.
 """
 
 import os
@@ -36,15 +36,15 @@ _RECORD_FAILURE = Shareable(leases.record_failure)
 
 class ReceiptRepository:
     """
-    The buffer, for any number of threads.
+    The operations of one buffer. Safe for threads.
 
-    `engine` comes from `create_buffer_engine`; `now` is the wall clock, in Unix seconds; `jitter` gives numbers from 0
-    to 1, to spread retries. Every operation opens a transaction of its own, or joins the one that `transaction()` has
-    open in this thread. What is returned is detached and complete.
+    `engine` comes from `create_buffer_engine`; `now` is the wall clock, in Unix seconds; `jitter` returns a number from
+    0 to 1, to spread retries. Every operation opens its own transaction, or joins the one that `transaction()` has open
+    in this thread. Returned objects are detached and fully loaded.
 
-    Besides what each operation names, every one of them raises `BufferStorageError` when the file cannot be read or
-    written, and `TypeError` or `ValueError` for an argument of the wrong kind; nothing is changed then. In the
-    examples, `repository` is a new one.
+    Besides the errors that each operation names, every one raises `BufferStorageError` when the file cannot be read or
+    written, and `TypeError` or `ValueError` for a wrong argument; nothing is changed then. In the examples,
+    `repository` is a new one.
     """
 
     def __init__(
@@ -66,10 +66,10 @@ class ReceiptRepository:
         """
         Open a write transaction, or a savepoint in this thread's, and yield its session.
 
-        Commits at the end of the outermost block; an exception rolls back the block that it leaves, so that whoever
-        catches it inside an outer block can go on there. Every operation called inside belongs to the transaction,
-        and is as durable as its commit: not before. Rows of your own that you add to the session are committed with
-        the receipts. Keep it short, as other writers wait; in asyncio code, never await inside it.
+        Commits at the end of the outermost block. An exception rolls back the block that it leaves; if an outer block
+        catches it, that block can continue. Every operation called inside belongs to the transaction and is durable
+        only after its commit. Your own rows in the session are committed with the receipts. Keep the block short, as
+        other writers wait; in asyncio code, never await inside it.
 
         >>> with repository.transaction() as session:
         ...     receipt_id = repository.insert_receipt({"pos_id": "till-1", "fiscal_doc": "{}"})
@@ -80,10 +80,10 @@ class ReceiptRepository:
 
     def reading(self) -> AbstractContextManager[Session]:
         """
-        Open a transaction for reading, and yield its session: one moment's state, and nobody waits for it.
+        Open a read transaction on a consistent snapshot, and yield its session. It blocks no writer.
 
-        Operations that read join it; one that writes raises `ReceiptBufferError` before it begins. The database
-        refuses a write of the caller's own. Inside `transaction()` it joins that.
+        Operations that read join it; an operation that writes raises `ReceiptBufferError` before it begins. The
+        database refuses the caller's own writes. Inside `transaction()`, it joins that.
 
         >>> with repository.reading() as session:
         ...     pending = repository.get_buffer_status().pending
@@ -107,9 +107,9 @@ class ReceiptRepository:
         """
         Store a receipt and return its id; when this returns, the receipt is on disk.
 
-        `receipt_data` has `pos_id` (str), `fiscal_doc` (JSON text, kept byte for byte, or a mapping) and, if the
-        caller has one, `id` (a UUID that makes a repetition recognisable). With `exist_ok`, an identical repetition
-        returns the id.
+        `receipt_data` has `pos_id` (str), `fiscal_doc` (JSON text, stored byte for byte, or a mapping) and optionally
+        `id` (a UUID; it lets the buffer recognise a repeated insert). With `exist_ok`, an identical repeated insert
+        returns the id and stores nothing.
 
         Raises `BufferFullError` at capacity, `DuplicateReceiptError` for a known id.
 
@@ -121,7 +121,7 @@ class ReceiptRepository:
 
     def insert_receipts(self, many: Iterable[Mapping[str, Any]], *, exist_ok: bool = False) -> list[str]:
         """
-        Store all of these receipts, in their order and with one commit, or none. Else like `insert_receipt`.
+        Store all of these receipts, in their order and with one commit, or none. Otherwise like `insert_receipt`.
 
         >>> len(repository.insert_receipts({"pos_id": "till-1", "fiscal_doc": "{}"} for _ in range(3)))
         3
@@ -139,7 +139,7 @@ class ReceiptRepository:
 
     def get_pending_receipts(self, limit: int = 50) -> list[Receipt]:
         """
-        The pending receipts that come first in HLC order, at most `limit`.
+        The first pending receipts in HLC order, at most `limit`.
 
         >>> repository.get_pending_receipts(limit=10)
         []
@@ -162,10 +162,10 @@ class ReceiptRepository:
 
     def mark_synced(self, receipt_id: str | uuid.UUID, server_time: int) -> bool:
         """
-        Record that the OFD has the receipt, at its time `server_time` (Unix seconds); False if there is none.
+        Record that the OFD has accepted the receipt at `server_time` (the OFD's clock, Unix seconds).
 
-        A delivery is a fact: it is recorded whatever the status, by a late worker too. The first `server_time` stays.
-        An open dead letter is resolved.
+        False if there is no such receipt. A delivery is recorded from any status, also by a worker without a lease. The
+        first `server_time` is kept. An open dead letter is closed.
 
         >>> receipt_id = repository.insert_receipt({"pos_id": "till-1", "fiscal_doc": "{}"})
         >>> repository.mark_synced(receipt_id, server_time=1_772_366_405)
@@ -176,9 +176,9 @@ class ReceiptRepository:
 
     def increment_retry_count(self, receipt_id: str | uuid.UUID, error: str) -> int:
         """
-        Count a failed attempt, keep `error` as the last one, and return the new count.
+        Count a failed attempt, store `error` as the last error, and return the new count.
 
-        Touches neither the status nor a lease, and never dead-letters. Raises `ReceiptNotFoundError`.
+        Changes neither the status nor the lease, and never dead-letters. Raises `ReceiptNotFoundError`.
 
         >>> receipt_id = repository.insert_receipt({"pos_id": "till-1", "fiscal_doc": "{}"})
         >>> repository.increment_retry_count(receipt_id, "HTTP 500")
@@ -190,7 +190,7 @@ class ReceiptRepository:
 
     def move_to_dlq(self, receipt_id: str | uuid.UUID, reason: str) -> bool:
         """
-        Give the receipt up: dead-letter it, for an operator to look at. False if there is none. Idempotent.
+        Dead-letter the receipt, for an operator to decide. False if there is no such receipt. Idempotent.
 
         Raises `InvalidTransitionError` if it was delivered.
 
@@ -204,11 +204,11 @@ class ReceiptRepository:
 
     def update_receipt_status(self, receipt_id: str | uuid.UUID, status: str) -> bool:
         """
-        Move the receipt to another status; False if there is none, True and no change if it has it already.
+        Move the receipt to another status; True, without a change, if it has this status already.
 
-        `syncing` takes a lease for `lease_seconds`, `pending` gives it up, `synced` is `mark_synced` at the present
-        time, `failed` is `move_to_dlq`. Raises `ValueError` for a status that does not exist, `InvalidTransitionError`
-        for a move that is not allowed.
+        False if there is no such receipt. `syncing` takes a lease for `lease_seconds`, `pending` gives it up, `synced`
+        is `mark_synced` at the current time, `failed` is `move_to_dlq`. Raises `ValueError` for a status that does not
+        exist, `InvalidTransitionError` for a move that is not allowed.
 
         >>> receipt_id = repository.insert_receipt({"pos_id": "till-1", "fiscal_doc": "{}"})
         >>> repository.update_receipt_status(receipt_id, "syncing")
@@ -218,7 +218,7 @@ class ReceiptRepository:
         with self._writing() as tx:
             return receipts.update_status(tx, receipt_id, wanted)
 
-    # Delivery. `kkt_buffer.deliver_pending` puts these together.
+    # Delivery. `kkt_buffer.deliver_pending` is built from these.
 
     def claim_pending(
         self, limit: int = 50, *, pos_id: str | None = None, lease_seconds: int | None = None
@@ -226,8 +226,8 @@ class ReceiptRepository:
         """
         Lease the receipts that are due, at most `limit`, in HLC order; of one till if `pos_id` is given.
 
-        Due is what is pending and not in its backoff, and what a worker had whose lease is over: expired, or taken in
-        what is now the future because the clock was set back. All get one fresh `lease_token`, valid for
+        A receipt is due if it is pending and not in its backoff, or if its lease is over: expired, or taken at a time
+        that is now in the future because the clock was set back. All get the same new `lease_token`, valid for
         `lease_seconds` (default: the setting of that name). A worker that needs longer calls `renew_lease`.
 
         >>> receipt_id = repository.insert_receipt({"pos_id": "till-1", "fiscal_doc": "{}"})
@@ -242,7 +242,7 @@ class ReceiptRepository:
 
     def renew_lease(self, receipt_id: str | uuid.UUID, lease_token: str, *, lease_seconds: int | None = None) -> int:
         """
-        Hold the receipt for another `lease_seconds` from now; returns when that is over (Unix seconds).
+        Extend the lease to `lease_seconds` from now; returns the new expiry (Unix seconds).
 
         Raises `LeaseLostError` if the token is not the present one, `ReceiptNotFoundError`.
 
@@ -258,7 +258,7 @@ class ReceiptRepository:
 
     def release(self, receipt_id: str | uuid.UUID, lease_token: str) -> None:
         """
-        Hand a leased receipt back unharmed: due at once, no attempt counted.
+        Hand a leased receipt back: it is due at once, and no attempt is counted.
 
         Raises `LeaseLostError` if the token is not the present one, `ReceiptNotFoundError`.
 
@@ -274,9 +274,9 @@ class ReceiptRepository:
         """
         Count a failed attempt: the receipt waits for its backoff, or is dead-lettered at `max_retry_attempts`.
 
-        The backoff doubles with each attempt from `retry_backoff_initial` to `retry_backoff_max` seconds; of that, a
-        random part of up to a half is taken off, so that tills do not come back in step. `error` is kept, cut to 2,000
-        characters. Returns the status that the receipt has now, pending or failed.
+        The backoff doubles with each attempt from `retry_backoff_initial` to `retry_backoff_max` seconds. A random part
+        of up to a half is subtracted, so that tills do not retry at the same time. `error` is stored, cut to 2,000
+        characters. Returns the new status, pending or failed.
 
         Raises `LeaseLostError` if the token is not the present one (nothing is counted then), `ReceiptNotFoundError`.
 
@@ -291,9 +291,9 @@ class ReceiptRepository:
 
     def recover_expired_leases(self) -> int:
         """
-        Make pending what was leased by workers that are gone; returns how many.
+        Make receipts with expired leases pending; returns how many.
 
-        `claim_pending` does the same first of all, so nothing waits for this; it is for whoever wants to see them now.
+        `claim_pending` begins with the same step, so delivery does not need this; it makes the counts right at once.
 
         >>> repository.recover_expired_leases()
         0
@@ -305,7 +305,7 @@ class ReceiptRepository:
 
     def list_dead_letters(self, open_only: bool = True, *, limit: int = 100) -> list[DeadLetter]:  # noqa: FBT001, FBT002 (the design's signature)
         """
-        The dead letters, oldest first, at most `limit`: those that wait for an operator, or all.
+        The dead letters, oldest first, at most `limit`: the open ones, or all.
 
         >>> repository.list_dead_letters()
         []
@@ -316,16 +316,16 @@ class ReceiptRepository:
 
     def requeue(self, receipt_id: str | uuid.UUID, *, actor: str, reason: str) -> None:
         """
-        Send a dead-lettered receipt once more: pending again, with a fresh budget of attempts, its place and deadline.
+        Make a dead-lettered receipt pending again, with `retry_count` 0; it keeps its place and its deadline.
 
-        `actor` is who decided it, `reason` why; both are recorded. Raises `BufferFullError` when there is no room (it
-        counts as undelivered again), `InvalidTransitionError` when the receipt has no open dead letter,
-        `ReceiptNotFoundError`.
+        `actor` is the person who decided it, `reason` the reason; both are recorded. Raises `BufferFullError` when
+        there is no room (it counts as undelivered again), `InvalidTransitionError` when the receipt has no open dead
+        letter, `ReceiptNotFoundError`.
 
         >>> receipt_id = repository.insert_receipt({"pos_id": "till-1", "fiscal_doc": "{}"})
         >>> repository.move_to_dlq(receipt_id, "unknown tax rate")
         True
-        >>> repository.requeue(receipt_id, actor="Anna, support", reason="the OFD has put its tax table right")
+        >>> repository.requeue(receipt_id, actor="Anna, support", reason="the OFD has corrected its tax table")
         """
         receipt_id = arguments.lookup_id(receipt_id)
         actor, reason = arguments.note("actor", actor), arguments.note("reason", reason)
@@ -334,11 +334,11 @@ class ReceiptRepository:
 
     def requeue_all(self, *, actor: str, reason: str) -> int:
         """
-        Requeue the open dead letters in HLC order, as many as there is room for; returns how many.
+        Requeue the open dead letters in HLC order, as many as fit; returns how many.
 
-        Raises `BufferFullError` if there are some, and room for none.
+        Raises `BufferFullError` if there is an open dead letter and no room at all.
 
-        >>> repository.requeue_all(actor="Anna, support", reason="the OFD has put its tax table right")
+        >>> repository.requeue_all(actor="Anna, support", reason="the OFD has corrected its tax table")
         0
         """
         actor, reason = arguments.note("actor", actor), arguments.note("reason", reason)
@@ -347,10 +347,10 @@ class ReceiptRepository:
 
     def resolve(self, receipt_id: str | uuid.UUID, *, actor: str, reason: str) -> None:
         """
-        Close a dead letter without sending the receipt. Final: it stays failed, and is out of the 30-day rule.
+        Close a dead letter without sending the receipt. Final: it stays failed, and the 30-day rule ignores it.
 
-        `actor` is who decided it, `reason` why; both are recorded. Raises `InvalidTransitionError` when the receipt has
-        no open dead letter, `ReceiptNotFoundError`.
+        `actor` is the person who decided it, `reason` the reason; both are recorded. Raises
+        `InvalidTransitionError` when the receipt has no open dead letter, `ReceiptNotFoundError`.
 
         >>> receipt_id = repository.insert_receipt({"pos_id": "till-1", "fiscal_doc": "{}"})
         >>> repository.move_to_dlq(receipt_id, "a test of the till")
@@ -372,9 +372,9 @@ class ReceiptRepository:
         metadata: Mapping[str, Any] | None = None,
     ) -> int:
         """
-        Record an event of the caller's own (a circuit breaker's, a sync run's) and return its number.
+        Record one of the caller's own events (of a circuit breaker or a sync run) and return its number.
 
-        Raises `ValueError` for an unknown type, and for those that begin with `receipt_`: triggers write these.
+        Raises `ValueError` for an unknown type, and for types that begin with `receipt_`: only triggers write these.
 
         >>> repository.log_event("circuit_opened", metadata={"why": "no route to the OFD"})
         1
@@ -389,7 +389,7 @@ class ReceiptRepository:
         self, limit: int = 100, *, event_type: str | None = None, receipt_id: str | uuid.UUID | None = None
     ) -> list[BufferEvent]:
         """
-        The last events, newest first, at most `limit`; of one type or one receipt if that is given.
+        The last events, newest first, at most `limit`; only those of one type or one receipt if given.
 
         >>> receipt_id = repository.insert_receipt({"pos_id": "till-1", "fiscal_doc": "{}"})
         >>> [event.event_type for event in repository.get_events(receipt_id=receipt_id)]
@@ -403,7 +403,7 @@ class ReceiptRepository:
 
     def get_config(self, key: str) -> int | str | None:
         """
-        A setting: an int for the keys that the buffer reads, the text for others, None if it is not there.
+        A setting: an int for the keys that the buffer reads, the text for other keys, None if it is not stored.
 
         Raises `InvalidConfigError` if the stored value is invalid.
 
@@ -416,9 +416,9 @@ class ReceiptRepository:
 
     def set_config(self, key: str, value: int | str) -> None:
         """
-        Change a setting. The keys that the buffer reads take an int within bounds, others a text.
+        Change a setting. The keys that the buffer reads take an int within bounds, other keys a text.
 
-        Raises `ValueError` for a number out of bounds, or something that is not a number.
+        Raises `ValueError` for a value that is not a number, or out of bounds.
 
         >>> repository.set_config("buffer_capacity", 500)
         """
@@ -431,7 +431,7 @@ class ReceiptRepository:
 
     def get_buffer_status(self) -> BufferStatus:
         """
-        How full the buffer is, and until when the OFD must have what waits; at the cost of a few lookups.
+        The counts, the fill level and the deadline of the oldest undelivered receipt; a few lookups.
 
         >>> repository.get_buffer_status().percent_full
         0.0
@@ -441,9 +441,9 @@ class ReceiptRepository:
 
     def get_receipts_due(self, before: int, *, limit: int = 100) -> list[Receipt]:
         """
-        The receipts that the OFD must have before the moment `before` (Unix seconds), most urgent first.
+        The receipts with a deadline before `before` (Unix seconds), most urgent first.
 
-        Those are the undelivered ones, open dead letters included, that are `ofd_deadline_days` old by then.
+        These are the undelivered receipts, open dead letters included, that are `ofd_deadline_days` old by then.
 
         >>> repository.get_receipts_due(before=1_772_366_400)
         []
@@ -456,9 +456,9 @@ class ReceiptRepository:
         """
         Delete synced receipts, closed dead letters and events that are older than their retention.
 
-        What is undelivered, or has an open dead letter, is never deleted. A receipt that a row of any table refers to
-        stays until that row is gone. A resolved receipt leaves with its last dead letter. Works in short transactions,
-        so that writers do not wait; inside `transaction()` it is one.
+        Undelivered receipts and receipts with an open dead letter are never deleted. A receipt that a row of any table
+        refers to is kept as long as that row. A resolved receipt is deleted with its last dead letter. Uses short
+        transactions, so that writers do not wait; inside `transaction()` it joins that.
 
         >>> repository.prune().receipts
         0
@@ -468,10 +468,10 @@ class ReceiptRepository:
 
     def check_integrity(self) -> IntegrityReport:
         """
-        Read all of the buffer and report what is wrong with it; changes nothing, and nobody waits for it.
+        Read all of the buffer and report problems. It changes nothing and blocks no writer.
 
-        Checked are the pages and indexes of the file, the references between its rows, what a row may be, texts,
-        dead letters, counts, settings, and the order of timestamps. A million receipts take some seconds.
+        It checks the pages and indexes of the file, foreign keys, CHECK constraints, text encoding, dead letters,
+        counts, settings, and the order of timestamps. A million receipts take some seconds.
 
         >>> repository.check_integrity().is_sound
         True
@@ -481,20 +481,20 @@ class ReceiptRepository:
 
     def backup(self, path: str | os.PathLike[str]) -> None:
         """
-        Copy the buffer as it is at this moment to the file `path`, readable for the owner alone, whoever writes.
+        Copy a consistent snapshot of the buffer to the file `path`, readable by the owner only. Writers can continue.
 
-        What was at `path` is replaced once the copy is complete and on disk: a crash leaves the old one or the new one.
-        The copy is a buffer like any other. Where stderr is a terminal, it shows the progress.
+        A file at `path` is replaced when the copy is complete and on disk: a crash leaves the old file or the new one.
+        The copy is a complete buffer. If stderr is a terminal, progress is shown there.
 
-        Raises `BufferStorageError` if the copy cannot be written, `ReceiptBufferError` inside `transaction()`, whose
-        changes would not be in it, `ValueError` if `path` is the buffer itself.
+        Raises `BufferStorageError` if the copy cannot be written, `ReceiptBufferError` inside `transaction()` (its
+        changes would not be in the copy), `ValueError` if `path` is the buffer itself.
 
         >>> repository.backup(folder / "copy.db")
         """
         self._require_schema()
         if self.in_transaction:
             raise ReceiptBufferError(
-                "backup was called inside transaction(): what that has changed so far would not be in the copy. "
+                "backup was called inside transaction(): its changes so far would not be in the copy. "
                 "Nothing was copied. Call it outside."
             )
         backend_of(self._engine).backup(self._engine, path)
@@ -507,7 +507,7 @@ class ReceiptRepository:
         """
         self._engine.dispose()
 
-    # How an operation gets its transaction.
+    # The transaction of an operation.
 
     def _writing(self) -> AbstractContextManager[Transaction]:
         self._require_schema()
@@ -522,7 +522,7 @@ class ReceiptRepository:
         return self._group.run(work, argument)
 
     def _require_schema(self) -> None:
-        """Refuse to work on the schema of another release, until it was seen to be this one's."""
+        """Raise `SchemaError` unless the schema is that of this release; checked until it was right once."""
         if not self._has_schema and self._transactions.current is None:
             require(self._engine)
             self._has_schema = True

@@ -1,7 +1,7 @@
 """
-Transactions: what an operation works in, opened for it or joined.
+Transactions: opened for one operation, or joined.
 
-How a transaction begins, commits and fails is the backend's; what an operation does in it is in `operations`.
+The backend begins and commits them on its database; the statements of each operation are in `operations`.
 """
 
 import logging
@@ -28,21 +28,21 @@ _SETTINGS = select(ConfigEntry.key, ConfigEntry.value)
 
 class Transaction:
     """
-    What an operation works in.
+    The transaction of an operation.
 
-    `connection` is in a transaction from the first to the last moment. The moment of the transaction and its settings
-    are read once, when they are first asked for: behind the write lock, if it is one that writes.
+    `connection` is in a transaction all the time. The current time and the settings are read once, at first use. In a
+    write transaction this happens under the write lock.
     """
 
     def __init__(self, backend: Backend, now: Callable[[], float], *, write: bool) -> None:
         self.backend = backend
         self.write = write
         self.connection: Connection
-        self.session: Session | None = None  # of the caller's `transaction()` or `reading()`
+        self.session: Session | None = None  # set in the caller's `transaction()` or `reading()`
         self._clock = now
         self._now: int | None = None
         self._settings: dict[str, str] | None = None
-        # Who may join it: operations of this thread, while no other operation runs in it.
+        # Only operations of this thread may join, and only while no other operation runs in it.
         self.thread = threading.get_ident()
         self.is_busy = True
         self.is_over = False
@@ -50,7 +50,7 @@ class Transaction:
 
     @property
     def now(self) -> int:
-        """The moment of this transaction, in Unix seconds."""
+        """The time of this transaction, in Unix seconds."""
         if self._now is None:
             self._now = arguments.moment(self._clock())
         return self._now
@@ -62,16 +62,16 @@ class Transaction:
         return number_of(key, self._settings.get(key))
 
     def start_on(self, connection: Connection) -> None:
-        """Work on this connection from now on; nothing is known yet."""
+        """Use this connection from now on, and forget the time and the settings."""
         self.connection = connection
         self._now = self._settings = None
 
     def forget_settings(self) -> None:
-        """Read the settings anew when they are next asked for."""
+        """Read the settings again at their next use."""
         self._settings = None
 
-    def explained(self, error: Exception) -> Exception:
-        """Our error for what a statement of an operation was refused for; where we have none, the one that is there."""
+    def explain(self, error: Exception) -> Exception:
+        """The domain error for an error of a statement; the same error if there is none."""
         return (self.backend.explain(error) if isinstance(error, DBAPIError) else None) or error
 
     def run(self, sql: str, parameters: Parameters) -> CursorResult[Any]:
@@ -79,18 +79,18 @@ class Transaction:
         return self.backend.run(self.connection, sql, parameters)
 
     def load(self, statement: Select[Any], **parameters: object) -> list[Any]:
-        """Read rows as objects that are detached and complete."""
-        # A session of its own: what the caller's session holds stays attached.
+        """Read rows as detached, fully loaded objects."""
+        # A separate session, so that the objects of the caller's session stay attached.
         with Session(self.connection, join_transaction_mode="rollback_only") as session:
             try:
                 rows = list(session.scalars(statement, parameters))
             except BufferDamagedError as error:
-                # A stray byte in one document must not keep all the others from being delivered.
-                logger.error("%s Reading on without them; see check_integrity().", error)  # noqa: TRY400 (it is handled)
+                # Invalid UTF-8 in one document must not stop the delivery of the others.
+                logger.error("%s Invalid bytes are read as escapes; see check_integrity().", error)  # noqa: TRY400 (it is handled)
                 with self.backend.lenient_text(self.connection):
                     rows = list(session.scalars(statement, parameters))
         if None in rows:
-            logger.error("a row without a key: the file is damaged. Reading on without it; see check_integrity().")
+            logger.error("a row has no primary key: the file is damaged. The row is skipped; see check_integrity().")
             rows = [row for row in rows if row is not None]
         return rows
 
@@ -113,22 +113,22 @@ _here = _Here()
 
 
 class Transactions:
-    """Opens transactions on one engine, or joins those that a thread has open."""
+    """Opens transactions on one engine, or joins the open transaction of the thread."""
 
     def __init__(self, engine: Engine, now: Callable[[], float]) -> None:
         self.backend = backend_of(engine)
         self._now = now
         self._writers = engine.execution_options(**{OPERATION: True})
         self._readers = engine.execution_options(**{OPERATION: True, READ_ONLY: True})
-        # A factory per engine, a session for each thread: whoever asks for it in a transaction gets the same one.
+        # One session per thread.
         self._sessions = scoped_session(sessionmaker(expire_on_commit=False, join_transaction_mode="rollback_only"))
 
     @property
     def current(self) -> Transaction | None:
         """
-        The transaction that this thread has open on this engine.
+        The open transaction of this thread on this engine, or None.
 
-        Raises `ReceiptBufferError` if an operation is running in it: then this call comes from inside that operation.
+        Raises `ReceiptBufferError` if an operation is running in it: this call comes from inside that operation.
         """
         tx = _innermost.get()
         while tx is not None and (tx.backend is not self.backend or tx.is_over):
@@ -143,17 +143,17 @@ class Transactions:
         if tx.is_busy:
             raise ReceiptBufferError(
                 "an operation of this buffer was called from inside another one of the same thread: by a signal "
-                "handler, __del__, an event listener or `now`. This one did nothing; the other one goes on. Call it "
-                "afterwards, or in a thread of its own."
+                "handler, __del__, an event listener or `now`. This call did nothing; the running operation continues. "
+                "Call it afterwards, or in another thread."
             )
         return tx
 
     @contextmanager
     def writing(self) -> Iterator[Transaction]:
         """
-        A write transaction for one operation: a savepoint in the one that this thread has open, else one of its own.
+        A write transaction for one operation: a savepoint in the thread's open transaction, else a new transaction.
         """
-        with self.operation(write=True) as (tx, is_joined), self.explained():
+        with self.operation(write=True) as (tx, is_joined), self.explain_errors():
             if is_joined:
                 with tx.connection.begin_nested():
                     yield tx
@@ -163,8 +163,8 @@ class Transactions:
 
     @contextmanager
     def reading(self) -> Iterator[Transaction]:
-        """A transaction for one operation that reads: the one that this thread has open, else one of its own."""
-        with self.operation(write=False) as (tx, is_joined), self.explained():
+        """A read transaction for one operation: the thread's open transaction, else a new one."""
+        with self.operation(write=False) as (tx, is_joined), self.explain_errors():
             if is_joined:
                 yield tx
             else:
@@ -173,7 +173,7 @@ class Transactions:
 
     @contextmanager
     def operation(self, *, write: bool) -> Iterator[tuple[Transaction, bool]]:
-        """Mark this thread as inside an operation; yield its transaction, not yet begun unless it is joined."""
+        """Mark this thread as inside an operation; yield its transaction, and whether it is joined or not begun yet."""
         tx = self.current
         if tx is not None:
             if write and not tx.write:
@@ -197,7 +197,7 @@ class Transactions:
 
     @contextmanager
     def begun(self, tx: Transaction) -> Iterator[None]:
-        """Begin a transaction on a connection of the pool, and commit it; an exception rolls it back."""
+        """Begin a transaction on a connection of the pool and commit it at the end; an exception rolls it back."""
         try:
             with self.backend.connect(self._writers if tx.write else self._readers) as connection:
                 tx.start_on(connection)
@@ -211,7 +211,7 @@ class Transactions:
                         raise
                     raise BufferStorageError(
                         f"{self.backend}: the database had to roll the transaction back (see the error before this "
-                        "one). Nothing of it was stored; what was acknowledged before is safe. Try again."
+                        "one). Nothing in it was stored; what was acknowledged before is safe. Try again."
                     ) from error
         finally:
             if tx.write:
@@ -219,7 +219,7 @@ class Transactions:
 
     @contextmanager
     def block(self, *, write: bool) -> Iterator[Session]:
-        """A transaction of the caller's, which operations of this thread join; inside another one, a savepoint."""
+        """The caller's transaction, which operations of this thread join; a savepoint if one is open already."""
         tx = self.current
         if tx is not None and tx.session is not None:
             if write and not tx.write:
@@ -235,7 +235,7 @@ class Transactions:
             self.backend.refuse_second()
         tx = Transaction(self.backend, self._now, write=write)
         with self._as_innermost(tx), self.begun(tx):
-            self._sessions.remove()  # what an exception at the end of this thread's last block left
+            self._sessions.remove()  # a session left by an exception at the end of this thread's last block
             tx.session = self._sessions(bind=tx.connection)
             try:
                 tx.is_busy = False
@@ -258,8 +258,8 @@ class Transactions:
             _innermost.set(tx.outer)
 
     @contextmanager
-    def explained(self) -> Iterator[None]:
-        """Raise our errors for what the statements of an operation are refused for."""
+    def explain_errors(self) -> Iterator[None]:
+        """Raise the domain error for an error of a statement."""
         try:
             yield
         except DBAPIError as error:

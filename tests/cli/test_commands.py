@@ -90,7 +90,7 @@ class TestUpgrade:
         assert (f"{path}: schema {HEAD} (was 0001)\n", "") == capsys.readouterr()
 
     def test_program(self, tmp_path):
-        """`python -m kkt_buffer` is the same command line, and its exit status is the program's."""
+        """`python -m kkt_buffer` is the same command line as `kkt-buffer`, with the same exit status."""
         command = [sys.executable, "-m", "kkt_buffer", "upgrade"]
         done = subprocess.run([*command, "buffer.db"], cwd=tmp_path, capture_output=True, text=True, check=False)
         assert (0, f"buffer.db: schema {HEAD} (was none)\n") == (done.returncode, done.stdout)
@@ -206,12 +206,12 @@ class TestErrors:
         """A database that is not kept as a buffer is, is none; it is left as it is, to the byte."""
         before = of_another_program.read_bytes()
         line = refused("status", of_another_program)
-        assert f"{of_another_program} is not a buffer: its journal mode is 'delete'. Nothing was touched." in line
+        assert f"{of_another_program} is not a buffer: its journal mode is 'delete'. Nothing was changed." in line
         assert before == of_another_program.read_bytes()
 
     @pytest.mark.parametrize("command", ["upgrade", "demo"])
     def test_of_another_program(self, command, of_another_program, refused):
-        """Tables of somebody else that are called like ours are neither taken over nor changed."""
+        """Tables of somebody else that are called like ours are neither adopted nor changed."""
         before = everything(of_another_program)
         line = refused(command, of_another_program)
         assert f"the upgrade to schema {HEAD} failed and was rolled back; the database is as it was." in line
@@ -287,4 +287,4 @@ class TestErrors:
         assert 2 == caught.value.code
         out, err = capsys.readouterr()
         assert "" == out
-        assert err.startswith("usage: python -m kkt_buffer")
+        assert err.startswith("usage: kkt-buffer")

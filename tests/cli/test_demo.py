@@ -57,17 +57,17 @@ class TestDemo:
             assert 40 <= int(sold) <= 60
             assert f"all {sold} acknowledged receipts are there, none is missing" in out
             assert "finishes the shift with 60 receipts" in out
-            assert "tries to deliver: DeliveryUnavailable: no route to the operator." in out
+            assert "tries to deliver: DeliveryUnavailable: no route to the OFD." in out
             assert "All 60 receipts are released, and no attempt is counted" in out
             [(received, held)] = re.findall(
-                r"The operator has (\d+) when the worker is killed with SIGKILL; it had leased (\d+) more", out
+                r"The OFD has (\d+) when the worker is killed with SIGKILL; it had leased (\d+) more", out
             )
             assert 20 <= int(received) <= 60
-            assert "in 1 s (here; usually 60) its leases are over" in out
+            assert "in 1 s (here; usually 60) its leases expire" in out
             [delivered] = re.findall(r"Another worker delivers (\d+); one is rejected, and becomes a dead letter", out)
             assert int(held) == int(delivered) + 1
             assert "requeues it: 1 more delivered" in out
-            [twice] = re.findall(r"The operator has all of them, (\d) of them twice", out)
+            [twice] = re.findall(r"The OFD has all of them, (\d) of them twice", out)
             assert 60 + int(twice) == int(received) + int(delivered) + 1
             assert re.search(rf"^buffer +\| {target}$", out, re.MULTILINE)
             assert re.search(rf"^synced +\| {60 * shift}$", out, re.MULTILINE)
@@ -80,7 +80,7 @@ class TestDemo:
         expected = {"receipt_added": 120, "receipt_failed": 2, "receipt_requeued": 2, "receipt_synced": 120}
         assert expected == dict(rows(path, events))
         assert [0] == column(path, "SELECT DISTINCT retry_count FROM receipts")
-        letter = ("rejected by the operator: DeliveryRejected: unknown tax rate", "requeued", "Anna, support")
+        letter = ("rejected by the OFD: DeliveryRejected: unknown tax rate", "requeued", "Anna, support")
         assert [letter] * 2 == rows(path, "SELECT reason, resolution, resolved_by FROM dlq")
         # In the order in which they were made, but for the two that were requeued.
         others = "NOT IN (SELECT original_receipt_id FROM dlq)"
@@ -109,7 +109,7 @@ class TestDemo:
 
         monkeypatch.setattr(os, "kill", late)
         demo.run(str(path), said.append)
-        assert f"3. A new process looks: all {demo.RECEIPTS_PER_SHIFT} acknowledged receipts are there" in "\n".join(
+        assert f"3. A new process checks: all {demo.RECEIPTS_PER_SHIFT} acknowledged receipts are there" in "\n".join(
             said
         )
         assert [signal.SIGKILL] * 2 == kills

@@ -21,7 +21,7 @@ class TestCommands:
         for what in (*CHECKS, "SQLite", "schema", "open leases", "settings of a connection"):
             assert what in done.stdout
         assert "synchronous 2" in done.stdout
-        assert "1 (each is over after 60 s)" in done.stdout
+        assert "1 (each expires after 60 s)" in done.stdout
         assert "The buffer is whole." in done.stdout
 
     def test_verify_not_whole(self, used):

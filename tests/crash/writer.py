@@ -170,7 +170,7 @@ class Day:
 
             buffer.deliver_pending(send, 1)
             if isinstance(answer, Exception):
-                self.stories[sent[0]].failed(f"rejected by the operator: DeliveryRejected: {answer}")
+                self.stories[sent[0]].failed(f"rejected by the OFD: DeliveryRejected: {answer}")
             else:
                 self.stories[sent[0]].synced(answer)
             self.acknowledge(self.told(sent), self.last_event("sync_completed"))

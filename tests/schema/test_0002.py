@@ -129,7 +129,7 @@ class TestLeases:
     def refused_down(self, engine):
         downgrade_to(engine, "0002")
         before = objects(engine), contents(engine)
-        refusal = "refusing to forget what became of 1 dead letters .* requeued or resolved. Nothing was changed"
+        refusal = "refusing to forget the resolution of 1 dead letters .* requeued or resolved. Nothing was changed"
         with pytest.raises(CommandError, match=refusal):
             downgrade_to(engine, "0001")
         assert before == (objects(engine), contents(engine))
@@ -156,7 +156,7 @@ class TestLeases:
         file_engine.dispose()
         done = alembic("-x", f"db={path}", "downgrade", "0001")
         assert done.returncode != 0
-        assert "FAILED: refusing to forget what became of 1 dead letters" in done.stdout
+        assert "FAILED: refusing to forget the resolution of 1 dead letters" in done.stdout
         assert "Traceback" not in done.stdout
 
     def test_down_schema(self, empty, file_engine):

@@ -77,7 +77,7 @@ class TestOthers:
         assert [7, 7] == [row["shift no"] for row in found]
         assert ["Иванова, А."] * 2 == [row["cashier"] for row in found]
         assert 2 in rows(old, "lengths")
-        assert "kept the column shift no of receipts, which is not ours" in caplog.text
+        assert "kept the column shift no of receipts, which another program has added" in caplog.text
 
     def test_stored_column(self, tmp_path):
         """What SQLite cannot add again as it was is kept as a plain column, with its values."""
@@ -93,20 +93,20 @@ class TestOthers:
         """An index of the shop's own goes, and where it was a rule, the log says so."""
         run(old, "CREATE UNIQUE INDEX shop_unique ON receipts (pos_id, created_at)")
         adopt(old)
-        assert "dropped the index shop_unique" in caplog.text
+        assert "dropped the unique index shop_unique" in caplog.text
 
     @pytest.mark.parametrize(
         ("change", "told"),
         [
             (
                 "ALTER TABLE receipts ADD COLUMN next_attempt_at TEXT",
-                "duplicate column name: next_attempt_at. What has",
+                "duplicate column name: next_attempt_at. The object",
             ),
             (
                 "ALTER TABLE receipts ADD COLUMN changed_at TEXT",
-                "duplicate column name: changed_at. What has this name",
+                "duplicate column name: changed_at. The object with this name",
             ),
-            ("CREATE TABLE buffer_counts (a)", "buffer_counts already exists. What has this name there is not ours"),
+            ("CREATE TABLE buffer_counts (a)", "buffer_counts already exists. The object with this name is not part"),
             (
                 "ALTER TABLE dlq DROP COLUMN last_error",
                 "table dlq is not that of the sqlite3 version: it has no column",

@@ -21,24 +21,24 @@ class TestRepairs:
         (
             {"status": "syncing"},
             {"status": "pending", "next_attempt_at": None},
-            ("syncing, and nobody works on it", "pending"),
+            ("syncing without a lease", "pending"),
         ),
         ({"status": "failed"}, {"status": "pending"}, ("failed without a dead letter", "pending")),
         ({"retry_count": None}, {"retry_count": 0}, ("retry_count null", "0")),
         (
             {"status": "synced", "hlc_server_time": NOON + 3},
             {"status": "synced", "synced_at": NOON + 3, "hlc_server_time": NOON + 3},
-            (f"synced without synced_at: {NOON + 3}", "taken from what is known"),
+            (f"synced without synced_at: {NOON + 3}", "set from another time of the receipt"),
         ),
         (
             {"status": "synced", "synced_at": NOON + 4},
             {"status": "synced", "synced_at": NOON + 4, "hlc_server_time": NOON + 4},
-            (f"synced without hlc_server_time: {NOON + 4}", "taken from what is known"),
+            (f"synced without hlc_server_time: {NOON + 4}", "set from another time of the receipt"),
         ),
         (
             {"status": "synced"},
             {"status": "synced", "synced_at": NOON, "hlc_server_time": NOON},
-            (f"synced without synced_at: {NOON}", "taken from what is known"),
+            (f"synced without synced_at: {NOON}", "set from another time of the receipt"),
         ),
         (
             {"hlc_server_time": NOON + 1},
@@ -48,18 +48,18 @@ class TestRepairs:
         ({"synced_at": NOON + 1}, {"synced_at": None}, (f"pending with synced_at: {NOON + 1}", "removed")),
         ({"fiscal_doc": "{no json"}, {"fiscal_doc": "{no json"}, ("a document that is not JSON", "kept as text")),
         ({"fiscal_doc": "[" * 100_000}, {}, ("a document that is not JSON", "kept as text")),
-        ({"fiscal_doc": b'{"a": 1}'}, {"fiscal_doc": '{"a": 1}'}, ("fiscal_doc is a BLOB", "made a text")),
+        ({"fiscal_doc": b'{"a": 1}'}, {"fiscal_doc": '{"a": 1}'}, ("fiscal_doc is a BLOB", "converted to text")),
         (
             {"fiscal_doc": b'{"a": "\xcc"}'},
             {"fiscal_doc": '{"a": "\\xcc"}'},
-            ("fiscal_doc is no UTF-8", "its stray bytes are written as \\x…"),
+            ("fiscal_doc is not UTF-8", "its invalid bytes are written as \\x…"),
         ),
         (
             {"created_at": NOON + 0.5},
             {"created_at": NOON},
-            (f"created_at is no whole number: {NOON + 0.5} → {NOON}", "made one"),
+            (f"created_at is not a whole number: {NOON + 0.5} → {NOON}", "replaced"),
         ),
-        ({"retry_count": "many"}, {"retry_count": 0}, ("retry_count is no whole number: 'many' → 0", "made one")),
+        ({"retry_count": "many"}, {"retry_count": 0}, ("retry_count is not a whole number: 'many' → 0", "replaced")),
     )
 
     @pytest.mark.parametrize(("found", "became", "event"), FOUND)
@@ -100,11 +100,11 @@ class TestRepairs:
         engine.dispose()
 
     def test_stray_bytes_in_text(self, old):
-        """Bytes that are no UTF-8 inside a TEXT do not make the whole queue unreadable."""
+        """Bytes that are not UTF-8 inside a TEXT do not make the whole queue unreadable."""
         run(old, receipt(), "UPDATE receipts SET last_error = CAST(X'CFF0' AS TEXT)")
         adopt(old)
         assert rows(old, "receipts")["r"]["last_error"] == "\\xcf\\xf0"
-        assert repairs(old, "r") == [("last_error is no UTF-8", "its stray bytes are written as \\x…")]
+        assert repairs(old, "r") == [("last_error is not UTF-8", "its invalid bytes are written as \\x…")]
 
     def test_no_id(self, old):
         """A primary key that is null, which SQLite allows, becomes an id."""
@@ -200,7 +200,7 @@ class TestRepairs:
         ("value", "became"), [("200.0", "200"), (b"300", "300"), ("0", "1"), ("-5", "1"), ("many", "200")]
     )
     def test_setting(self, old, value, became):
-        """A setting that is no whole number would stop the buffer."""
+        """A setting that is not a whole number would stop the buffer."""
         run(old, ("UPDATE config SET value = ? WHERE key = 'buffer_capacity'", (value,)))
         adopt(old)
         assert rows(old, "config")["buffer_capacity"]["value"] == became

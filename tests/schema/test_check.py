@@ -35,7 +35,7 @@ TAMPERED = {
     "a trigger less": ("DROP TRIGGER trg_guard_undelivered", "trigger trg_guard_undelivered is missing"),
     "a view": (("v_buffer_status", "100.0", "10.0"), "view v_buffer_status differs"),
     "an index": (("idx_receipts_hlc", "hlc_logical_counter", "id"), "index idx_receipts_hlc differs"),
-    "an index more": ("CREATE INDEX mine ON receipts (pos_id)", "index mine is not ours"),
+    "an index more": ("CREATE INDEX mine ON receipts (pos_id)", "index mine is not part of the buffer"),
     "a partial index": (
         ("idx_receipts_synced", "'synced'", "'failed'"),
         "index idx_receipts_synced differs",

@@ -88,7 +88,7 @@ class TestCurrent:
         opened(path).dispose()
         return path
 
-    NEWER = r"schema 9999, made by kkt-buffer 2.7.0; this is kkt-buffer \S+, which knows .* Nothing was touched"
+    NEWER = r"schema 9999, made by kkt-buffer 2.7.0; this is kkt-buffer \S+, which knows .* Nothing was changed"
 
     @pytest.mark.parametrize("entry", [current, upgrade, check, migrate.require])
     def test_newer(self, newer, entry, opened):

@@ -109,10 +109,10 @@ class TestRows:
             connection.execute("DROP TRIGGER trg_guard_acknowledged")
             connection.execute("UPDATE receipts SET id = NULL WHERE id <> ?", (receipt_id,))
         assert [receipt_id] == [receipt.id for receipt in repository.get_pending_receipts()]
-        assert "a row without a key" in caplog.text
+        assert "a row has no primary key" in caplog.text
 
     def test_text(self, file_engine):
-        """A setting that is no UTF-8, read on the driver."""
+        """A setting that is not UTF-8, read on the driver."""
         repository = ReceiptRepository(file_engine)
         with file_engine.begin() as connection:
             connection.execute(text("UPDATE config SET value = CAST(X'32f1' AS TEXT) WHERE key = 'buffer_capacity'"))
@@ -130,4 +130,4 @@ def test_stray_bytes(repository, caplog):
     claimed = repository.claim_pending()
     assert ['{"\\xcf'] == [found.fiscal_doc for found in claimed][1:2]
     assert len(claimed) == 3
-    assert "it holds text that is not UTF-8" in caplog.text
+    assert "contains text that is not UTF-8" in caplog.text

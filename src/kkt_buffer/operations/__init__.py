@@ -1,5 +1,5 @@
 """
-The operations of a buffer, a file for each subject: functions of a `Transaction`.
+The operations of a buffer, one module per subject: functions of a `Transaction`.
 
-What a caller hands in was checked before, by `arguments`. One operation calls another with the same transaction.
+Their arguments were checked by `arguments`. One operation calls another with the same transaction.
 """

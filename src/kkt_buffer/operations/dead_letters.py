@@ -1,8 +1,8 @@
 """
-Dead letters: what an operator does with receipts that were given up.
+Dead letters: an operator lists, requeues and resolves them.
 
-Actor and reason are recorded with each. Dead letters count as undelivered for the 30-day rule until they are resolved;
-a requeued receipt keeps its place in the order and its deadline.
+Actor and reason are recorded each time. A receipt with an open dead letter counts as undelivered for the 30-day rule; a
+requeued receipt keeps its place in the order and its deadline.
 """
 
 from sqlalchemy import bindparam, literal_column, null, select, text, update
@@ -15,7 +15,7 @@ from kkt_buffer.transaction import Transaction
 ALL = select(DeadLetter).order_by(DeadLetter.failed_at, text("dlq.rowid")).limit(bindparam("limit"))
 OPEN = ALL.where(text(OPEN_ONLY))
 ANY_OPEN = select(text(f"EXISTS (SELECT 1 FROM dlq WHERE {OPEN_ONLY})"))
-# By idx_receipts_hlc.
+# Served by idx_receipts_hlc.
 OPEN_IN_ORDER = (
     select(receipts.c.id)
     .where(text(f"status = 'failed' AND id IN (SELECT original_receipt_id FROM dlq WHERE {OPEN_ONLY})"))
@@ -35,14 +35,14 @@ def list_dead_letters(tx: Transaction, limit: int, *, open_only: bool) -> list[D
 
 
 def requeue(tx: Transaction, receipt_id: str, actor: str, reason: str) -> None:
-    """Send a dead-lettered receipt once more."""
+    """Close the dead letter of a receipt and make the receipt pending again."""
     _close(tx, receipt_id, actor, reason, Resolution.REQUEUED)
     refuse_if_full(tx, 1)
     tx.connection.execute(REQUEUE, {"receipt_id": receipt_id, "now": tx.now})
 
 
 def requeue_all(tx: Transaction, actor: str, reason: str) -> int:
-    """Requeue as many as there is room for; returns how many."""
+    """Requeue as many as fit; returns how many."""
     if not tx.connection.scalar(ANY_OPEN):
         return 0
     refuse_if_full(tx, 1)

@@ -1,4 +1,4 @@
-"""Events: what happened, newest first. Those about receipts are written by triggers."""
+"""Events: written by callers and read. Triggers write the events about receipts."""
 
 from typing import Any, cast
 
@@ -17,7 +17,7 @@ def log_event(tx: Transaction, event_type: str, receipt_id: str | None, details:
 
 
 def get_events(tx: Transaction, limit: int, event_type: str | None, receipt_id: str | None) -> list[BufferEvent]:
-    """The last events, of one type or one receipt if that is given."""
+    """The last events, newest first; only those of one type or one receipt if given."""
     statement = select(BufferEvent).order_by(BufferEvent.id.desc()).limit(limit)
     if receipt_id is not None:
         statement = statement.where(BufferEvent.receipt_id.is_not(None), BufferEvent.receipt_id == receipt_id)

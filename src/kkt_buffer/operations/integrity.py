@@ -1,4 +1,4 @@
-"""Whether all that the buffer holds keeps the rules: `check_integrity`."""
+"""`check_integrity`: read the whole buffer and report problems."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -11,25 +11,25 @@ from kkt_buffer.errors import InvalidConfigError, ReceiptBufferError
 from kkt_buffer.models import ConfigEntry, metadata
 from kkt_buffer.transaction import Transactions
 
-AT_MOST = 100  # problems of one kind that are told
+AT_MOST = 100  # reported problems of one kind
 
 
 @dataclass(frozen=True, slots=True)
 class IntegrityReport:
-    """What was checked, and what was found wrong with each: an empty tuple where all is well."""
+    """The problems of each checked subject; an empty tuple if there are none."""
 
     findings: Mapping[str, tuple[str, ...]]
 
     @property
     def is_sound(self) -> bool:
-        """Whether nothing was found."""
+        """Whether no problem was found."""
         return not any(self.findings.values())
 
     def __str__(self) -> str:
         return "; ".join(f"{what}: {problem}" for what, problems in self.findings.items() for problem in problems)
 
 
-# The engine's own check leaves them out where the file is opened for reading alone.
+# PRAGMA integrity_check does not check them in a file that is opened read-only.
 _RULES = " UNION ALL ".join(
     f"SELECT 'a row of {table.name} breaks {constraint.name}: ' || {next(iter(table.primary_key.columns)).name}"
     f" FROM {table.name} WHERE NOT ({constraint.sqltext})"
@@ -58,7 +58,7 @@ def _settings(connection: Connection) -> list[str]:
 
 
 def check(transactions: Transactions) -> IntegrityReport:
-    """Read all of the buffer and report what is wrong with it."""
+    """Run every check in its own read transaction."""
     checks = {
         **transactions.backend.checks(),
         "settings": _settings,
@@ -74,6 +74,6 @@ def _found(transactions: Transactions, check: Callable[[Connection], list[str]])
         with transactions.reading() as tx:
             problems += check(tx.connection)
     except (ReceiptBufferError, SQLAlchemyError, ValueError) as error:
-        # In a damaged file the end of the transaction can fail too: what was found is more than that.
+        # In a damaged file the end of the transaction can fail too. The problems found before are more useful.
         problems = problems or [str(error)]
     return tuple(problems[:AT_MOST])

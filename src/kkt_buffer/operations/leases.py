@@ -1,10 +1,10 @@
 """
-Leases: a worker takes receipts for a limited time, and says what became of each.
+Leases: a worker claims receipts for a limited time and records the outcome of each.
 
-What is promised: two workers never hold the same receipt at the same moment by the clock of this machine, a worker that
-died leaves nothing stuck, and a late worker cannot undo what happened since. What is not promised: that a receipt is
-sent only once. Between a send and its record a worker can die or its lease run out, and then the receipt is sent again;
-the OFD knows it by its fiscal number.
+Guaranteed: two workers never hold the same receipt at the same time by the clock of this machine; a worker that died
+leaves no receipt stuck; a late worker cannot undo later changes. Not guaranteed: that a receipt is sent only once.
+If a worker dies or its lease expires between a send and its record, the receipt is sent again; the OFD recognises it by
+its fiscal number.
 """
 
 import uuid
@@ -18,17 +18,17 @@ from kkt_buffer.models import PENDING_ONLY, SYNCING_ONLY, Receipt, ReceiptStatus
 from kkt_buffer.operations.receipts import NO_LEASE, move_to_dlq, receipts, status_of
 from kkt_buffer.transaction import Transaction
 
-# A lease is over when it has expired, and when it was taken in the future: then the clock was set back, and how long it
-# would last is not known. A minute is tolerated: a clock that is corrected a little must not end a fresh lease.
-_free = {"status": literal_column("'pending'"), **NO_LEASE}
+# A lease is over when it has expired, or when it was taken in the future: then the clock was set back, and the lease
+# could last far too long. One minute is tolerated: a small clock correction must not end a new lease.
+_unleased = {"status": literal_column("'pending'"), **NO_LEASE}
 RECOVER = (
     update(receipts)
     .where(text(SYNCING_ONLY + " AND (lease_expires_at <= :now OR lease_taken_at > :now + 60)"))
-    .values(_free)
+    .values(_unleased)
 )
 
-# By idx_receipts_status or idx_receipts_pos_id. An attempt that lies further ahead than any backoff was put there by a
-# clock that was ahead.
+# Served by idx_receipts_status or idx_receipts_pos_id. A next attempt that is later than any backoff was computed with
+# a wrong clock, so it counts as due.
 _due = (
     select(receipts.c.id)
     .where(text(PENDING_ONLY + " AND COALESCE(next_attempt_at NOT BETWEEN :now + 1 AND :horizon, TRUE)"))
@@ -44,17 +44,17 @@ _leased = update(receipts).values(
 CLAIM = _leased.where(receipts.c.id.in_(_due))
 CLAIM_OF_POS = _leased.where(receipts.c.id.in_(_due.where(text("pos_id = :pos"))))
 
-# By idx_receipts_lease.
+# Served by idx_receipts_lease.
 CLAIMED = select(Receipt).where(text(SYNCING_ONLY + " AND lease_token = :token"))
 
-_present = text("id = :receipt_id AND lease_token = :token AND " + SYNCING_ONLY)
-RENEW = update(receipts).where(_present).values(lease_taken_at=bindparam("now"), lease_expires_at=bindparam("expires"))
-RELEASE = update(receipts).where(_present).values(_free)
+_lease = text("id = :receipt_id AND lease_token = :token AND " + SYNCING_ONLY)
+RENEW = update(receipts).where(_lease).values(lease_taken_at=bindparam("now"), lease_expires_at=bindparam("expires"))
+RELEASE = update(receipts).where(_lease).values(_unleased)
 FAIL_ATTEMPT = (
     update(receipts)
-    .where(_present)
+    .where(_lease)
     .values(
-        **_free,
+        **_unleased,
         retry_count=receipts.c.retry_count + 1,
         last_error=bindparam("error"),
         changed_at=bindparam("now"),
@@ -65,7 +65,7 @@ POSTPONE = update(receipts).where(text("id = :receipt_id")).values(next_attempt_
 
 
 class Failure(NamedTuple):
-    """A failed attempt, as a worker reports it. `jitter` gives numbers from 0 to 1, to spread retries."""
+    """A failed attempt, as a worker reports it. `jitter` returns a number from 0 to 1, to spread retries."""
 
     receipt_id: str
     token: str
@@ -76,14 +76,14 @@ class Failure(NamedTuple):
 def claim(tx: Transaction, limit: int, pos_id: str | None, lease_seconds: int | None) -> list[Receipt]:
     """Lease the receipts that are due, in HLC order."""
     recover(tx)
-    lasts = tx.number("lease_seconds") if lease_seconds is None else lease_seconds
+    seconds = tx.number("lease_seconds") if lease_seconds is None else lease_seconds
     token = str(uuid.uuid4())
     parameters = {
         "limit": limit,
         "now": tx.now,
         "horizon": tx.now + tx.number("retry_backoff_max"),
         "token": token,
-        "expires": tx.now + lasts,
+        "expires": tx.now + seconds,
     }
     if pos_id is None:
         claimed = tx.connection.execute(CLAIM, parameters)
@@ -94,23 +94,23 @@ def claim(tx: Transaction, limit: int, pos_id: str | None, lease_seconds: int | 
 
 
 def recover(tx: Transaction) -> int:
-    """Make pending what was leased by workers that are gone; returns how many."""
+    """Make receipts with expired leases pending; returns how many."""
     return tx.connection.execute(RECOVER, {"now": tx.now}).rowcount
 
 
 def renew(tx: Transaction, receipt_id: str, token: str, lease_seconds: int | None) -> int:
-    """Hold a receipt for longer; returns until when."""
+    """Extend a lease; returns its new expiry."""
     expires = tx.now + (tx.number("lease_seconds") if lease_seconds is None else lease_seconds)
     lease = {"receipt_id": receipt_id, "token": token, "now": tx.now, "expires": expires}
     if not tx.connection.execute(RENEW, lease).rowcount:
-        raise _lost(tx, receipt_id)
+        raise _lease_lost(tx, receipt_id)
     return expires
 
 
 def release(tx: Transaction, receipt_id: str, token: str) -> None:
-    """Hand a receipt back unharmed."""
+    """Hand a leased receipt back without counting an attempt."""
     if not tx.connection.execute(RELEASE, {"receipt_id": receipt_id, "token": token}).rowcount:
-        raise _lost(tx, receipt_id)
+        raise _lease_lost(tx, receipt_id)
 
 
 def record_failure(tx: Transaction, failure: Failure) -> ReceiptStatus:
@@ -119,11 +119,11 @@ def record_failure(tx: Transaction, failure: Failure) -> ReceiptStatus:
     attempt = {"receipt_id": receipt_id, "token": token, "error": error, "now": tx.now}
     count = tx.connection.execute(FAIL_ATTEMPT, attempt).scalar_one_or_none()
     if count is None:
-        raise _lost(tx, receipt_id)
+        raise _lease_lost(tx, receipt_id)
     if count >= tx.number("max_retry_attempts"):
         move_to_dlq(tx, receipt_id, f"gave up after {count} attempts: {error}")
         return ReceiptStatus.FAILED
-    # Capped before it is raised to a power that no clock can hold.
+    # The exponent is capped: 2**count would exceed what an INTEGER column holds.
     doubled = tx.number("retry_backoff_initial") << min(count - 1, 32)
     backoff = min(doubled, tx.number("retry_backoff_max"))
     due = tx.now + round(backoff * (1 - jitter() / 2))
@@ -131,6 +131,6 @@ def record_failure(tx: Transaction, failure: Failure) -> ReceiptStatus:
     return ReceiptStatus.PENDING
 
 
-def _lost(tx: Transaction, receipt_id: str) -> LeaseLostError | ReceiptNotFoundError:
+def _lease_lost(tx: Transaction, receipt_id: str) -> LeaseLostError | ReceiptNotFoundError:
     status = status_of(tx, receipt_id)
     return ReceiptNotFoundError(receipt_id) if status is None else LeaseLostError(receipt_id, status)

@@ -1,7 +1,7 @@
 """
-Pruning: deleting what its retention allows, and nothing that another row refers to.
+Pruning: delete rows after their retention, except those that another row refers to.
 
-The file does not get smaller: SQLite reuses the freed pages for what comes next, so it stops growing.
+The file does not get smaller: SQLite reuses the freed pages for new rows, so the file stops growing.
 """
 
 from collections.abc import Mapping
@@ -12,15 +12,15 @@ from sqlalchemy import text
 from kkt_buffer.operations.status import SECONDS_PER_DAY
 from kkt_buffer.transaction import Transaction, Transactions
 
-BATCH = 100  # rows of one transaction: a few milliseconds of the write lock
+BATCH = 100  # rows per transaction: it holds the write lock for a few milliseconds
 
 
 @dataclass(frozen=True, slots=True)
 class PruneReport:
     """
-    How many rows `prune` deleted.
+    The numbers of rows that `prune` deleted.
 
-    `kept_receipts` are receipts whose retention is over but that another row refers to.
+    `kept_receipts` counts the receipts that were kept after their retention because another row refers to them.
     """
 
     receipts: int
@@ -29,10 +29,10 @@ class PruneReport:
     kept_receipts: int
 
 
-# By idx_receipts_synced.
+# Served by idx_receipts_synced.
 _DELIVERED = "status = 'synced' AND synced_at <= :synced"
 
-# Closed dead letters that do not tell why a receipt is failed: it is not, or a later one tells it.
+# Closed dead letters that no longer explain a status: the receipt is not failed, or it has a later dead letter.
 _HISTORY = f"""\
 DELETE FROM dlq WHERE id IN (
     SELECT letter.id FROM dlq AS letter JOIN receipts ON receipts.id = letter.original_receipt_id
@@ -41,7 +41,7 @@ DELETE FROM dlq WHERE id IN (
         WHERE later.original_receipt_id = letter.original_receipt_id AND later.rowid > letter.rowid))
     LIMIT {BATCH})"""
 
-# Failed receipts whose last dead letter was resolved. By the letters: they are few, and the undelivered may be many.
+# Failed receipts with all dead letters resolved. The query starts from dlq: it is small, receipts may be large.
 _RESOLVED = """\
 SELECT id FROM receipts
 WHERE id IN (SELECT original_receipt_id FROM dlq WHERE resolved_at <= :closed) AND status = 'failed'
@@ -49,15 +49,15 @@ WHERE id IN (SELECT original_receipt_id FROM dlq WHERE resolved_at <= :closed) A
         SELECT 1 FROM dlq
         WHERE original_receipt_id = receipts.id AND (resolved_at IS NULL OR resolved_at > :closed))"""
 
-# By number, which is the order of time. The guard of the table goes by the wall clock.
+# In the order of id, which is the order of time. unixepoch(): the guard trigger uses the wall clock, not `now`.
 _EVENTS = text(
     f"""\
 SELECT id FROM buffer_events WHERE timestamp <= :events AND timestamp <= unixepoch() - :events_age
 ORDER BY id LIMIT {BATCH}"""
 )
 
-# Where the receipts with the greatest rowids are deleted, the next one gets such a rowid again, and is not an adopted
-# one: `adopted_rows` must not reach that far.
+# If the receipts with the greatest rowids are deleted, SQLite gives these rowids to new receipts. Lower `adopted_rows`,
+# so that it does not include them.
 _ADOPTED = text(
     """\
 UPDATE config SET value = (SELECT COALESCE(MAX(rowid), 0) FROM receipts)
@@ -72,11 +72,11 @@ def prune(transactions: Transactions) -> PruneReport:
     with transactions.reading() as tx:
         ages = {what: tx.number(f"retention_{what}_days") * SECONDS_PER_DAY for what in ("synced", "dlq", "events")}
         now = tx.now
-        others, any_other = _unreferred(tx, but="dlq"), _unreferred(tx)
+        by_dlq_only, unreferenced = _unreferenced(tx, but="dlq"), _unreferenced(tx)
     cutoffs = {"synced": now - ages["synced"], "closed": now - ages["dlq"]}
     letters = _delete(transactions, _HISTORY, cutoffs)
-    resolved_letters, resolved = _prune_resolved(transactions, f"{_RESOLVED} AND {others} LIMIT {BATCH}", cutoffs)
-    free = f"SELECT id FROM receipts WHERE {_DELIVERED} AND {any_other} LIMIT {BATCH}"
+    resolved_letters, resolved = _prune_resolved(transactions, f"{_RESOLVED} AND {by_dlq_only} LIMIT {BATCH}", cutoffs)
+    free = f"SELECT id FROM receipts WHERE {_DELIVERED} AND {unreferenced} LIMIT {BATCH}"
     delivered = _delete(transactions, f"DELETE FROM receipts WHERE id IN ({free})", cutoffs)
     with transactions.reading() as tx:
         kept = tx.connection.scalar(text(f"SELECT COUNT(*) FROM receipts WHERE {_DELIVERED}"), cutoffs) or 0
@@ -88,8 +88,8 @@ def prune(transactions: Transactions) -> PruneReport:
     )
 
 
-def _unreferred(tx: Transaction, but: str = "") -> str:
-    """The condition that no row refers to the receipt, of tables other than `but`."""
+def _unreferenced(tx: Transaction, but: str = "") -> str:
+    """The SQL condition that no row of a table other than `but` refers to the receipt."""
     quoted = tx.connection.dialect.identifier_preparer.quote_identifier
     conditions = [
         f"NOT EXISTS (SELECT 1 FROM {quoted(table)} AS other WHERE other.{quoted(column)} = receipts.{quoted(target)})"
@@ -100,7 +100,7 @@ def _unreferred(tx: Transaction, but: str = "") -> str:
 
 
 def _delete(transactions: Transactions, statement: str, parameters: Parameters) -> int:
-    """Repeat a deletion of at most BATCH rows until it finds no more."""
+    """Repeat a deletion of at most BATCH rows until no rows are left."""
     deleted = 0
     while True:
         with transactions.writing() as tx:
@@ -129,7 +129,7 @@ def _prune_resolved(transactions: Transactions, resolved: str, parameters: Param
 
 
 def _prune_events(transactions: Transactions, parameters: Parameters) -> int:
-    """Look for old events outside the write lock, as no index knows their time; then delete them by number."""
+    """Find old events without the write lock, because their time has no index; then delete them by id."""
     deleted = 0
     while True:
         with transactions.reading() as tx:

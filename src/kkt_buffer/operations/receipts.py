@@ -1,4 +1,4 @@
-"""Receipts: stored, read, and moved from status to status."""
+"""Receipts: store them, read them, and change their status."""
 
 import uuid
 from collections.abc import Sequence
@@ -30,9 +30,9 @@ from kkt_buffer.transaction import NotTogetherError, Transaction
 receipts = cast("Table", Receipt.__table__)
 dlq = cast("Table", DeadLetter.__table__)
 
-# The statements are built once. The terms that a partial index must match are literals, never bound parameters.
+# Terms that must match the condition of a partial index are literals, never bound parameters.
 
-# By idx_receipts_status.
+# Served by idx_receipts_status.
 PENDING = (
     select(Receipt)
     .where(text(PENDING_ONLY))
@@ -46,7 +46,7 @@ KNOWN = select(receipts.c.pos_id, receipts.c.fiscal_doc, receipts.c.inserted_dig
 STATUS_OF = select(receipts.c.status).where(receipts.c.id == bindparam("receipt_id"))
 UNDELIVERED = select(buffer_state.c.pending + buffer_state.c.syncing)
 
-# The columns that a lease fills, and those that a worker leaves behind, cleared.
+# Values that clear the lease columns, and all columns of a delivery in progress.
 NO_LEASE = {"lease_token": null(), "lease_taken_at": null(), "lease_expires_at": null()}
 CLEARED = {**NO_LEASE, "next_attempt_at": null()}
 
@@ -65,7 +65,7 @@ COUNT_ATTEMPT = (
     .returning(receipts.c.retry_count)
 )
 
-# The dead letter goes first: a receipt fails through it, and a guard sees to that.
+# Inserted before the status changes: a trigger refuses a failed receipt without an open dead letter.
 DEAD_LETTER = insert(dlq).from_select(
     ["id", "original_receipt_id", "failed_at", "reason", "fiscal_doc", "retry_attempts", "last_error"],
     select(
@@ -107,14 +107,14 @@ GIVE_UP_LEASE = update(receipts).where(text("id = :receipt_id")).values(status=l
 
 
 def insert_one(tx: Transaction, receipt: NewReceipt) -> str:
-    """Store a receipt; returns its id, also for an identical replay where that is allowed."""
+    """Store a receipt; returns its id, also for an identical repeated insert if `exist_ok`."""
     try:
         _add(tx, [receipt])
     except IntegrityError as refused:
         if _is_replay(receipt, _stored(tx, receipt.id)):
             return receipt.id
         refuse_if_full(tx, 1)
-        raise tx.explained(refused) from refused
+        raise tx.explain(refused) from refused
     return receipt.id
 
 
@@ -128,8 +128,8 @@ def insert_together(tx: Transaction, many: list[NewReceipt]) -> list[str]:
 
 
 def insert_unknown(tx: Transaction, many: list[NewReceipt]) -> list[str]:
-    """Store those of these receipts that are no replay; raises for the first that may not be stored."""
-    new = _unknown(tx, many)
+    """Store the receipts that are not replays. Raises for the first one that may not be stored."""
+    new = _new_only(tx, many)
     refuse_if_full(tx, len(new))
     if new:
         _add(tx, new)
@@ -160,14 +160,14 @@ def _stored(tx: Transaction, receipt_id: str) -> tuple[str, str, str | None] | N
 
 
 def _is_replay(receipt: NewReceipt, stored: tuple[str, str, str | None] | None) -> bool:
-    """Whether it is known and may be sent again. Raises `DuplicateReceiptError` if it is known and may not."""
+    """Whether this is an allowed repeated insert. Raises `DuplicateReceiptError` if the id is known and it is not."""
     if stored is None:
         return False
     pos_id, fiscal_doc, inserted_digest = stored
     error = DuplicateReceiptError(
         receipt.id,
         same_pos_id=pos_id == receipt.pos_id,
-        # A receipt that was completed since is judged by what was inserted.
+        # The document of a completed receipt differs from the inserted one: compare with the inserted digest.
         same_document=fiscal_doc == receipt.fiscal_doc
         if inserted_digest is None
         else inserted_digest == digest_of(receipt.fiscal_doc),
@@ -177,8 +177,8 @@ def _is_replay(receipt: NewReceipt, stored: tuple[str, str, str | None] | None) 
     return True
 
 
-def _unknown(tx: Transaction, many: list[NewReceipt]) -> list[NewReceipt]:
-    """Those that are not in the buffer yet, each once."""
+def _new_only(tx: Transaction, many: list[NewReceipt]) -> list[NewReceipt]:
+    """The receipts that are not in the buffer yet, each once."""
     new: dict[str, NewReceipt] = {}
     for receipt in many:
         earlier = new.get(receipt.id)
@@ -196,7 +196,7 @@ def _unknown(tx: Transaction, many: list[NewReceipt]) -> list[NewReceipt]:
 
 
 def refuse_if_full(tx: Transaction, wanted: int) -> None:
-    """Raise `BufferFullError` unless there is room for so many more."""
+    """Raise `BufferFullError` unless `wanted` more receipts fit."""
     undelivered = tx.connection.scalar(UNDELIVERED) or 0
     capacity = tx.number("buffer_capacity")
     if wanted and undelivered + wanted > capacity:
@@ -204,12 +204,12 @@ def refuse_if_full(tx: Transaction, wanted: int) -> None:
 
 
 def status_of(tx: Transaction, receipt_id: str) -> ReceiptStatus | None:
-    """The status of a receipt; None if there is none."""
+    """The status of a receipt; None if there is no such receipt."""
     return tx.connection.scalar(STATUS_OF, {"receipt_id": receipt_id})
 
 
 def mark_synced(tx: Transaction, delivery: tuple[str, int]) -> bool:
-    """Record that the OFD has the receipt, at its time; False if there is none."""
+    """Record that the OFD has accepted the receipt; False if there is no such receipt."""
     receipt_id, server_time = delivery
     parameters = {"receipt_id": receipt_id, "server_time": server_time, "now": tx.now}
     if tx.run(MARK_SYNCED, parameters).rowcount:
@@ -239,7 +239,7 @@ def increment_retry_count(tx: Transaction, receipt_id: str, error: str) -> int:
 
 
 def move_to_dlq(tx: Transaction, receipt_id: str, reason: str) -> bool:
-    """Dead-letter a receipt; False if there is none. Idempotent."""
+    """Dead-letter a receipt; False if there is no such receipt. Idempotent."""
     letter = {"receipt_id": receipt_id, "letter_id": str(uuid.uuid4()), "now": tx.now, "why": reason}
     if tx.connection.execute(DEAD_LETTER, letter).rowcount:
         tx.connection.execute(FAIL, {"receipt_id": receipt_id, "now": tx.now})
@@ -263,7 +263,7 @@ def close_dead_letter(tx: Transaction, receipt_id: str, actor: str, reason: str,
 
 
 def update_status(tx: Transaction, receipt_id: str, wanted: ReceiptStatus) -> bool:
-    """Move a receipt to another status; False if there is none."""
+    """Move a receipt to another status; False if there is no such receipt."""
     found = status_of(tx, receipt_id)
     if found is None or found is wanted:
         return found is not None

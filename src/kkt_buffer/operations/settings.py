@@ -1,4 +1,4 @@
-"""Settings: the `config` table, typed and checked by the rules in `config`."""
+"""Settings: rows of the `config` table, checked by the rules in the `config` module."""
 
 from typing import cast
 
@@ -19,7 +19,7 @@ CHANGE = (
 
 
 def get_config(tx: Transaction, key: str) -> int | str | None:
-    """A setting: an int for the keys that the buffer reads, the text for others."""
+    """A setting: an int for the keys that the buffer reads, the text for other keys."""
     value = tx.connection.scalar(VALUE, {"name": key})
     return number_of(key, value) if key in CONFIG_RULES else value
 

@@ -1,4 +1,4 @@
-"""The buffer as a whole: counts, how full it is, deadlines."""
+"""The state of the buffer: counts, fill level, deadlines."""
 
 import json
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from kkt_buffer.transaction import Transaction
 SECONDS_PER_DAY = 86_400
 
 
-def _first(where: str, limit: str) -> str:
+def _first_in_order(where: str, limit: str) -> str:
     return (
         f"SELECT * FROM (SELECT id, created_at, hlc_local_time, hlc_logical_counter FROM receipts WHERE {where}"
         f" ORDER BY hlc_local_time, hlc_logical_counter LIMIT {limit}) AS part"
@@ -23,16 +23,16 @@ def _first(where: str, limit: str) -> str:
 
 def _undelivered(where: str, limit: str) -> str:
     """
-    What the OFD does not have, by the three indexes that are in HLC order.
+    The undelivered receipts, read from the three indexes that are in HLC order.
 
-    A failed receipt counts as long as its dead letter is open; once that was resolved it is out, on record.
+    A failed receipt counts while its dead letter is open.
     """
     is_open = f"EXISTS (SELECT 1 FROM dlq WHERE original_receipt_id = receipts.id AND {OPEN_ONLY})"
     return " UNION ALL ".join(
         (
-            _first(f"{PENDING_ONLY}{where}", limit),
-            _first(f"{HELD_ONLY} AND status = 'pending'{where}", limit),
-            _first(f"{UNDELIVERED_REST} AND (status = 'syncing' OR {is_open}){where}", limit),
+            _first_in_order(f"{PENDING_ONLY}{where}", limit),
+            _first_in_order(f"{HELD_ONLY} AND status = 'pending'{where}", limit),
+            _first_in_order(f"{UNDELIVERED_REST} AND (status = 'syncing' OR {is_open}){where}", limit),
         )
     )
 
@@ -80,13 +80,14 @@ DUE = (
 @dataclass(frozen=True, slots=True)
 class BufferStatus:
     """
-    How full the buffer is. Times are Unix seconds.
+    The state of the buffer. Times are Unix seconds.
 
-    `dlq_size` counts open dead letters, `percent_full` is undelivered / capacity × 100, `held` are the pending receipts
-    that wait to be printed. `oldest_undelivered_at` is when the first receipt was added that the OFD does not have,
-    dead-lettered ones included, and `deadline_at` when its time is up (54-ФЗ: 30 calendar days, `ofd_deadline_days`);
-    both are None when there is none. `last_synced_at` is the last delivery, whatever was pruned since; `last_outage_at`
-    the end of the last delivery run that met an outage. `expired_leases` are those of workers that are gone.
+    `dlq_size` counts open dead letters; `percent_full` is undelivered / capacity × 100; `held` counts the pending
+    receipts that are not printed yet. `oldest_undelivered_at` is the creation time of the oldest receipt that the OFD
+    does not have, open dead letters included; `deadline_at` is its deadline (54-ФЗ: 30 calendar days,
+    `ofd_deadline_days`); both are None if there is no such receipt. `last_synced_at` is the time of the last delivery,
+    also if that receipt was pruned; `last_outage_at` is the time of the last logged delivery run with an outage.
+    `expired_leases` counts leases that expired without an outcome.
     """
 
     total_receipts: int
@@ -121,6 +122,6 @@ def get_buffer_status(tx: Transaction) -> BufferStatus:
 
 
 def get_receipts_due(tx: Transaction, before: int, limit: int) -> list[Receipt]:
-    """What the OFD must have before that moment, most urgent first."""
+    """The receipts with a deadline before `before`, most urgent first."""
     created = before - tx.number("ofd_deadline_days") * SECONDS_PER_DAY
     return tx.load(DUE, created=created, limit=limit)

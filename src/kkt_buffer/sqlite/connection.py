@@ -1,6 +1,7 @@
 """
-`GuardedConnection`: a driver connection whose `commit()` returns only when the transaction is on disk, in the file that
-everybody else has open.
+`GuardedConnection`: a driver connection that detects replaced files.
+
+`commit()` returns only when the transaction is on disk, in the file at the path of the buffer.
 """
 
 import contextlib
@@ -25,22 +26,22 @@ LONG_TRANSACTION_SECONDS = 1.0
 
 
 class Database(Protocol):
-    """What the connections of one engine share."""
+    """The state that the connections of one engine share."""
 
     driver: ModuleType
     read_only: bool
     gate: WriteGate
 
     def forked(self) -> BufferStorageError:
-        """The error of a child process that may not use what its parent had open."""
+        """The error for a forked child that uses the buffer which its parent had in use."""
 
 
 class GuardedConnection(sqlite3.Connection if TYPE_CHECKING else object):  # type: ignore[misc]
     """
-    A driver connection that is mixed into the driver's own class.
+    A mixin for the connection class of the driver.
 
-    A write transaction holds the write gate from BEGIN to its end. A transaction is refused when the files were
-    replaced, and in a forked child.
+    A write transaction holds the write gate from BEGIN to its end. A transaction is refused if the files were replaced,
+    or if the process was forked.
     """
 
     database: Database
@@ -49,11 +50,11 @@ class GuardedConnection(sqlite3.Connection if TYPE_CHECKING else object):  # typ
     query_only = False
     is_writing = False
     is_begun = False
-    is_operation = False  # whether `Transactions` has opened the transaction, or the caller, on the engine
+    is_operation = False  # True: opened by `Transactions`; False: by the caller on the engine
     began = 0.0
 
     def begin(self, *, write: bool) -> None:
-        """Begin a transaction: a write takes the gate first, any other one cannot write."""
+        """Begin. A write transaction takes the gate first; in a read transaction SQLite refuses writes."""
         self.refuse_child()
         database = self.database
         write = write and not database.read_only
@@ -74,7 +75,7 @@ class GuardedConnection(sqlite3.Connection if TYPE_CHECKING else object):  # typ
         self.is_begun, self.began = True, time.monotonic()
 
     def commit(self) -> None:
-        """Commit what `begin` began. Fails where there is no transaction: SQLite may have rolled it back by itself."""
+        """Commit. Fails if there is no transaction: SQLite may have rolled it back by itself."""
         self.refuse_child()
         self.execute("COMMIT")
         if self.is_writing and self.files is not None:
@@ -82,7 +83,7 @@ class GuardedConnection(sqlite3.Connection if TYPE_CHECKING else object):  # typ
         self.finish()
 
     def rollback(self) -> None:
-        """Roll back, and let the next writer in."""
+        """Roll back, and release the gate."""
         if self.pid == os.getpid():
             try:
                 super().rollback()
@@ -91,9 +92,9 @@ class GuardedConnection(sqlite3.Connection if TYPE_CHECKING else object):  # typ
 
     def close(self) -> None:
         """
-        Close. The last connection of a file checkpoints it, so this too happens behind the gate.
+        Close, with the gate held if it is free: the last connection of a file checkpoints it, which is a write.
 
-        It does not wait there: whoever has the gate has the file open, so we are not the last.
+        If the gate is not free, its holder has the file open, so this connection is not the last.
         """
         if self.pid != os.getpid():
             return  # closing would write to the shared memory of the parent's WAL
@@ -113,11 +114,11 @@ class GuardedConnection(sqlite3.Connection if TYPE_CHECKING else object):  # typ
 
     @property
     def was_rolled_back(self) -> bool:
-        """Whether SQLite has ended a write transaction of ours by itself."""
+        """Whether SQLite has rolled back the write transaction by itself."""
         return self.is_writing and self.is_begun and not self.in_transaction
 
     def finish(self) -> None:
-        """The transaction is over, whoever ended it: let the next writer in."""
+        """Release the gate at the end of a transaction, and log a warning if it was long."""
         lasted = time.monotonic() - self.began if self.is_writing and self.is_begun else 0.0
         self.is_begun = False
         if self.is_writing:
@@ -134,7 +135,7 @@ class GuardedConnection(sqlite3.Connection if TYPE_CHECKING else object):  # typ
 
 
 class Sizes:
-    """How large the database and its WAL were when a connection of this engine last looked, in bytes."""
+    """The last known sizes of the database and its WAL, in bytes, shared by the connections of an engine."""
 
     database = 0
     wal = 0
@@ -142,10 +143,10 @@ class Sizes:
 
 class Files:
     """
-    The database and its WAL as a connection has them open, compared with what stands on disk under their names.
+    Compare the database and the WAL that a connection has open with the files at their paths.
 
-    A program that replaces a file leaves us writing to one that nobody else will ever read; one that cuts a file takes
-    acknowledged receipts away.
+    If a program has replaced a file, this connection would write to a deleted file that no other process reads. If a
+    program has truncated a file, acknowledged receipts are lost.
     """
 
     def __init__(self, path: str, database: Identity, known: Sizes, driver: ModuleType) -> None:
@@ -158,15 +159,15 @@ class Files:
             self._wal = (wal.st_dev, wal.st_ino)
         self._known = known
         self._driver = driver
-        self._look("Nothing was written.")
+        self._checked_sizes("Nothing was written.")
 
     def before(self, connection: sqlite3.Connection, *, write: bool) -> None:
-        """Look before a transaction begins. Raises `BufferStorageError`, or `BufferDamagedError` for what was cut."""
-        # What is known, before we look: what another thread commits meanwhile makes the files larger.
+        """Check before a transaction. Raises `BufferStorageError`, or `BufferDamagedError` for a truncated file."""
+        # Read the known sizes before the real ones: a commit of another thread in between only makes the files larger.
         database_before, wal_before = self._known.database, self._known.wal
-        database, wal = self._look("Nothing was written.")
+        database, wal = self._checked_sizes("Nothing was written.")
         if wal < wal_before and write:
-            # A checkpoint may have emptied it. SQLite knows which frames must be there, and reads them for this one.
+            # A checkpoint may have reset the WAL. SQLite knows which frames must exist, and this checkpoint reads them.
             connection.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()
         if database < database_before:
             self._refuse_damaged()
@@ -174,10 +175,10 @@ class Files:
             self._known.database, self._known.wal = database, wal
 
     def after(self) -> None:
-        """Look after a COMMIT. Raises `BufferStorageError` if a file was replaced meanwhile."""
-        self._known.database, self._known.wal = self._look("The last transaction may be lost.")
+        """Check after a COMMIT. Raises `BufferStorageError` if a file was replaced meanwhile."""
+        self._known.database, self._known.wal = self._checked_sizes("The last transaction may be lost.")
 
-    def _look(self, consequence: str) -> tuple[int, int]:
+    def _checked_sizes(self, consequence: str) -> tuple[int, int]:
         database, wal = _stat(self._path), _stat(self._wal_path)
         if database is None or (database.st_dev, database.st_ino) != self._database:
             raise _replaced(self._path, consequence)
@@ -188,19 +189,19 @@ class Files:
         return database.st_size, wal.st_size
 
     def _refuse_damaged(self) -> None:
-        """Let SQLite read a database that has become shorter, as VACUUM makes it, on a connection without a cache."""
+        """Raise if a database that became shorter is damaged (not by VACUUM). A new connection has no cached pages."""
         with contextlib.closing(self._driver.connect(f"file:{quote(self._path)}?mode=ro", uri=True)) as fresh:
             try:
                 found = fresh.execute("PRAGMA quick_check(1)").fetchone()[0]
                 if fresh.execute("SELECT 1 FROM sqlite_master").fetchone() is None:
-                    found = "it is empty"  # which SQLite takes for a new database
+                    found = "it is empty"  # SQLite would treat it as a new database
             except self._driver.DatabaseError as error:
                 if getattr(error, "sqlite_errorcode", 0) & 0xFF not in _DAMAGE:
                     raise
                 found = str(error)
         if found != "ok":
             raise BufferDamagedError(
-                f"{self._path} was cut short while it was in use ({found}). Nothing was written. Stop every program "
+                f"{self._path} was truncated while it was in use ({found}). Nothing was written. Stop every program "
                 "that uses the buffer, keep a copy of all its files, and restore a backup."
             )
 

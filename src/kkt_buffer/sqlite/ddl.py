@@ -1,4 +1,4 @@
-"""Names, table definitions and references in SQLite's own terms, for what works on tables that are not ours alone."""
+"""Parse names, table definitions and references in SQLite's SQL, also those that other programs wrote."""
 
 import re
 

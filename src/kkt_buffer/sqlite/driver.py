@@ -1,4 +1,4 @@
-"""Which SQLite library the connections come from, and what is known to be wrong with it."""
+"""The SQLite library in use, and its known bugs."""
 
 import importlib
 import importlib.util
@@ -21,9 +21,9 @@ WAL_RESET_BUG = (
 
 def load_driver(*, writing: bool) -> ModuleType:
     """
-    The driver of the `sqlite` extra where it is installed, else the standard one.
+    The driver of the `sqlite` extra if installed, else the standard library's.
 
-    One for the whole process: two SQLite libraries in one process would cancel each other's locks.
+    All engines of a process use the same one: two SQLite libraries in one process would cancel each other's locks.
     """
     driver = importlib.import_module("pysqlite3" if importlib.util.find_spec("pysqlite3") else "sqlite3")
     if driver.sqlite_version_info < SQLITE_MINIMUM:
@@ -37,7 +37,7 @@ def load_driver(*, writing: bool) -> ModuleType:
 
 
 def has_wal_reset_bug(version: tuple[int, int, int]) -> bool:
-    """Whether several programs that write and checkpoint at one moment can damage the WAL of this SQLite."""
+    """Whether concurrent writes and checkpoints of several programs can damage the WAL with this SQLite version."""
     fixed = version >= (3, 51, 3) or (3, 50, 7) <= version < (3, 51) or (3, 44, 6) <= version < (3, 45)
     return not fixed
 
@@ -52,7 +52,7 @@ def _warn_once(message: str) -> None:
 
 
 def known_bugs(engine: Engine) -> str:
-    """The version of the SQLite in use, and what is wrong with it."""
+    """The version of the SQLite in use, and its known bug if it has one."""
     driver = backend_of(engine).driver
     affected = has_wal_reset_bug(driver.sqlite_version_info)
     return f"{driver.sqlite_version} {WAL_RESET_BUG if affected else 'no known bug that concerns a buffer'}"

@@ -1,7 +1,7 @@
 """
-The SQLite backend: an engine whose every connection is durable, or is refused.
+The SQLite backend: an engine that refuses a connection unless its settings make commits durable.
 
-BEGIN is ours: IMMEDIATE for writes, behind the write gate, DEFERRED for reads, which cannot write.
+Write transactions begin with BEGIN IMMEDIATE, after the write gate; read transactions with a plain BEGIN.
 """
 
 import contextlib
@@ -62,11 +62,11 @@ def create(
     cache_size: int = CACHE_SIZE,
     **options: Any,  # noqa: ANN401 (passed on to create_engine)
 ) -> Engine:
-    """Make an engine on a file or in memory, and open it once to see that it can be used."""
+    """Create an engine on a file or in memory, and connect once to check that it can be used."""
     driver = load_driver(writing=not read_only)
     path = _path(path_or_url)
     if path is None and read_only:
-        raise ValueError("read_only: an in-memory buffer that nobody can write would stay empty")
+        raise ValueError("read_only: an in-memory buffer that is read-only would stay empty")
     database = Database(driver, path, read_only=read_only, busy_timeout=busy_timeout, cache_size=cache_size)
     engine = create_engine(
         URL.create("sqlite+pysqlite", database=":memory:" if path is None else str(path)),
@@ -86,7 +86,7 @@ def create(
 
 
 def _path(path_or_url: str | os.PathLike[str] | URL) -> Path | None:
-    """The file that is meant, without symbolic links (SQLite puts the WAL beside the real one); None is memory."""
+    """The path with symbolic links resolved, because SQLite puts the WAL beside the real file; None: in memory."""
     if isinstance(path_or_url, str) and "://" in path_or_url:
         path_or_url = make_url(path_or_url)
     if isinstance(path_or_url, URL):
@@ -103,12 +103,12 @@ def _path(path_or_url: str | os.PathLike[str] | URL) -> Path | None:
 
 
 def driver_connection(connection: Connection) -> GuardedConnection:
-    """The driver's connection under one of SQLAlchemy's."""
+    """The driver connection of an SQLAlchemy connection."""
     return cast("GuardedConnection", connection.connection.dbapi_connection)
 
 
 class Database(Backend):
-    """What the connections of one engine share: the file that they all must have open, and the gate before it."""
+    """The state that the connections of one engine share: the file, its settings and the write gate."""
 
     insert = INSERT
     last_synced_at = "SELECT last_synced_at FROM buffer_state"
@@ -136,7 +136,7 @@ class Database(Backend):
             self._target = f"file:/kkt-buffer-{uuid.uuid4()}?vfs=memdb"
             self._anchor = self._connect()
             return
-        # mode=rw: SQLite itself must never create the file, least of all one that was there a moment ago.
+        # mode=rw: SQLite must not create the file; a file that was just deleted must not become a new, empty one.
         self._target = f"file:{quote(str(path))}?mode={'ro' if read_only else 'rw'}"
         if fork.is_inherited(file.identity(path)):
             raise self.forked()
@@ -154,10 +154,10 @@ class Database(Backend):
     def __str__(self) -> str:
         return "the in-memory buffer" if self.path is None else str(self.path)
 
-    # What SQLAlchemy asks for.
+    # Called by SQLAlchemy.
 
     def watch(self, engine: Engine) -> None:
-        """Take part in what happens on the engine."""
+        """Listen to the events of the engine."""
         event.listen(engine, "connect", self._configure)
         event.listen(engine, "begin", self._begin)
         event.listen(engine, "savepoint", self._savepoint)
@@ -181,10 +181,10 @@ class Database(Backend):
         """Apply the PRAGMAs and read them back. For the pool's `connect` event."""
         with storage_errors(self, self.driver):
             if (files := self._files()) is not None:
-                files.before(connection, write=False)  # else a file that was cut to nothing would become a new database
+                files.before(connection, write=False)  # first: SQLite would make a new database of an emptied file
             for pragma in (*self._journal(connection), *self.pragmas):
                 self._set(connection, pragma)
-            # The first read opens the WAL; from now on it must stay the file that it is.
+            # The first read opens the WAL; from now on the WAL must not be replaced.
             connection.execute("SELECT COUNT(*) FROM sqlite_master").fetchone()
             connection.files = self._files()
 
@@ -200,12 +200,12 @@ class Database(Backend):
         if self.read_only:
             if mode != WAL.reads:
                 raise BufferStorageError(
-                    f"{self} is not a buffer: its journal mode is {mode!r}. Nothing was touched. Check the path; "
-                    "`kkt-buffer upgrade PATH` would make a buffer of it."
+                    f"{self} is not a buffer: its journal mode is {mode!r}. Nothing was changed. Check the path; "
+                    "`kkt-buffer upgrade PATH` would make it a buffer."
                 )
             return (QUERY_ONLY,)
         if mode != WAL.reads:
-            # The change needs the file for itself, and SQLite does not wait for that.
+            # The change needs an exclusive lock, and SQLite does not wait for that.
             with self.gate.held():
                 self._set(connection, WAL)
         return (WAL, *DURABLE)
@@ -233,7 +233,7 @@ class Database(Backend):
         if connection is not None and not connection.closed and not connection.invalidated:
             driver = driver_connection(connection)
             if driver.was_rolled_back:
-                # What came next would be committed statement by statement: nothing may come next.
+                # SQLite would commit each later statement by itself: invalidate the connection.
                 driver.finish()
                 context.is_disconnect = True
                 context.invalidate_pool_on_disconnect = False
@@ -245,39 +245,39 @@ class Database(Backend):
         if self._anchor is not None:
             self._anchor.close()
 
-    # What forks ask for.
+    # Called at a fork.
 
     def close_idle(self, engine: Engine) -> None:
-        """Close the connections that are not in use. (`engine.dispose()` would forget those that are.)"""
+        """Close the idle connections. (`engine.dispose()` would also drop the pool of those in use.)"""
         engine.pool.dispose()
         self._close_readers()
 
     def start_afresh(self, engine: Engine) -> None:
-        """Give a forked child pools of its own: another thread of the parent may have been inside these."""
+        """Replace the pools in a forked child: another thread of the parent may have been using them."""
         engine.pool = engine.pool.recreate()
         self._readers = None
 
     def forked(self) -> BufferStorageError:
-        """The error of a child process that may not use what its parent had open."""
+        """The error for a forked child that uses the buffer which its parent had in use."""
         return BufferStorageError(
             f"{self} was in use in the parent process at the moment of the fork, and SQLite cannot go on in the child. "
             "Nothing was written here; the parent is not affected. Open the buffer after the fork, or call "
             "close_buffer_db() (or engine.dispose()) before it."
         )
 
-    # What operations ask for.
+    # Called by operations.
 
     def connect(self, engine: Engine) -> Connection:
         """
-        A connection of the engine's pool to write; of a second pool to read.
+        A connection for a transaction: to write from the engine's pool, to read from a second pool.
 
-        A connection that changes between the two prepares all of its statements anew.
+        A change of `query_only` makes SQLite prepare all statements of a connection again.
         """
         if not engine.get_execution_options().get(READ_ONLY):
             return engine.connect()
         with self._readers_lock:
             if self._readers is None:
-                self._readers = engine.pool.recreate()  # only now, with all listeners that the engine has got
+                self._readers = engine.pool.recreate()  # created late, so that it has all listeners of the engine
             readers = self._readers
         return Connection(engine, readers.connect())
 
@@ -291,18 +291,18 @@ class Database(Backend):
         return connection.exec_driver_sql(sql, parameters)
 
     def end(self) -> None:
-        """Roll back what still holds the gate though its operation is over."""
+        """Roll back a connection of this thread that still holds the gate after its operation has ended."""
         holder = self.gate.holder_here
         if isinstance(holder, GuardedConnection) and (holder.is_operation or not holder.in_transaction):
             holder.rollback()
 
     def refuse_second(self) -> None:
-        """Raise if this thread holds the gate, for a transaction of the caller's own on the engine."""
+        """Raise if this thread holds the gate in a transaction that the caller opened on the engine."""
         self.end()
         self.gate.refuse_second()
 
     def explain(self, error: DBAPIError) -> ReceiptBufferError | None:
-        """What SQLite's refusal of a statement of ours means."""
+        """The domain error for a statement that SQLite refused."""
         return statement_error(self, error)
 
     def lenient_text(self, connection: Connection) -> contextlib.AbstractContextManager[None]:
@@ -310,25 +310,25 @@ class Database(Backend):
         return file.lenient_text(driver_connection(connection))
 
     def references(self, connection: Connection) -> list[Reference]:
-        """The foreign keys that SQLite's schema table knows."""
+        """The foreign keys that refer to receipts, from SQLite's schema table."""
         return [Reference(*row) for row in connection.execute(text(REFERENCES))]
 
     def checks(self) -> Mapping[str, Callable[[Connection], list[str]]]:
-        """Pages, references, texts, and the row of counts."""
+        """The checks of pages, references, texts, counts and the order of timestamps."""
         return file.CHECKS
 
     def backup(self, engine: Engine, path: str | os.PathLike[str]) -> None:
-        """Copy the file as it is at this moment."""
+        """Copy a consistent snapshot of the file."""
         file.backup(self, engine, path)
 
     def upgraded(self, engine: Engine) -> None:
-        """Checkpoint: a copy of the database without its WAL must not look as if there were no schema yet."""
+        """Checkpoint, so that the schema is in the database file even if somebody copies it without its WAL."""
         with self.gate.held(), engine.connect() as connection, storage_errors(self, self.driver):
             driver_connection(connection).execute("PRAGMA wal_checkpoint").fetchone()
 
     def _connect(self, **options: Any) -> sqlite3.Connection:  # noqa: ANN401 (the driver's own options)
         if hasattr(self.driver, "LEGACY_TRANSACTION_CONTROL"):
-            # The new autocommit=False opens transactions by itself, which makes BEGIN IMMEDIATE impossible.
+            # autocommit=False opens transactions by itself, which makes BEGIN IMMEDIATE impossible.
             options["autocommit"] = self.driver.LEGACY_TRANSACTION_CONTROL
         connection: sqlite3.Connection = self.driver.connect(
             self._target, uri=True, isolation_level=None, check_same_thread=False, timeout=self._busy_timeout, **options
@@ -337,7 +337,7 @@ class Database(Backend):
 
 
 def pragmas(engine: Engine) -> dict[str, str | int]:
-    """The settings of a connection that writes, read back."""
+    """The PRAGMAs of a connection, read back."""
     with engine.execution_options(**{READ_ONLY: True}).connect() as connection:
         return {
             name: connection.exec_driver_sql(f"PRAGMA {name}").scalar_one()

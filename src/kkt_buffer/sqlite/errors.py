@@ -1,9 +1,9 @@
 """
-What an error of SQLite or of the system means: translated into the errors of this package.
+Convert errors of SQLite and of the operating system into the errors of this package.
 
-`storage_error` is about the file and holds for every statement on the engine. `statement_error` is about a statement
-of an operation: the operations ask before they write, so SQLite refuses one of theirs only where the tables or their
-rows are not what this package made of them.
+`storage_error` explains errors of the file, for every statement on the engine. `statement_error` explains errors of the
+statements of operations. These check before they write, so SQLite refuses one only if the tables or rows were changed
+by another program or are damaged.
 """
 
 import re
@@ -27,12 +27,12 @@ from kkt_buffer.sqlite.schema import SQLITE_TRIGGERS
 
 class _Fault(NamedTuple):
     error: type[BufferStorageError]
-    happened: str
+    problem: str
     advice: str
 
 
 _SAFE = "This operation was not stored; what was acknowledged before is safe."
-_LEFT = "The file was left as it is."
+_KEPT = "The file was not changed."
 
 # By primary result code, https://www.sqlite.org/rescode.html
 _FAULTS = {
@@ -41,42 +41,44 @@ _FAULTS = {
     6: _Fault(BufferBusyError, "another connection has kept it locked", f"{_SAFE} Try again."),
     8: _Fault(BufferStorageError, "it is read-only here", f"{_SAFE} Check folder, file and mount."),
     10: _Fault(
-        BufferStorageError, "the disk reported an error", f"{_SAFE} Check the disk and its free room; try again."
+        BufferStorageError, "the disk reported an error", f"{_SAFE} Check the disk and its free space; try again."
     ),
     11: _Fault(
-        BufferDamagedError, "SQLite found it damaged", f"{_LEFT} Stop, keep a copy of all its files, restore a backup."
+        BufferDamagedError, "SQLite found it damaged", f"{_KEPT} Stop, keep a copy of all its files, restore a backup."
     ),
     13: _Fault(BufferStorageError, "the disk is full", f"{_SAFE} Make room and try again; no restart is needed."),
-    14: _Fault(BufferStorageError, "the file cannot be opened", f"{_SAFE} Folder and file must exist and be ours."),
-    26: _Fault(BufferDamagedError, "the file is not an SQLite database", f"{_LEFT} Check the path."),
+    14: _Fault(
+        BufferStorageError, "the file cannot be opened", f"{_SAFE} Folder and file must exist and be accessible."
+    ),
+    26: _Fault(BufferDamagedError, "the file is not an SQLite database", f"{_KEPT} Check the path."),
 }
 _DAMAGED = _FAULTS[11]
 _SQLITE_ERROR = 1
 
 
 def storage_error(buffer: object, error: BaseException | None) -> ReceiptBufferError | None:
-    """Our error for what the driver or the system says of the file; None if it is not about the file."""
-    said = str(error)
-    if isinstance(error, UnicodeDecodeError) or said.startswith("Could not decode to UTF-8"):
-        return _DAMAGED.error(f"{buffer}: it holds text that is not UTF-8 ({error}). {_DAMAGED.advice}")
+    """The domain error for an error of the file; None if the error is not about the file."""
+    message = str(error)
+    if isinstance(error, UnicodeDecodeError) or message.startswith("Could not decode to UTF-8"):
+        return _DAMAGED.error(f"{buffer} contains text that is not UTF-8 ({error}). {_DAMAGED.advice}")
     if isinstance(error, OSError):
         return BufferStorageError(
             f"{buffer} cannot be used: {error.strerror or error}. Nothing was written. Check that the folder exists "
             "and that this user may read and write it."
         )
-    if said == "cannot commit - no transaction is active":
+    if message == "cannot commit - no transaction is active":
         return BufferStorageError(
             f"{buffer}: SQLite had to roll the transaction back (see the error before this one). {_SAFE} Try again."
         )
-    if said == "an acknowledged receipt does not change":
+    if message == "an acknowledged receipt does not change":
         return AcknowledgedReceiptError()
     fault = _FAULTS.get(getattr(error, "sqlite_errorcode", 0) & 0xFF)
-    return fault and fault.error(f"{buffer}: {fault.happened} ({error}). {fault.advice}")
+    return fault and fault.error(f"{buffer}: {fault.problem} ({error}). {fault.advice}")
 
 
 @contextmanager
 def storage_errors(buffer: object, driver: ModuleType) -> Iterator[None]:
-    """Raise our errors for what the driver and the system say of the file."""
+    """Raise the domain errors for errors of the driver and the operating system."""
     try:
         yield
     except (OSError, UnicodeDecodeError, driver.Error) as error:
@@ -86,7 +88,7 @@ def storage_errors(buffer: object, driver: ModuleType) -> Iterator[None]:
 
 
 _RAISED = {message for sql in SQLITE_TRIGGERS.values() for message in re.findall(r"RAISE\(ABORT, '([^']+)'\)", sql)}
-_RULE = re.compile(
+_CONSTRAINT = re.compile(
     r"(CHECK constraint failed: ck_|UNIQUE constraint failed: (receipts|dlq)\."
     r"|NOT NULL constraint failed: (receipts|dlq|buffer_events|buffer_state)\."
     r"|cannot store \w+ value in INTEGER column buffer_state|FOREIGN KEY)"
@@ -94,17 +96,17 @@ _RULE = re.compile(
 
 
 def statement_error(buffer: object, error: DBAPIError) -> ReceiptBufferError | None:
-    """Our error for a statement of an operation that SQLite refused; None for what a service's own trigger raised."""
-    said, code = str(error.orig), getattr(error.orig, "sqlite_errorcode", None)
+    """The domain error for a refused statement of an operation; None if a trigger of the service itself refused it."""
+    message, code = str(error.orig), getattr(error.orig, "sqlite_errorcode", None)
     if isinstance(error, OperationalError) and code == _SQLITE_ERROR:
         return SchemaError(
-            f"{buffer}: the schema is not that of this release ({said}). The operation changed nothing. Somebody "
-            "changed a table or a trigger by hand, or the file is damaged; `kkt-buffer verify PATH` tells. Put that "
-            "back, or restore a backup."
+            f"{buffer}: the schema is not that of this release ({message}). The operation changed nothing. A "
+            "table or trigger was changed by hand, or the file is damaged; run `kkt-buffer verify PATH`. Undo the "
+            "change, or restore a backup."
         )
-    if isinstance(error, IntegrityError) and (said in _RAISED or _RULE.match(said)):
+    if isinstance(error, IntegrityError) and (message in _RAISED or _CONSTRAINT.match(message)):
         return BufferDamagedError(
-            f"{buffer}: its rows contradict each other ({said}). The operation changed nothing. Unless a trigger of "
+            f"{buffer}: its rows contradict each other ({message}). The operation changed nothing. Unless a trigger of "
             "your own did it, the file is damaged: run `kkt-buffer verify PATH`, keep a copy of all its files, and "
             "restore a backup."
         )

@@ -1,7 +1,7 @@
 """
-The database file: made, copied, and read through for damage.
+The database file: creation, backup, and checks for damage.
 
-A copy is made by SQLite itself, never by opening the file: closing it again would cancel the locks that SQLite holds in
+SQLite itself makes the copy. The file is never opened directly: closing it would cancel the locks that SQLite holds in
 this process (https://www.sqlite.org/howtocorrupt.html, section 2.2).
 """
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     import sqlite3
 
 PAGES_AT_ONCE = 1000
-AT_MOST = 100  # problems of one kind that are told
+AT_MOST = 100  # reported problems of one kind
 
 
 def identity(path: Path) -> Identity | None:
@@ -37,13 +37,13 @@ def identity(path: Path) -> Identity | None:
 
 
 def create(path: Path, gate: WriteGate) -> None:
-    """Create the file, owner-only, so that not even a power cut can take its name away."""
+    """Create the file, readable by the owner only, and put its directory entry on disk."""
     if path.exists() and path.stat().st_size:
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     with gate.held():
         with contextlib.suppress(FileExistsError):
-            # Exclusively: opening a file that SQLite has open, and closing it, would cancel SQLite's locks.
+            # O_EXCL: opening and closing a file that SQLite has open would cancel SQLite's locks.
             os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
         if path.stat().st_size == 0:
             for folder in path.parents:
@@ -51,8 +51,8 @@ def create(path: Path, gate: WriteGate) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Put the names in a folder on disk: what fsync of a file leaves out."""
-    with contextlib.suppress(PermissionError):  # a folder above ours that we may pass but not read
+    """Put the entries of a folder on disk, which fsync of a file does not do."""
+    with contextlib.suppress(PermissionError):  # a parent folder without read permission
         descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
             os.fsync(descriptor)
@@ -62,9 +62,9 @@ def sync_folder(folder: Path) -> None:
 
 def backup(backend: Backend, engine: Engine, path: str | os.PathLike[str]) -> None:
     """
-    Copy the database as it is at this moment to `path`, readable for the owner alone, whoever writes meanwhile.
+    Copy a consistent snapshot of the database to `path`, readable by the owner only. Writers can continue.
 
-    What was at `path` is replaced when the copy is complete and on disk: a crash leaves the old file or the new one.
+    A file at `path` is replaced when the copy is complete and on disk: a crash leaves the old file or the new one.
 
     Raises `BufferStorageError` if the copy cannot be written; nothing was changed then. Raises `ValueError` if `path`
     is the database itself or one of the files that belong to it.
@@ -95,16 +95,16 @@ def backup(backend: Backend, engine: Engine, path: str | os.PathLike[str]) -> No
 
 def _copy(backend: Backend, engine: Engine, path: Path) -> None:
     with engine.connect().execution_options(**{READ_ONLY: True}) as connection:
-        # One snapshot from the first page to the last: without it, each write of somebody else starts the copy anew.
+        # This read begins the snapshot. Without it, each write of another connection would restart the copy.
         connection.exec_driver_sql("SELECT COUNT(*) FROM sqlite_master")
         source = cast("sqlite3.Connection", connection.connection.driver_connection)
         with contextlib.closing(backend.driver.connect(path, isolation_level=None)) as copy:
-            # It is no database yet, so it needs no journal of its own.
+            # An unfinished copy is never used, so it needs neither a journal nor a sync after each write.
             copy.execute("PRAGMA journal_mode = OFF")
             copy.execute("PRAGMA synchronous = OFF")
             pages = connection.exec_driver_sql("PRAGMA page_count").scalar_one()
-            with progress("backup, pages", pages) as tell:
-                source.backup(copy, pages=PAGES_AT_ONCE, progress=lambda _status, left, total: tell(total - left))
+            with progress("backup, pages", pages) as report:
+                source.backup(copy, pages=PAGES_AT_ONCE, progress=lambda _status, left, total: report(total - left))
 
 
 @contextlib.contextmanager
@@ -122,7 +122,7 @@ def _pages(connection: Connection) -> list[str]:
     try:
         found = list(connection.scalars(text(f"PRAGMA integrity_check({AT_MOST})")))
     except BufferDamagedError as error:
-        # It gives up where it cannot read on; this one goes around, and names the page.
+        # integrity_check stops at an unreadable page; quick_check continues and names the page.
         found = [*connection.scalars(text(f"PRAGMA quick_check({AT_MOST})")), str(error)]
     return [line for line in found if line != "ok"]
 
@@ -149,7 +149,7 @@ def _texts(connection: Connection) -> list[str]:
 _TEXTS = text(
     "SELECT CAST(id AS BLOB), CAST(pos_id AS BLOB), CAST(fiscal_doc AS BLOB), CAST(last_error AS BLOB) FROM receipts"
 )
-# In the order of commits, which the rowid tells. What was adopted from the sqlite3 version keeps its own.
+# The rowid gives the order of commits. Receipts adopted from the sqlite3 version need not be in order.
 _ORDER = text(
     """\
 SELECT 'receipt ' || id || ' has a timestamp that is not above the one before it' FROM (

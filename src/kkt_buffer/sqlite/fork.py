@@ -1,9 +1,9 @@
 """
-What happens to open buffers when the process forks.
+Open buffers when the process forks.
 
-A connection must not be carried over a fork (https://www.sqlite.org/howtocorrupt.html, section 2.6): SQLite in the
-child believes in locks that only the parent has. So idle connections are closed before a fork, and a child that was
-forked while one was in use is refused. No connection is opened between the two.
+A connection must not be used after a fork (https://www.sqlite.org/howtocorrupt.html, section 2.6): SQLite in the child
+assumes that it holds locks that only the parent has. So idle connections are closed before a fork. If a connection was
+in use, the child may not use the buffer. No connection is opened during a fork.
 """
 
 import os
@@ -18,7 +18,7 @@ from kkt_buffer.sqlite.gate import WriteGate
 
 
 class Forkable(Protocol):
-    """What an engine has open."""
+    """The open resources of an engine."""
 
     gate: WriteGate
     connections: "weakref.WeakSet[GuardedConnection]"
@@ -29,7 +29,7 @@ class Forkable(Protocol):
         """Close the connections that are not in use."""
 
     def start_afresh(self, engine: Engine) -> None:
-        """Give the child pools of its own: another thread of the parent may have been inside these."""
+        """Replace the pools in the child: another thread of the parent may have been using them."""
 
 
 _open: "weakref.WeakKeyDictionary[Engine, Forkable]" = weakref.WeakKeyDictionary()
@@ -38,7 +38,7 @@ lock = threading.RLock()  # held while a connection is opened
 
 
 def watch(engine: Engine, database: Forkable) -> None:
-    """Prepare this engine for forks from now on."""
+    """Handle forks for this engine from now on."""
     _open[engine] = database
 
 
@@ -63,7 +63,7 @@ def _after_in_child() -> None:
         if database.identity is not None and database.connections:
             _inherited_files.add(database.identity)
         for connection in database.connections:
-            # Never to be freed, not even at exit: that would close it.
+            # Keep the connection for ever: freeing it, even at exit, would close it.
             ctypes.pythonapi.Py_IncRef(ctypes.py_object(connection))
     lock.release()
 

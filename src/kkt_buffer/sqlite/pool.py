@@ -1,4 +1,4 @@
-"""The pool of an engine: connections for any number of threads, and no lock that could stay locked."""
+"""The connection pool of an engine, without a lock that an exception could leave locked."""
 
 import contextlib
 from collections import deque
@@ -12,13 +12,13 @@ IDLE_CONNECTIONS = 8
 
 class ThreadPool(Pool):
     """
-    As many connections as there are threads at work; a few stay open between their uses, the last used first.
+    As many connections as there are threads in use; a few stay open while idle, and the last used is reused first.
 
-    SQLAlchemy's QueuePool has a Condition, which an exception that is thrown into a thread can leave locked: then every
-    other thread waits for ever. Each step of a deque is one that nothing can interrupt.
+    An exception that is raised asynchronously in a thread can leave the Condition of SQLAlchemy's QueuePool locked, and
+    then every other thread waits for ever. The operations of a deque cannot be interrupted.
     """
 
-    __module__ = Pool.__module__  # so that it logs where SQLAlchemy's pools do
+    __module__ = Pool.__module__  # so that it uses the logger of SQLAlchemy's pools
 
     def __init__(self, creator: Any, pool_size: int = IDLE_CONNECTIONS, **options: Any) -> None:  # noqa: ANN401 (SQLAlchemy's)
         super().__init__(creator, **options)
@@ -38,7 +38,7 @@ class ThreadPool(Pool):
             record.close()
 
     def recreate(self) -> "ThreadPool":
-        """Make an empty pool of the same kind."""
+        """Create an empty pool with the same options."""
         return type(self)(
             self._creator,
             self._pool_size,
@@ -57,5 +57,5 @@ class ThreadPool(Pool):
                 self._idle.pop().close()
 
     def status(self) -> str:
-        """How many connections wait to be used."""
+        """The number of idle connections, as text."""
         return f"{len(self._idle)} idle connections"

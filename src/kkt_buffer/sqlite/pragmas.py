@@ -1,4 +1,4 @@
-"""The settings of every connection, as data: applied when it is opened, and read back."""
+"""The PRAGMAs of every connection, as data. They are applied when it is opened, and read back."""
 
 from typing import NamedTuple
 
@@ -7,7 +7,7 @@ CACHE_SIZE = -64_000  # KiB, negative: a limit, not a reservation
 
 
 class Pragma(NamedTuple):
-    """A setting, what it reads as once it holds, and why we want it."""
+    """A setting, the value that SQLite reports once it is set, and the reason for it."""
 
     name: str
     value: str | int
@@ -22,17 +22,17 @@ DURABLE = (
     Pragma("fullfsync", 1, 1, "on macOS a plain fsync stops at the drive's cache"),
     Pragma("checkpoint_fullfsync", 1, 1, "the same, for checkpoints"),
     Pragma("wal_autocheckpoint", 100, 100, "a short WAL, so that a restart is quick"),
-    Pragma("journal_size_limit", WAL_LIMIT, WAL_LIMIT, "a WAL that grew under a long reader shrinks again (bytes)"),
+    Pragma("journal_size_limit", WAL_LIMIT, WAL_LIMIT, "a WAL that grew during a long read is truncated again (bytes)"),
 )
 COMMON = (
     Pragma("foreign_keys", 1, 1, "a dead letter belongs to a receipt"),
-    Pragma("recursive_triggers", 1, 1, "REPLACE counts as the deletion that it is"),
-    Pragma("cell_size_check", 1, 1, "a damaged page is noticed when it is read"),
-    Pragma("secure_delete", 1, 1, "what prune deletes is personal data, and must not stay readable in the file"),
+    Pragma("recursive_triggers", 1, 1, "REPLACE fires the delete triggers"),
+    Pragma("cell_size_check", 1, 1, "a damaged page is detected when it is read"),
+    Pragma("secure_delete", 1, 1, "pruned receipts contain personal data, which must not stay readable in the file"),
 )
 QUERY_ONLY = Pragma("query_only", 1, 1, "a monitor must not write")
 
 
 def cache(size: int) -> Pragma:
     """The page cache of a connection."""
-    return Pragma("cache_size", size, size, "as large as the buffer's owner wants it")
+    return Pragma("cache_size", size, size, "set by the caller of create_buffer_engine")

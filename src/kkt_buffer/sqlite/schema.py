@@ -1,16 +1,16 @@
 """
-What the models cannot say for SQLite: triggers and the status view, as plain SQL.
+The triggers and the status view of SQLite, as plain SQL, because models cannot declare them.
 
-Each fact about a receipt is written to `buffer_events` by one trigger, whatever program changed the row, with the time
-that the row carries. `trg_state_*` keep `buffer_state`. `trg_guard_*` refuse what would break an invariant. The
-migrations must arrive at these texts; they hold their own copies, and a test compares the two.
+One trigger per fact writes it to `buffer_events`, whichever program changed the row, with the time stored in the row.
+`trg_state_*` maintain `buffer_state`. `trg_guard_*` refuse changes that would break an invariant. The migrations have
+their own copies of these texts; a test compares the two.
 """
 
 from collections.abc import Mapping
 
 from kkt_buffer.config import CONFIG_RULES
 
-# What applies where a setting is not stored.
+# Used if the setting is not stored.
 _CAPACITY = CONFIG_RULES["buffer_capacity"].default
 _RETENTION = CONFIG_RULES["retention_events_days"].default
 
@@ -143,7 +143,7 @@ WHEN OLD.resolved_at IS NULL
 BEGIN
     UPDATE buffer_state SET open_dead_letters = open_dead_letters - 1;
 END""",
-    # Guards. A missing row of buffer_state makes the comparison NULL, and an insert must not pass for that.
+    # Guards. Without the row of buffer_state the comparison is NULL; the insert must be refused then too.
     "trg_guard_capacity": f"""\
 CREATE TRIGGER trg_guard_capacity BEFORE INSERT ON receipts
 WHEN NEW.status IN ('pending', 'syncing')
