@@ -8,7 +8,7 @@ from sqlalchemy import URL, Engine
 
 from kkt_buffer.errors import BufferStorageError
 
-if sys.platform != "win32":  # Windows has no fcntl
+if sys.platform != "win32":  # pragma: no branch (no test runs there); Windows has no fcntl
     from kkt_buffer.sqlite import engine as sqlite
 
 LOCK_TIMEOUT_SECONDS = 10.0

@@ -1,11 +1,11 @@
 """A trigger of the service's own refuses the second half of what an operation does: the first half is undone."""
 
 import pytest
-from builders import NOON, a_receipt
+from builders import NOON, a_receipt, new_receipt
 from sqlalchemy import text
 from sqlalchemy.exc import IntegrityError
 
-from kkt_buffer import deliver_pending
+from kkt_buffer import BufferDamagedError, deliver_pending
 
 
 def refuse(engine, when):
@@ -39,3 +39,13 @@ def test_delivery(repository, engine):
         deliver_pending(repository, send)
     assert [first] == received
     assert ["syncing"] * 2 == [repository.get_receipt_by_id(receipt_id).status for receipt_id in (first, second)]
+
+
+def test_ignored(repository, engine):
+    """A trigger that lets a receipt vanish in silence does not get it acknowledged."""
+    with engine.begin() as connection:
+        connection.execute(text("CREATE TRIGGER own BEFORE INSERT ON receipts BEGIN SELECT RAISE(IGNORE); END"))
+    with pytest.raises(BufferDamagedError, match="0 of 1 receipts were stored"):
+        repository.insert_receipt(new_receipt())
+    with pytest.raises(BufferDamagedError, match="0 of 2 receipts were stored"):
+        repository.insert_receipts([new_receipt(), new_receipt()])

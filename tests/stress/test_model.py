@@ -33,7 +33,7 @@ from kkt_buffer import (
 
 CAPACITY = 3
 ATTEMPTS = 2
-LEASE = 300
+LEASE = 60
 DAY = 86_400
 
 PICKS = 20

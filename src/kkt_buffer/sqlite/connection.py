@@ -191,22 +191,14 @@ class Files:
     def _refuse_damaged(self) -> None:
         """Raise if a database that became shorter is damaged (not by VACUUM). A new connection has no cached pages."""
         with contextlib.closing(self._driver.connect(f"file:{quote(self._path)}?mode=ro", uri=True)) as fresh:
-            try:
-                found = fresh.execute("PRAGMA quick_check(1)").fetchone()[0]
-                if fresh.execute("SELECT 1 FROM sqlite_master").fetchone() is None:
-                    found = "it is empty"  # SQLite would treat it as a new database
-            except self._driver.DatabaseError as error:
-                if getattr(error, "sqlite_errorcode", 0) & 0xFF not in _DAMAGE:
-                    raise
-                found = str(error)
+            found = fresh.execute("PRAGMA quick_check(1)").fetchone()[0]
+            if fresh.execute("SELECT 1 FROM sqlite_master").fetchone() is None:
+                found = "it is empty"  # SQLite takes an empty file for a new database
         if found != "ok":
             raise BufferDamagedError(
                 f"{self._path} was truncated while it was in use ({found}). Nothing was written. Stop every program "
                 "that uses the buffer, keep a copy of all its files, and restore a backup."
             )
-
-
-_DAMAGE = {11, 26}  # SQLITE_CORRUPT, SQLITE_NOTADB
 
 
 def _stat(name: str) -> os.stat_result | None:
