@@ -42,8 +42,8 @@ class Backend(ABC):
 
     `str(backend)` names the buffer in messages. `driver` is the DBAPI module. `insert` stores one receipt with its
     timestamp, from the parameters id, pos_id, fiscal_doc, digest, held_at and now. `last_synced_at` is a
-    query for when a receipt was delivered last (Unix seconds, or null), whatever was pruned since. `json_array` is the
-    function that makes a JSON array of its arguments.
+    query for the time of the last delivery (Unix seconds, or null), including receipts that were pruned since.
+    `json_array` is the SQL function that makes a JSON array of its arguments.
     """
 
     driver: ModuleType
@@ -60,8 +60,8 @@ class Backend(ABC):
         """
         Run a constant statement with `:name` parameters, for one set of them or for several.
 
-        Three times cheaper than a `text()`, whose parameters SQLAlchemy looks through each time; `echo` and events of
-        the engine see it all the same.
+        Three times cheaper than `text()`, whose parameters SQLAlchemy processes on each call. `echo` and engine events
+        still see the statement.
         """
 
     @abstractmethod

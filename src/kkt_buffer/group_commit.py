@@ -33,7 +33,7 @@ class Shareable(Generic[A, R]):
     """
     An operation that may share a transaction: `one` runs it for one argument.
 
-    `many` does it for several at once, faster; it raises `NotTogetherError` where they must be done one by one.
+    `many` runs it for several arguments with one statement. It raises `NotTogetherError` if that is not possible.
     """
 
     one: Callable[[Transaction, A], R]
@@ -146,14 +146,14 @@ class GroupCommit:
         while done < len(members):
             self._gather(members)
             for work, group in groupby(members[done:], key=lambda member: member.work):
-                alike = list(group)
-                done += len(alike)
-                arguments = [member.argument for member in alike]
-                if work.many is None or len(alike) == 1:
+                same_work = list(group)
+                done += len(same_work)
+                arguments = [member.argument for member in same_work]
+                if work.many is None or len(same_work) == 1:
                     results = [work.one(tx, argument) for argument in arguments]
                 else:
                     results = work.many(tx, arguments)
-                for member, result in zip(alike, results, strict=True):
+                for member, result in zip(same_work, results, strict=True):
                     member.result = result
             self._gather(members)
 

@@ -96,15 +96,15 @@ class Transaction:
 
 
 class NotTogetherError(Exception):
-    """Several things could not be done with one statement: undo it, and do them one by one."""
+    """Several operations cannot be run with one statement: roll back and run them one by one."""
 
 
-# The innermost transaction of this context: a thread may run many asyncio tasks, each with a context of its own.
+# The innermost transaction of this context: one thread may run many asyncio tasks, each with its own context.
 _innermost: ContextVar[Transaction | None] = ContextVar("kkt_buffer_transaction", default=None)
 
 
 class _Here(threading.local):
-    """All transactions that this thread has open, in whatever context."""
+    """All open transactions of this thread, in any context."""
 
     transactions: tuple[Transaction, ...] = ()
 

@@ -59,10 +59,10 @@ _VIEW = ("total_receipts", "pending", "syncing", "synced", "failed", "dlq_size",
 @cache
 def _status(json_array: str, last_synced_at: str) -> tuple[tuple[str, ...], str]:
     """
-    The names of the figures, and the query for them.
+    The names of the figures, and the query that returns them as one JSON array.
 
-    The figures come as one JSON value: SQLAlchemy describes the columns of a result anew each time, and sixteen of them
-    cost it more than the query.
+    SQLAlchemy builds the description of the result columns on each call; for sixteen columns that costs more than the
+    query itself.
     """
     figures = {**_figures, "last_synced_at": last_synced_at}
     values = ", ".join((*_VIEW, *(f"({query})" for query in figures.values())))
@@ -107,7 +107,7 @@ class BufferStatus:
 
 
 def get_buffer_status(tx: Transaction) -> BufferStatus:
-    """The state of the buffer, at the cost of a few lookups."""
+    """Read the state of the buffer with one statement."""
     names, query = _status(tx.backend.json_array, tx.backend.last_synced_at)
     figures = tx.run(query, {"now": tx.now}).scalar()
     if figures is None:

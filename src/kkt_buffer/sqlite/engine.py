@@ -42,8 +42,8 @@ from kkt_buffer.sqlite.gate import WriteGate
 from kkt_buffer.sqlite.pool import ThreadPool
 from kkt_buffer.sqlite.pragmas import CACHE_SIZE, COMMON, DURABLE, MEMORY, QUERY_ONLY, WAL, Pragma, cache
 
-# Scalar subqueries: without the row of counts, NOT NULL refuses the receipt. (INSERT … SELECT … FROM buffer_state would
-# store nothing then, and report success.)
+# Scalar subqueries: if the row of buffer_state is missing, they are NULL and NOT NULL refuses the receipt.
+# INSERT … SELECT … FROM buffer_state would store nothing and report success.
 INSERT = """\
 INSERT INTO receipts (
     id, pos_id, created_at, hlc_local_time, hlc_logical_counter, fiscal_doc, digest, held_at)
@@ -287,7 +287,7 @@ class Database(Backend):
             readers.dispose()
 
     def run(self, connection: Connection, sql: str, parameters: Parameters) -> CursorResult[Any]:
-        """Run it as it is: SQLite has `:name` parameters itself."""
+        """Run the text unchanged: SQLite supports `:name` parameters."""
         return connection.exec_driver_sql(sql, parameters)
 
     def end(self) -> None:
