@@ -68,7 +68,7 @@ def _sell(path: str, receipts: Receipts, acknowledge: Callable[[str], None]) -> 
             acknowledge(buffer.repository.insert_receipt(receipt, exist_ok=True))
 
 
-def _work(path: str, receive: Callable[[str], None]) -> None:
+def _work(path: str, receive: Callable[[str], None]) -> None:  # pragma: no cover (its process is always killed)
     """The worker's process: deliver the receipts that are due to a simulated OFD that needs some time for each."""
 
     def send(receipt: Receipt) -> int:
