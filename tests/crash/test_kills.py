@@ -31,7 +31,6 @@ from kkt_buffer import (
     BufferFullError, DeliveryRejected, DeliveryUnavailable, InvalidTransitionError, LeaseLostError,
     ReceiptNotFoundError, ReceiptRepository, create_buffer_engine, deliver_pending,
 )
-from sqlalchemy import text
 from kkt_buffer.sqlite.engine import Database
 
 path, logs, fault = sys.argv[1:]
@@ -123,7 +122,7 @@ class Worker(threading.Thread):
 
 def work(number, seed, offset):
     if fault == "forgets the clock":
-        Database.insert = text(
+        Database.insert = (
             "INSERT INTO receipts (id, pos_id, created_at, hlc_local_time, hlc_logical_counter, fiscal_doc, digest)"
             " VALUES (:id, :pos_id, :now, :now, 0, :fiscal_doc, :digest)"
         )
