@@ -43,5 +43,5 @@ class TestExamples:
         test = examples(name)
         test.globs = {"repository": fresh, "folder": tmp_path}
         told = []
-        doctest.DocTestRunner(optionflags=doctest.ELLIPSIS).run(test, out=told.append)
+        doctest.DocTestRunner(verbose=False, optionflags=doctest.ELLIPSIS).run(test, out=told.append)
         assert [] == told
