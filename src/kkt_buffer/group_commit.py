@@ -91,7 +91,7 @@ class GroupCommit:
                     member.wakeup.acquire(timeout=POLL_SECONDS)
                     continue
                 with self._lock:
-                    if not member.is_done:
+                    if not member.is_done:  # pragma: no branch (another thread can be faster, but seldom is)
                         self._lead(tx, member)
             if member.error is not None:
                 raise member.error

@@ -38,7 +38,7 @@ class Transaction:
         self.backend = backend
         self.write = write
         self.connection: Connection
-        self.session: Session | None = None  # set in the caller's `transaction()` or `reading()`
+        self.session: Session  # set in the caller's `transaction()` or `reading()`
         self._clock = now
         self._now: int | None = None
         self._settings: dict[str, str] | None = None
@@ -183,8 +183,7 @@ class Transactions:
                 )
             try:
                 tx.is_busy = True
-                if tx.session is not None:
-                    tx.session.flush()
+                tx.session.flush()
                 yield tx, True
             finally:
                 tx.is_busy = False
@@ -221,7 +220,7 @@ class Transactions:
     def block(self, *, write: bool) -> Iterator[Session]:
         """The caller's transaction, which operations of this thread join; a savepoint if one is open already."""
         tx = self.current
-        if tx is not None and tx.session is not None:
+        if tx is not None:
             if write and not tx.write:
                 raise ReceiptBufferError("transaction() was called inside reading(). Nothing was changed.")
             if write:
