@@ -235,8 +235,9 @@ class Database(Backend):
             if driver.was_rolled_back:
                 # SQLite would commit each later statement by itself: invalidate the connection.
                 driver.finish()
-                context.is_disconnect = True
-                context.invalidate_pool_on_disconnect = False
+                answer = cast("Any", context)  # SQLAlchemy 2.0 declares these attributes as fixed
+                answer.is_disconnect = True
+                answer.invalidate_pool_on_disconnect = False
         return storage_error(self, context.original_exception)
 
     def _disposed(self, _engine: Engine) -> None:
