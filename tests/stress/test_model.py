@@ -336,8 +336,9 @@ class BufferMachine(RuleBasedStateMachine):
         status = self.repository.get_buffer_status()
         assert status.pending + status.syncing == self.undelivered <= CAPACITY
         assert sum(one.open_letter for one in self.model.values()) == status.dlq_size
-        owed = [one.created for one in self.model.values() if one.status in {"pending", "syncing"} or one.open_letter]
-        assert min(owed, default=None) == status.oldest_undelivered_at
+        in_order = [self.model[row.id] for row in rows]
+        owed = [one.created for one in in_order if one.status in {"pending", "syncing"} or one.open_letter]
+        assert (owed or [None])[0] == status.oldest_undelivered_at
 
     @invariant()
     def invariants(self):
