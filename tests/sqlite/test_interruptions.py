@@ -25,6 +25,7 @@ PRELUDE = """
 import ctypes, faulthandler, json, random, signal, sys, threading, time, uuid
 from kkt_buffer import BufferBusyError, ReceiptRepository, create_buffer_engine
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a program that was started in the background ignores it
 faulthandler.dump_traceback_later(90, exit=True)
 repository = ReceiptRepository(create_buffer_engine(sys.argv[1], busy_timeout=5))
 repository.set_config("buffer_capacity", 1_000_000)
