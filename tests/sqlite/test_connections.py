@@ -2,10 +2,12 @@
 
 import logging
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from builders import NOON, Clock, a_receipt, new_receipt
-from sqlalchemy import text
+from sqlalchemy import event, text
+from sqlalchemy.exc import InvalidRequestError
 
 from kkt_buffer import (
     AcknowledgedReceiptError,
@@ -95,3 +97,39 @@ def test_long_transaction(file_repository, caplog):
         file_repository.insert_receipt(new_receipt())
         threading.Event().wait(1.1)
     assert f"the thread {threading.current_thread().name!r} had a write transaction open for 1." in caplog.text
+
+
+def test_check_of_a_missing_table(file_repository, file_engine):
+    """A check that cannot be made is a finding, and the others are made all the same."""
+    with file_engine.begin() as connection:
+        connection.execute(text("DROP TABLE buffer_state"))
+    findings = file_repository.check_integrity().findings
+    assert "no such table: buffer_state" in "; ".join(findings["counts"])
+    assert findings["references"] == ()
+
+
+def test_refused_commit(file_repository, file_engine):
+    """A listener of the service's own that refuses a shared commit: nobody in it is told that it was stored."""
+    refusals = []
+
+    def refuse(_connection):
+        if threading.current_thread() is not threading.main_thread():
+            refusals.append(threading.current_thread().name)
+            raise InvalidRequestError("the shop is closed")
+
+    def insert(_number):
+        try:
+            return file_repository.insert_receipt(new_receipt())
+        except (InvalidRequestError, BufferStorageError) as error:
+            return error
+
+    event.listen(file_engine, "commit", refuse)
+    with ThreadPoolExecutor(4) as threads:
+        with file_repository.transaction():
+            answers = [threads.submit(insert, number) for number in range(4)]
+            threading.Event().wait(0.5)  # they wait for this transaction
+        told = [answer.result(60) for answer in answers]
+    event.remove(file_engine, "commit", refuse)
+    assert all("the shop is closed" in str(answer) for answer in told)
+    assert refusals
+    assert file_repository.get_buffer_status().total_receipts == 0

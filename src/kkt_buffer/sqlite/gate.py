@@ -46,8 +46,6 @@ class WriteGate:
     def acquire(self, holder: object) -> None:
         """Wait for the gate. Raises `BufferBusyError` after the timeout, or at once if this thread holds it."""
         self.refuse_second()
-        if self._holder is not None and self._holder() is None:
-            self._release_lost(self._holder)
         deadline = time.monotonic() + self._timeout
         if not self._take(holder, self._timeout) and not (gc.collect() and self._take(holder, 0)):
             raise self._busy("another thread of this process", "; then restart this process")
@@ -148,7 +146,7 @@ class WriteGate:
     def _release_lost(self, held: "weakref.ref[object]") -> None:
         """Free the gate if its holder was garbage-collected: an exception prevented closing the connection."""
         with self._mutex:
-            if self._holder is held:
+            if self._holder is held:  # pragma: no branch (else it was released at this very moment)
                 self._unlock()
 
     def _open(self, path: Path) -> int:
