@@ -3,12 +3,11 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-OLDEST := .venv-oldest
 READY := .installed
 PEERS := .peers-installed
 
 .DEFAULT_GOAL := help
-.PHONY: help run test check bench proof migration lint types wheel oldest clean
+.PHONY: help run test check bench proof migration lint types wheel matrix oldest clean
 
 help: ## say what there is
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -19,7 +18,7 @@ run: $(VENV)/$(READY) ## a shift at the till on a real buffer: receipts, a SIGKI
 test: $(VENV)/$(READY) ## all tests, with coverage
 	$(BIN)/python -m pytest --cov --cov-report=term
 
-check: lint types test wheel oldest ## everything that CI runs
+check: lint types test wheel matrix ## everything that CI runs
 	@echo "make check: all good"
 
 proof: $(VENV)/$(READY) ## the same tests, deeper: thousands of random histories, 50,000 power losses
@@ -41,20 +40,21 @@ types: $(VENV)/$(READY)
 wheel: $(VENV)/$(READY) ## build the wheel, install it into an empty environment and use it there
 	sh .ci/wheel.sh $(BIN)/python
 
-oldest: $(OLDEST)/$(READY) ## the tests on the oldest SQLAlchemy that we support
-	$(OLDEST)/bin/mypy --cache-dir .mypy_cache/oldest
-	$(OLDEST)/bin/python -m pytest -q -m "not slow"
+# Two runs at a time, without the slow tests and without those marked one_python: some ten minutes on two cores. The
+# Python of `make test` is not repeated; pysqlite3 and the oldest SQLAlchemy run on it.
+matrix: $(VENV)/$(READY) ## the tests on every supported Python, with pysqlite3, and on the oldest SQLAlchemy
+	$(BIN)/python .ci/matrix.py
+
+oldest: $(VENV)/$(READY) ## of these, the tests on the oldest SQLAlchemy alone
+	$(BIN)/python .ci/matrix.py oldest
 
 clean: ## remove what the other targets made
-	rm -rf $(VENV) $(OLDEST) dist .coverage* .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-3.1? .venv-oldest .venv-sqlite dist .coverage* .mypy_cache .pytest_cache .ruff_cache .hypothesis
 
 $(VENV)/$(READY): pyproject.toml .ci/constraints.txt .ci/venv.sh
-	sh .ci/venv.sh $(PYTHON) $(VENV) .ci/constraints.txt
+	sh .ci/venv.sh $(PYTHON) $(VENV) .ci/constraints.txt dev
 
 # The peers of the benchmark, which nothing else needs.
 $(VENV)/$(PEERS): $(VENV)/$(READY)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint .ci/constraints.txt --editable '.[bench]'
 	touch $@
-
-$(OLDEST)/$(READY): pyproject.toml .ci/constraints.txt .ci/constraints-oldest.txt .ci/venv.sh
-	sh .ci/venv.sh $(PYTHON) $(OLDEST) .ci/constraints-oldest.txt

@@ -10,5 +10,9 @@ last=$(ls migrations/versions | sed -n 's/^\([0-9]\{4\}\)_.*\.py$/\1/p' | sort |
 next=$(printf '%04d' $(($(echo "$last" | sed 's/^0*//') + 1)))
 "$bin/alembic" -x "db=$work/buffer.db" upgrade head
 "$bin/alembic" -x "db=$work/buffer.db" revision --autogenerate --rev-id "$next" -m "$message"
-"$bin/ruff" format --quiet "migrations/versions/${next}_"*.py
+if [ -x "$bin/ruff" ]; then
+    "$bin/ruff" format --quiet "migrations/versions/${next}_"*.py
+else
+    echo "There is no ruff here, so it is not formatted." >&2
+fi
 echo "Read it, and keep the rules at its top."

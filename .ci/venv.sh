@@ -1,7 +1,7 @@
 #!/bin/sh
-# Make a virtual environment with this project and its development tools in it: venv.sh PYTHON VENV CONSTRAINTS
+# Make a virtual environment with this project and some of its extras in it: venv.sh PYTHON VENV CONSTRAINTS EXTRAS
 set -eu
-python=$1 venv=$2 constraints=$3
+python=$1 venv=$2 constraints=$3 extras=$4
 
 if ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then
     echo "kkt-buffer needs Python 3.11 or newer; $python is $("$python" --version 2>&1)." >&2
@@ -22,5 +22,5 @@ fi
 echo "Setting up $venv (once; takes a minute)."
 rm -rf "$venv"
 "$python" -m venv "$venv"
-"$venv/bin/python" -m pip install --quiet --disable-pip-version-check --constraint "$constraints" --editable '.[dev]'
+"$venv/bin/python" -m pip install --quiet --disable-pip-version-check --constraint "$constraints" --editable ".[$extras]"
 touch "$venv/.installed"

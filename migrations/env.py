@@ -1,13 +1,12 @@
 """
-How the migrations run: every step in one transaction, on a connection of its own.
+Run the migrations: all of them in one transaction, on a separate connection.
 
-`alembic -x db=PATH_OR_URL …` names the database; without it BUFFER_DB_PATH does, then `sqlalchemy.url` in
-alembic.ini. From a program, `kkt_buffer.upgrade(engine)` passes its engine.
+The database is given by `alembic -x db=PATH_OR_URL …`, else by BUFFER_DB_PATH, else by `sqlalchemy.url` in alembic.ini.
+From a program, `kkt_buffer.upgrade(engine)` passes its engine.
 """
 
 import logging
 import os
-import warnings
 from collections.abc import Mapping
 from logging.config import fileConfig
 from typing import Any
@@ -18,57 +17,49 @@ from alembic.util import CommandError
 from sqlalchemy import Connection, Engine, inspect, text
 from sqlalchemy.exc import SQLAlchemyError
 
+from kkt_buffer.backend import READ_ONLY
 from kkt_buffer.drift import Difference, differences
+from kkt_buffer.engine import create_buffer_engine
 from kkt_buffer.errors import ReceiptBufferError
-from kkt_buffer.migrate import RELEASE_KEY, VERSION_TABLE, current, release
-from kkt_buffer.models import Base
-from kkt_buffer.sqlite.engine import create_buffer_engine
-from kkt_buffer.sqlite.schema import buffer_counts
+from kkt_buffer.migrate import RELEASE_KEY, current, release
+from kkt_buffer.models import VERSION_TABLE, metadata
 
 logger = logging.getLogger("kkt_buffer.migrations")
 
-# `schema` adds the counters to the tables of the models.
-OUR_TABLES = {*Base.metadata.tables, buffer_counts.name}
-
-# Autogenerate cannot compare these, and says so each time.
-EXPRESSION_INDEXES = ("idx_receipts_status", "idx_receipts_pos_id")
-
 
 def _is_ours(name: str | None, kind: str, parents: Mapping[Any, str | None]) -> bool:
-    """A host application may keep its tables in the same database; they are no business of ours."""
+    """Whether a table or column belongs to the buffer, and not to a host application or another program."""
     table = name if kind == "table" else parents.get("table_name")
-    if kind == "column" and table in OUR_TABLES:
-        return str(name) in Base.metadata.tables[str(table)].columns  # a shop may have added some
-    return table is None or table in OUR_TABLES
+    if kind == "column" and table in metadata.tables:
+        return str(name) in metadata.tables[str(table)].columns
+    return table is None or table in metadata.tables
 
 
 def _add_what_autogenerate_misses(ctx: Any, _revision: Any, directives: list[MigrationScript]) -> None:  # noqa: ANN401
-    """Triggers, views, checks, partial and expression indexes, for `alembic check` and a new migration."""
-    for script in directives:
-        up, down = script.upgrade_ops, script.downgrade_ops
-        if up is None or down is None or not getattr(context.config.cmd_opts, "autogenerate", True):
-            continue
-        told = str(up.as_diffs())
-        for difference in differences(ctx.connection):
-            if difference.kind == "table" and not difference.constraints and f"'{difference.name}'" in told:
-                continue  # its columns, which autogenerate has seen
-            if difference.kind == "table" or f"'{difference.name}'" not in told:
-                _mend(difference, up, down)
+    """Add the differences of triggers, views, checks and partial indexes, for `alembic check` and new migrations."""
+    [script] = directives
+    [up], [down] = script.upgrade_ops_list, script.downgrade_ops_list
+    found_already = str(up.as_diffs())
+    for difference in differences(ctx.connection):
+        if difference.kind == "table" and not difference.constraints and f"'{difference.name}'" in found_already:
+            continue  # only its columns differ, and autogenerate has found that
+        if difference.kind == "table" or f"'{difference.name}'" not in found_already:
+            _add(difference, up, down)
 
 
-def _mend(difference: Difference, up: UpgradeOps, down: DowngradeOps) -> None:
+def _add(difference: Difference, up: UpgradeOps, down: DowngradeOps) -> None:
     kind, name, expected, found = difference
     if kind == "table":
         up.ops.append(ExecuteSQLOp(f"-- write this by hand: {difference}"))
         return
     drop = f"DROP {kind.upper()} {name}"
     up.ops += [ExecuteSQLOp(sql) for sql in (drop if found else None, expected) if sql]
-    # First of all: a trigger may use what the steps after it take away.
+    # At the beginning: a trigger may use a column that a later step drops.
     down.ops[:0] = [ExecuteSQLOp(sql) for sql in (drop if expected else None, found) if sql]
 
 
 def _note_release(connection: Connection) -> None:
-    """Write down who made this schema, for the error of an older release that meets it."""
+    """Record the release that made this schema; an older release names it when it refuses the database."""
     if inspect(connection).has_table("config"):
         connection.execute(
             text(
@@ -87,16 +78,16 @@ def _violations(connection: Connection) -> set[tuple[object, ...]]:
 def _migrate(engine: Engine) -> None:
     current(engine)  # raises if a newer release made the database
     steps: list[object] = []
-    with engine.connect() as connection:
-        # A connection of its own, thrown away afterwards. With foreign keys on, rebuilding a table deletes the rows
-        # that refer to it, and the setting cannot be changed inside a transaction. And a rename must neither change
-        # the references of other tables to the old name, nor fail because somebody's view reads the table.
+    with engine.connect().execution_options(**{READ_ONLY: False}) as connection:
+        # A separate connection, closed afterwards. Foreign keys are off: rebuilding a table would delete the rows that
+        # refer to it; the setting cannot be changed inside a transaction. legacy_alter_table: a rename must not
+        # change the references of other tables, and must not fail because a view of another program reads the table.
         connection.connection.cursor().execute("PRAGMA foreign_keys = OFF")
         connection.connection.cursor().execute("PRAGMA legacy_alter_table = ON")
         connection.detach()
         context.configure(
             connection=connection,
-            target_metadata=Base.metadata,
+            target_metadata=metadata,
             version_table=VERSION_TABLE,
             include_name=_is_ours,
             transactional_ddl=True,
@@ -109,15 +100,14 @@ def _migrate(engine: Engine) -> None:
             before = _violations(connection)
             if before:
                 logger.warning("foreign keys were violated before the migration: %s", sorted(before, key=str))
-            with warnings.catch_warnings():
-                for index in EXPRESSION_INDEXES:
-                    warnings.filterwarnings("ignore", f"(?s).*expression-based index '?{index}'?", Warning)
-                context.run_migrations()
+            context.run_migrations()
             if steps:
                 _note_release(connection)
             broken = _violations(connection) - before
             if broken:
                 raise CommandError(f"the migration would break foreign keys: {sorted(broken, key=str)}; rolled back")
+    # Read by `kkt_buffer.upgrade`: another process may have run the migrations while this one waited.
+    context.config.attributes["has_migrated"] = bool(steps)
 
 
 def _run() -> None:
@@ -125,7 +115,7 @@ def _run() -> None:
     if engine is not None:
         _migrate(engine)
         return
-    # From the command line: only here is logging ours to configure.
+    # Configure logging only for the command line: in a program that is up to the host.
     if context.config.config_file_name is not None:
         fileConfig(context.config.config_file_name, disable_existing_loggers=False)
     target = (

@@ -1,17 +1,17 @@
 """
 ${message}
 
-Danger: say what is lost if this goes wrong, and what the downgrade refuses.
+Danger: write here which data an error would lose, and when the downgrade refuses.
 
-Rules of our migrations; delete them once they are kept:
-- Everything runs in one transaction, with foreign keys off. Never commit, never open another connection.
-- Add what is nullable or has a default: other programs insert rows by the first schema's columns.
-- Prefer ADD COLUMN, its CHECK with it. Rebuilding a table drops its triggers (make them again) and takes minutes.
-- Write SQL and columns out; import nothing from src, which will have changed when this runs.
-- Names of constraints in op.f(), or they come out doubled. Literals, not parameters, in partial indexes.
-- Triggers and views of `schema` are dropped and made anew where their text changes. `alembic check` tells.
-- The downgrade is real: it keeps every row, or refuses with a CommandError that says what to do.
-- Test it with data in tests/test_migrate.py: up, down, up, with what each step keeps.
+Rules for migrations; delete this list when all are kept:
+- Everything runs in one transaction, with foreign keys off. Never commit; never open another connection.
+- New columns are nullable or have a default: other programs insert rows with the columns of the first schema.
+- Prefer ADD COLUMN, with its CHECK. Rebuilding a table drops its triggers (create them again) and takes minutes.
+- Write out all SQL and columns; import nothing from src: it will have changed when this runs.
+- Put constraint names in op.f(), else their prefix is doubled. In partial indexes use literals, not parameters.
+- Triggers and views of `sqlite.schema` are dropped and created again if their text changes: see `alembic check`.
+- The downgrade works: it keeps every row, or refuses with a CommandError that says what to do.
+- Test it with data in tests/schema: up, down, up, and compare the rows after each step.
 """
 
 import sqlalchemy as sa

@@ -2,6 +2,7 @@
 
 import contextlib
 import faulthandler
+import functools
 import json
 import os
 import subprocess
@@ -13,16 +14,22 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import pytest
-from sqlalchemy import Engine, event
+from sqlalchemy import Engine, Pool, event, text
 
-from kkt_buffer import Receipt, ReceiptRepository, ReceiptStatus
+from kkt_buffer import Receipt, ReceiptRepository, ReceiptStatus, create_buffer_engine
+from kkt_buffer.backend import backend_of
+
+if TYPE_CHECKING:
+    import sqlite3
 
 T = TypeVar("T")
 
 NOON = 1_772_366_400  # 2026-03-01 12:00 UTC
+STATUSES = tuple(str(status) for status in ReceiptStatus)
 PROOF = bool(os.environ.get("KKT_BUFFER_PROOF"))  # `make proof`: deeper, and nothing may be left out
 
 
@@ -44,6 +51,15 @@ def a_document(**fields: Any) -> dict[str, Any]:
 def new_receipt(**fields: Any) -> dict[str, Any]:
     """What `insert_receipt` takes."""
     return {"pos_id": "till-1", "fiscal_doc": json.dumps(a_document(), ensure_ascii=False), **fields}
+
+
+def a_foreign_receipt(engine: Engine, receipt_id: str, **columns: Any) -> None:
+    """A row as a program writes it that knows no more than the columns which the first schema demanded."""
+    row = {"pos_id": "till-1", "created_at": 5, "hlc_local_time": 5, "hlc_logical_counter": 0, "fiscal_doc": "{}"}
+    row |= {"id": receipt_id, **columns}
+    names, values = ", ".join(row), ", ".join(f":{name}" for name in row)
+    with engine.begin() as connection:
+        connection.execute(text(f"INSERT INTO receipts ({names}) VALUES ({values})"), row)
 
 
 def a_receipt(repository: ReceiptRepository, status: str = "pending", **fields: Any) -> Receipt:
@@ -82,6 +98,25 @@ def together(n: int, work: Callable[[int], T]) -> list[T]:
         return [future.result() for future in futures]
     finally:
         executor.shutdown()
+
+
+def snapshot(engine: Engine) -> dict[str, list[tuple[object, ...]]]:
+    """All rows of the tables, and the counts: what a refused call must leave as it was."""
+    tables = {"receipts": "id", "dlq": "id", "buffer_events": "id", "config": "key", "v_buffer_status": "pending"}
+    with engine.connect() as connection:
+        return {
+            table: [tuple(row) for row in connection.execute(text(f"SELECT * FROM {table} ORDER BY {key}"))]
+            for table, key in tables.items()
+        }
+
+
+def stamps(receipts: Iterable[Receipt]) -> list[tuple[int, int]]:
+    return [(receipt.hlc_local_time, receipt.hlc_logical_counter) for receipt in receipts]
+
+
+def story(repository: ReceiptRepository, receipt_id: str) -> list[str]:
+    """The types of a receipt's events, oldest first."""
+    return [event.event_type for event in reversed(repository.get_events(receipt_id=receipt_id))]
 
 
 def an_id() -> str:
@@ -124,19 +159,68 @@ def start_python(program: str, *arguments: object, before: Iterable[str] = (), *
     )
 
 
+@functools.cache
+def driver() -> ModuleType:
+    """The SQLite library that the package uses. A second library in one process would cancel the locks of the first."""
+    engine = create_buffer_engine(":memory:")
+    try:
+        return backend_of(engine).driver
+    finally:
+        engine.dispose()
+
+
+@contextlib.contextmanager
+def another_program(path: Path, **options: Any) -> "Iterator[sqlite3.Connection]":
+    """A connection as another program opens it: of plain SQLite, in autocommit, closed at the end of the block."""
+    with contextlib.closing(driver().connect(path, isolation_level=None, **options)) as connection:
+        yield connection
+
+
 @contextlib.contextmanager
 def commits(engine: Engine) -> Iterator[list[str]]:
-    """The COMMITs that SQLite runs meanwhile, by whatever way they reach it."""
+    """The COMMITs that the database runs meanwhile; in SQLite, by whatever way they reach it."""
     seen: list[str] = []
+
+    def committed(_connection: object) -> None:
+        seen.append("COMMIT")
 
     def trace(connection: Any, *_: object) -> None:
         connection.set_trace_callback(lambda statement: seen.append(statement) if statement == "COMMIT" else None)
 
-    engine.pool.dispose()  # so that every connection comes by
-    event.listen(engine, "connect", trace)
+    def untrace(connection: Any, *_: object) -> None:
+        connection.set_trace_callback(None)
+
+    if engine.dialect.name != "sqlite":
+        event.listen(engine, "commit", committed)
+        yield seen
+        event.remove(engine, "commit", committed)
+        return
+    event.listen(engine, "checkout", trace)
+    event.listen(engine, "checkin", untrace)
     yield seen
-    event.remove(engine, "connect", trace)
-    engine.pool.dispose()
+    event.remove(engine, "checkout", trace)
+    event.remove(engine, "checkin", untrace)
+
+
+@contextlib.contextmanager
+def checkouts() -> Iterator[list[object]]:
+    """The pooled connections that are in use, of those taken since the block began, from whichever pool."""
+    taken: list[object] = []
+
+    def took(_connection: object, record: object, _proxy: object) -> None:
+        taken.append(record)
+
+    def gave(_connection: object, record: object) -> None:
+        if record in taken:
+            taken.remove(record)
+
+    event.listen(Pool, "checkout", took)
+    event.listen(Pool, "checkin", gave)
+    try:
+        yield taken
+    finally:
+        event.remove(Pool, "checkout", took)
+        event.remove(Pool, "checkin", gave)
 
 
 def open_files(path: Path) -> list[str]:
@@ -150,5 +234,9 @@ def open_files(path: Path) -> list[str]:
 
 def everything(path: Path) -> list[str]:
     """All that a database holds, as SQL, read by a process of its own."""
-    program = "import sqlite3, sys; print(*sqlite3.connect(sys.argv[1]).iterdump(), sep='\\n')"
+    program = """
+        import contextlib, sqlite3, sys
+        with contextlib.closing(sqlite3.connect(sys.argv[1])) as db:
+            print(*db.iterdump(), sep="\\n")
+    """
     return run_python(program, path).stdout.splitlines()

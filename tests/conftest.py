@@ -1,11 +1,12 @@
 """The databases that tests work on: each one was made by the migrations."""
 
+import contextlib
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from builders import Clock
+from builders import STATUSES, Clock, a_receipt
 from sqlalchemy import Engine
 
 from kkt_buffer import ReceiptRepository, create_buffer_engine, upgrade
@@ -17,12 +18,35 @@ def clock() -> Clock:
 
 
 @pytest.fixture
-def engine() -> Iterator[Engine]:
-    """A migrated buffer in memory, for what needs no file."""
-    engine = create_buffer_engine(":memory:")
+def open_engine() -> Iterator[Callable[..., Engine]]:
+    """`create_buffer_engine`; the engines that it has made are disposed of after the test."""
+    with contextlib.ExitStack() as stack:
+
+        def opened(*arguments: object, **options: object) -> Engine:
+            engine = create_buffer_engine(*arguments, **options)  # type: ignore[arg-type]
+            stack.callback(engine.dispose)
+            return engine
+
+        yield opened
+
+
+@pytest.fixture
+def memory_engine(open_engine: Callable[..., Engine]) -> Engine:
+    """A migrated SQLite buffer in memory, for what needs no file."""
+    engine = open_engine(":memory:")
     upgrade(engine)
-    yield engine
-    engine.dispose()
+    return engine
+
+
+# The fixture that opens a migrated, empty buffer, for each database that the package supports.
+ENGINES = {"sqlite": "memory_engine"}
+
+
+@pytest.fixture(params=ENGINES.values(), ids=ENGINES)
+def engine(request: pytest.FixtureRequest) -> Engine:
+    """A migrated, empty buffer: what holds on every database is tested on every database."""
+    engine: Engine = request.getfixturevalue(request.param)
+    return engine
 
 
 @pytest.fixture
@@ -47,10 +71,19 @@ def path(migrated_file: Path, tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def file_engine(path: Path) -> Iterator[Engine]:
+def used(path: Path) -> Path:
+    """A buffer on disk with a receipt of every status, that nobody has open."""
     engine = create_buffer_engine(path)
-    yield engine
+    repository = ReceiptRepository(engine, now=Clock())
+    for status in STATUSES:
+        a_receipt(repository, status)
     engine.dispose()
+    return path
+
+
+@pytest.fixture
+def file_engine(path: Path, open_engine: Callable[..., Engine]) -> Engine:
+    return open_engine(path)
 
 
 @pytest.fixture

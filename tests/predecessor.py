@@ -1,12 +1,18 @@
-"""Files as the hand-written `sqlite3` module left them in the field, with all that went wrong there."""
+"""Files as the hand-written `sqlite3` module left them in the field, with the damage that was found there."""
 
+import importlib
+import importlib.util
 import json
 import random
-import sqlite3
 import uuid
 from contextlib import closing
 
 from builders import NOON
+
+from kkt_buffer import check, create_buffer_engine, upgrade
+
+# The SQLite library that the package uses: a second one in this process would cancel its locks.
+driver = importlib.import_module("pysqlite3" if importlib.util.find_spec("pysqlite3") else "sqlite3")
 
 DDL = """
 PRAGMA journal_mode = WAL;
@@ -119,7 +125,7 @@ def statements():
     found, so_far = [], ""
     for line in DDL.replace("PRAGMA journal_mode = WAL;", "").splitlines(keepends=True):
         so_far += line
-        if sqlite3.complete_statement(so_far):
+        if driver.complete_statement(so_far):
             found.append(so_far)
             so_far = ""
     return found
@@ -128,7 +134,7 @@ def statements():
 def make(path, rows=0, *, neighbours=True):
     """Make such a file with this many receipts, most of them delivered, and some of everything."""
     chance = random.Random(rows)
-    with closing(sqlite3.connect(path)) as db:
+    with closing(driver.connect(path)) as db:
         db.executescript(DDL + (NEIGHBOURS if neighbours else ""))
         db.execute("INSERT INTO config VALUES ('shop', 'Ромашка', ?)", (NOON,))
         for number in range(rows):
@@ -151,3 +157,61 @@ def make(path, rows=0, *, neighbours=True):
                 )
         db.commit()
     return path
+
+
+def rows(path, table):
+    """The rows of a table by their first column, as SQLite has them."""
+    with closing(driver.connect(path)) as db:
+        db.row_factory = driver.Row
+        return {row[0]: dict(row) for row in db.execute(f"SELECT * FROM {table}")}
+
+
+def run(path, *statements):
+    """Change a file of the predecessor by hand."""
+    with closing(driver.connect(path, isolation_level=None)) as db:
+        for statement in statements:
+            db.execute(*((statement,) if isinstance(statement, str) else statement))
+
+
+def adopt(path):
+    engine = create_buffer_engine(path)
+    try:
+        upgrade(engine)
+        check(engine)
+    finally:
+        engine.dispose()
+
+
+def repairs(path, receipt_id):
+    """What the events say was found in a receipt, and what it became."""
+    events = [
+        row
+        for row in rows(path, "buffer_events").values()
+        if row["event_type"] == "receipt_repaired" and row["receipt_id"] == receipt_id
+    ]
+    return [(details["found"], details["became"]) for details in (json.loads(row["metadata"]) for row in events)]
+
+
+FIELDS = {
+    "id": "r",
+    "pos_id": "till-1",
+    "created_at": NOON,
+    "hlc_local_time": NOON,
+    "hlc_logical_counter": 0,
+    "hlc_server_time": None,
+    "fiscal_doc": DOCUMENT,
+    "status": "pending",
+    "retry_count": 0,
+    "last_error": None,
+    "synced_at": None,
+}
+
+
+def receipt(**fields):
+    return RECEIPT, list((FIELDS | fields).values())
+
+
+def letter(receipt_id="r", *, failed_at=NOON, resolved_at=None, resolved_by=None, letter_id=None):
+    name = letter_id or f"letter {failed_at}"
+    row = (name, receipt_id, failed_at, "rejected", DOCUMENT, 20, "no", resolved_at, resolved_by)
+    return LETTER, row

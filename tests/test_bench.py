@@ -28,6 +28,14 @@ class TestBench:
         assert "--quick" in done.stdout.splitlines()[-1]
         assert [found] == list(tmp_path.iterdir()), "it has left files behind"
 
+    def test_compare(self, tmp_path):
+        """Two versions are measured by the same blocks; here, one with itself."""
+        source = Path(__file__).parents[1] / "src"
+        done = run(BENCH.with_name("compare.py"), source, source, "--rounds", "2", "--dir", tmp_path)
+        assert done.returncode == 0, done.stderr
+        assert len(done.stdout.splitlines()) == 9
+        assert [] == list(tmp_path.iterdir()), "it has left files behind"
+
     def test_unknown_section(self, tmp_path):
         """A section that does not exist is not left out in silence."""
         done = bench("--only", "nothing", "--dir", tmp_path)
@@ -36,5 +44,9 @@ class TestBench:
 
 
 def bench(*arguments):
-    command = [sys.executable, str(BENCH), *map(str, arguments)]
+    return run(BENCH, *arguments)
+
+
+def run(*arguments):
+    command = [sys.executable, *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)

@@ -9,6 +9,7 @@ import pytest
 
 import kkt_buffer
 from kkt_buffer import (
+    AcknowledgedReceiptError,
     BufferBusyError,
     BufferDamagedError,
     BufferFullError,
@@ -47,6 +48,7 @@ ERRORS = [
         ValueError,
         {"receipt_id": UUID_TEXT, "status": "synced", "wanted": "failed"},
     ),
+    (AcknowledgedReceiptError(), ReceiptBufferError, {}),
     (
         LeaseLostError(UUID_TEXT, ReceiptStatus.PENDING),
         ReceiptBufferError,
@@ -68,7 +70,7 @@ ERRORS = [
     (BufferBusyError("locked"), BufferStorageError, {}),
     (BufferDamagedError("not a database"), BufferStorageError, {}),
     (DeliveryRejected("unknown tax rate"), ReceiptBufferError, {}),
-    (DeliveryUnavailable("no route to the operator"), ReceiptBufferError, {}),
+    (DeliveryUnavailable("no route to the OFD"), ReceiptBufferError, {}),
 ]
 
 every_error = pytest.mark.parametrize(
@@ -148,7 +150,7 @@ class TestMessages:
 
     def test_config(self):
         """The message says how to put it right."""
-        message = "config lease_seconds is 'soon', expected a number; put it right with set_config('lease_seconds', …)"
+        message = "config lease_seconds is 'soon', expected a number; correct it with set_config('lease_seconds', …)"
         assert message == str(InvalidConfigError("lease_seconds", "soon", "a number"))
 
     def test_drift(self):

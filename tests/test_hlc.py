@@ -3,12 +3,10 @@
 import operator
 import os
 import time
-from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
-from threading import Barrier
 
 import pytest
-from builders import NOON, Clock
+from builders import NOON, Clock, together
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -165,7 +163,7 @@ class TestResume:
 
     @pytest.mark.parametrize("server_time", [0, NOON - 1000, NOON + 1000])
     def test_server_time(self, server_time):
-        """The operator's time says nothing about our clock."""
+        """The OFD's time says nothing about our clock."""
         last = HybridTimestamp(NOON + 5, 4, server_time)
         assert HybridTimestamp(NOON + 5, 5) == HybridLogicalClock(last, now=Clock()).now()
         assert HybridTimestamp(NOON + 5, 5) == HybridLogicalClock(last, now=Clock()).update(HybridTimestamp(NOON, 9))
@@ -204,7 +202,7 @@ class TestUpdate:
     @pytest.mark.parametrize("server_time", [0, NOON + 10 * MAX_DRIFT_SECONDS])
     @pytest.mark.parametrize(("local_time", "expected"), [(NOON + 1, (NOON + 2, 5)), (NOON + 3, (NOON + 3, 8))])
     def test_server_time(self, local_time, expected, server_time):
-        """The operator's time on a remote timestamp neither moves our clock nor is taken for drift."""
+        """The OFD's time on a remote timestamp neither moves our clock nor is taken for drift."""
         hlc = HybridLogicalClock(HybridTimestamp(NOON + 2, 4), now=Clock())
         assert HybridTimestamp(*expected) == hlc.update(HybridTimestamp(local_time, 7, server_time))
 
@@ -258,15 +256,12 @@ class TestThreads:
             return NOON
 
         hlc = HybridLogicalClock(now=wall)
-        start = Barrier(16)
 
         def work(number):
-            start.wait()
             remote = HybridTimestamp(NOON, number)
             return [hlc.update(remote) if turn % 2 else hlc.now() for turn in range(100)]
 
-        with ThreadPoolExecutor(16) as pool:
-            of_each = list(pool.map(work, range(16)))
+        of_each = together(16, work)
         assert 16 * 100 == len({timestamp for own in of_each for timestamp in own})
         assert [True] * 16 == [in_order(own) for own in of_each]
 

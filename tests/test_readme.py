@@ -7,7 +7,7 @@ from pathlib import Path
 from builders import run_python
 
 from kkt_buffer import ReceiptRepository, errors
-from kkt_buffer.models import CONFIG_RULES
+from kkt_buffer.config import CONFIG_RULES
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -20,7 +20,7 @@ class TestCode:
         assert run_python(BLOCKS[0], cwd=tmp_path).stdout == "{'totalSum': 6490, 'items': []} 1\n"
 
     def test_all_blocks(self, tmp_path):
-        """So do all blocks in their order; the endpoint takes a receipt, twice is once, and tells of a full buffer."""
+        """So do all blocks in their order; the endpoint takes a receipt, is idempotent, and tells of a full buffer."""
         use = """
 from fastapi.testclient import TestClient
 
@@ -46,7 +46,7 @@ with TestClient(app) as client:
         assert printed.splitlines()[-2:] == ["3", "3"]
 
     def test_breaker(self, tmp_path):
-        """The example's breaker opens after five outages in a row, leaves the operator alone, and closes again."""
+        """The example's breaker opens after five outages in a row, leaves the OFD alone, and closes again."""
         use = """
 online = False
 breaker = Breaker()
@@ -93,3 +93,13 @@ class TestTables:
     def test_python_version(self):
         """The Python that runs this is one that the README allows."""
         assert sys.version_info >= (3, 11)
+
+
+def test_tests_named():
+    """What the README of the tests names is there: files, the tests and classes in them, and folders."""
+    tests = Path(__file__).parent
+    table = (tests / "README.md").read_text()
+    for file, names in re.findall(r"`([a-z_/]+\.py)`(?:: ((?:(?:test_|Test)\w+(?:, )?)+))?", table):
+        source = (tests / file).read_text()
+        assert [] == [name for name in names.split(", ") if name and not re.search(rf"(def|class) {name}\b", source)]
+    assert all((tests / folder).is_dir() for folder in re.findall(r"^\| `(\w+)/`", table, re.MULTILINE))

@@ -1,15 +1,15 @@
 """
-Create the receipt buffer, or take over the one of the sqlite3 version.
+Create the receipt buffer, or adopt the one of the sqlite3 version.
 
-Danger: the downgrade drops every table of the buffer. It refuses while there are receipts, or a history of them. What
-was taken over does not go back: that file was backed up beside itself.
+Danger: the downgrade drops every table of the buffer. It refuses while there are receipts, dead letters, events or
+changed settings. It does not restore the tables of the sqlite3 version: use the backup made at the adoption.
 """
+
+from pathlib import Path
 
 import sqlalchemy as sa
 from alembic import op
-from alembic.util import CommandError
-
-from kkt_buffer.adoption import Predecessor
+from alembic.util import CommandError, load_python_file
 
 revision = "0001"
 down_revision = None
@@ -177,7 +177,8 @@ HLC_ORDER = "COALESCE(hlc_server_time, hlc_local_time)"
 
 
 def upgrade() -> None:
-    predecessor = Predecessor(op.get_bind())
+    adoption = load_python_file(Path(__file__).parents[1], "adoption.py")
+    predecessor = adoption.Predecessor(op.get_bind())
     predecessor.set_aside()
     op.create_table(
         "receipts",
@@ -270,7 +271,7 @@ def upgrade() -> None:
         sa.Column("value", sa.Integer(), nullable=False),
         sa.PrimaryKeyConstraint("name", name=op.f("pk_buffer_counts")),
     )
-    predecessor.take_over()
+    predecessor.adopt()
     now = sa.text("unixepoch()")
     for key, value in CONFIG.items():
         op.execute(sa.insert(config).prefix_with("OR IGNORE").values(key=key, value=value, updated_at=now))
@@ -283,7 +284,7 @@ def upgrade() -> None:
 
 def downgrade() -> None:
     for table, what in (("receipts", "receipts"), ("dlq", "dead letters"), ("buffer_events", "events")):
-        held = op.get_bind().scalar(sa.text(f"SELECT COUNT(*) FROM {table}"))  # noqa: S608 (the names above)
+        held = op.get_bind().scalar(sa.text(f"SELECT COUNT(*) FROM {table}"))
         if held:
             raise CommandError(
                 f"refusing to drop the buffer: it holds {held} {what}. Nothing was changed. "
@@ -293,7 +294,7 @@ def downgrade() -> None:
     own = [row.key for row in stored if CONFIG.get(row.key) != row.value]
     if own:
         raise CommandError(
-            f"refusing to drop the buffer: its settings are its own ({', '.join(own)}). Nothing was changed. "
+            f"refusing to drop the buffer: it has changed settings ({', '.join(own)}). Nothing was changed. "
             "Keep a backup and delete the file yourself."
         )
     op.execute("DROP VIEW v_buffer_status")

@@ -1,9 +1,9 @@
 """
-Add leases, backoff, and how a dead letter was closed.
+Add leases, backoff, and the resolution of a dead letter.
 
-Danger: nobody holds a lease on what was `syncing` before there were leases, so it becomes pending again, and may be
-sent a second time. The downgrade does the same with what is leased, and forgets when the next attempt was due; it
-refuses once a dead letter was requeued or resolved, because the older schema cannot tell the two apart.
+Danger: receipts that were `syncing` before leases existed become pending, and may be sent a second time. The downgrade
+does the same with leased receipts, and forgets their next attempt times. It refuses if a dead letter was requeued or
+resolved, because the older schema cannot store the difference.
 """
 
 import sqlalchemy as sa
@@ -43,7 +43,7 @@ LEASE = (
 
 
 def index_pending(*more: str) -> None:
-    """Make the two indexes on what is pending anew, with more columns at their end."""
+    """Create the two indexes on pending receipts again, with `more` columns at the end."""
     for name, first in (("idx_receipts_status", []), ("idx_receipts_pos_id", ["pos_id"])):
         op.drop_index(name, "receipts")
         op.create_index(
@@ -59,10 +59,10 @@ def upgrade() -> None:
     op.add_column("receipts", sa.Column("next_attempt_at", sa.Integer(), nullable=True))
     op.add_column("receipts", sa.Column("lease_token", sa.Text(), nullable=True))
     op.add_column("receipts", sa.Column("lease_taken_at", sa.Integer(), nullable=True))
-    # The rule of the lease comes with its last column, so that the table need not be rebuilt.
+    # The CHECK is added with the last lease column, so that the table need not be rebuilt.
     op.execute(f"ALTER TABLE receipts ADD COLUMN lease_expires_at INTEGER CONSTRAINT ck_receipts_lease CHECK ({LEASE})")
     op.add_column("dlq", sa.Column("resolution", sa.Text(), nullable=True))
-    # What another program has closed stays null, which counts as resolved.
+    # Null stays for dead letters that another program closed; it counts as resolved.
     op.execute("UPDATE dlq SET resolution = 'delivered' WHERE resolved_by = 'delivery'")
     index_pending("next_attempt_at")
     op.create_index(
@@ -80,8 +80,8 @@ def downgrade() -> None:
     closed = op.get_bind().scalar(sa.text("SELECT COUNT(*) FROM dlq WHERE resolution IN ('requeued', 'resolved')"))
     if closed:
         raise CommandError(
-            f"refusing to forget what became of {closed} dead letters that an operator requeued or resolved. Nothing "
-            "was changed. Prune them when their retention is over, or keep this release."
+            f"refusing to forget the resolution of {closed} dead letters that an operator requeued or resolved. "
+            "Nothing was changed. Prune them when their retention is over, or keep this release."
         )
     for name in ("trg_receipt_requeued", "trg_receipt_resolved"):
         op.execute(f"DROP TRIGGER {name}")
@@ -92,7 +92,7 @@ def downgrade() -> None:
         "UPDATE receipts SET status = 'pending', lease_token = NULL, lease_taken_at = NULL, lease_expires_at = NULL"
         " WHERE status = 'syncing'"
     )
-    # The rule of the lease goes with its column, so that one goes first.
+    # The CHECK belongs to the column lease_expires_at, so drop that one first.
     for column in ("lease_expires_at", "lease_taken_at", "lease_token", "next_attempt_at"):
         op.execute(f"ALTER TABLE receipts DROP COLUMN {column}")
     op.execute("ALTER TABLE dlq DROP COLUMN resolution")

@@ -6,7 +6,9 @@ A receipt that the buffer acknowledged is never lost, never duplicated and never
 """
 
 from kkt_buffer.delivery import DeliveryReport, Outcome, deliver_pending
+from kkt_buffer.engine import create_buffer_engine
 from kkt_buffer.errors import (
+    AcknowledgedReceiptError,
     BufferBusyError,
     BufferDamagedError,
     BufferFullError,
@@ -25,11 +27,20 @@ from kkt_buffer.errors import (
 )
 from kkt_buffer.hlc import HybridLogicalClock, HybridTimestamp
 from kkt_buffer.migrate import check, current, upgrade
-from kkt_buffer.models import BufferEvent, ConfigEntry, DeadLetter, EventType, Receipt, ReceiptStatus, Resolution
+from kkt_buffer.models import (
+    BufferEvent,
+    ConfigEntry,
+    DeadLetter,
+    EventType,
+    Receipt,
+    ReceiptStatus,
+    Resolution,
+    metadata,
+)
 from kkt_buffer.repository import BufferStatus, IntegrityReport, PruneReport, ReceiptRepository
-from kkt_buffer.sqlite.engine import create_buffer_engine
 
 __all__ = [
+    "AcknowledgedReceiptError",
     "BufferBusyError",
     "BufferDamagedError",
     "BufferEvent",
@@ -64,5 +75,6 @@ __all__ = [
     "create_buffer_engine",
     "current",
     "deliver_pending",
+    "metadata",
     "upgrade",
 ]

@@ -1,8 +1,7 @@
-"""`python -m kkt_buffer`: see `cli`."""
+"""Run the `kkt-buffer` command as `python -m kkt_buffer`; see `cli`."""
 
 import sys
 
 from kkt_buffer.cli import main
 
-if __name__ == "__main__":
-    sys.exit(main())
+sys.exit(main())

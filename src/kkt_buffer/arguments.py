@@ -1,36 +1,41 @@
 """
-What callers hand in: checked, named in the error when it is wrong, and turned into what is stored.
+Check the arguments of operations and convert them to the values that are stored.
 
-A value of the wrong type is a `TypeError`, a wrong value a `ValueError`; nothing here touches the database.
+A value of the wrong type raises `TypeError`, a wrong value `ValueError`; the error names the argument. Nothing here
+touches the database.
 """
 
 import json
 import math
 import re
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from decimal import Decimal
 from typing import Any, NamedTuple, NoReturn
 
-MAX_INTEGER = 2**63 - 1  # what an INTEGER column holds
+from kkt_buffer.config import CONFIG_RULES
+from kkt_buffer.models import EventType, ReceiptStatus
+
+MAX_INTEGER = 2**63 - 1  # the greatest value of an INTEGER column
 MAX_NOTE_LENGTH = 2000  # characters of an error, a reason or a name; the rest is cut
 MAX_QUOTE_LENGTH = 60  # characters of a wrong value that an error repeats
 MAX_DOCUMENT_LENGTH = 64 * 1024 * 1024  # characters; the largest real documents have some 24,000
 
-_UUID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
+UUID_TEXT = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 _ESCAPED_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
 class NewReceipt(NamedTuple):
-    """A receipt as the caller gave it, ready to be stored."""
+    """A checked receipt, ready to be stored."""
 
     id: str
     pos_id: str
     fiscal_doc: str
+    exist_ok: bool = False
 
 
-def new_receipt(data: Mapping[str, Any]) -> NewReceipt:
-    """Read the mapping that `insert_receipt` takes."""
+def new_receipt(data: Mapping[str, Any], *, exist_ok: bool = False) -> NewReceipt:
+    """Check the mapping that `insert_receipt` takes."""
     if not isinstance(data, Mapping):
         raise TypeError(f"receipt_data: expected a mapping with pos_id and fiscal_doc, got {_kind(data)}")
     for field in ("pos_id", "fiscal_doc"):
@@ -44,29 +49,44 @@ def new_receipt(data: Mapping[str, Any]) -> NewReceipt:
         id=str(uuid.uuid4()) if given is None else receipt_id(given),
         pos_id=name("pos_id", data["pos_id"]),
         fiscal_doc=document(data["fiscal_doc"]),
+        exist_ok=exist_ok,
     )
+
+
+def new_receipts(many: Iterable[Mapping[str, Any]], *, exist_ok: bool = False) -> list[NewReceipt]:
+    """Check the receipts that `insert_receipts` takes; a note on the error gives the position of the wrong one."""
+    if isinstance(many, Mapping) or not isinstance(many, Iterable):
+        raise TypeError(f"many: expected several receipts, got {_kind(many)}")
+    receipts = []
+    for position, data in enumerate(many):
+        try:
+            receipts.append(new_receipt(data, exist_ok=exist_ok))
+        except (TypeError, ValueError) as error:
+            error.add_note(f"in receipt {position} of the batch, counting from 0; nothing was stored")
+            raise
+    return receipts
 
 
 def receipt_id(value: object) -> str:
     """The id of a new receipt: a UUID or its text, as 36 lower-case characters."""
     text = lookup_id(value)
-    if not _UUID.fullmatch(text):
+    if not UUID_TEXT.fullmatch(text):
         raise ValueError(f"id: expected a UUID such as 123e4567-e89b-42d3-a456-426614174000, got {_short(value)}")
     return text
 
 
 def lookup_id(value: object) -> str:
-    """An id to look for: adopted receipts may have ids that are no UUID."""
+    """An id to look up: the ids of adopted receipts need not be UUIDs."""
     if isinstance(value, uuid.UUID):
         return str(value)
     if not isinstance(value, str):
         raise TypeError(f"id: expected a UUID or its text, got {_kind(value)}")
     lowered = value.lower()
-    return lowered if _UUID.fullmatch(lowered) else _storable("id", value)
+    return lowered if UUID_TEXT.fullmatch(lowered) else _storable("id", value)
 
 
 def name(field: str, value: object) -> str:
-    """A short text that identifies something, kept as it is."""
+    """A short text that identifies something, stored unchanged."""
     if not isinstance(value, str):
         raise TypeError(f"{field}: expected a text, got {_kind(value)}")
     if not value.strip():
@@ -79,7 +99,7 @@ def name(field: str, value: object) -> str:
 
 
 def note(field: str, value: object) -> str:
-    """A remark for people: what cannot be stored is escaped and what is too long is cut, so that it is never lost."""
+    """A remark for people. Characters that cannot be stored are escaped and long text is cut, so it is not refused."""
     if not isinstance(value, str):
         raise TypeError(f"{field}: expected a text, got {_kind(value)}")
     if not value.strip():
@@ -88,8 +108,43 @@ def note(field: str, value: object) -> str:
     return value if len(value) <= MAX_NOTE_LENGTH else value[: MAX_NOTE_LENGTH - 1] + "…"
 
 
+def status(value: object) -> ReceiptStatus:
+    """The status with this name."""
+    if not isinstance(value, str) or value not in set(ReceiptStatus):
+        raise ValueError(f"Invalid status: {value!r}; expected {', '.join(ReceiptStatus)}")
+    return ReceiptStatus(value)
+
+
+def event_type(value: object) -> str:
+    """The name of an event type, to filter events by."""
+    if not isinstance(value, str) or value not in set(EventType):
+        raise ValueError(f"event_type: expected one of {', '.join(EventType)}, got {value!r}")
+    return value
+
+
+def own_event_type(value: object) -> str:
+    """The name of an event type that callers may write: only triggers write facts about receipts."""
+    if not isinstance(value, str) or value not in set(EventType) or EventType(value).is_fact:
+        own = ", ".join(kind for kind in EventType if not kind.is_fact)
+        raise ValueError(f"event_type: expected one of {own}, got {value!r}")
+    return value
+
+
+def setting(key: str, value: object) -> int:
+    """An int within the bounds of a setting."""
+    number = CONFIG_RULES[key].parse(value)
+    if number is None:
+        raise ValueError(f"{key}: expected {CONFIG_RULES[key].expected}, got {value!r}")
+    return number
+
+
+def setting_text(key: str, value: object) -> str:
+    """The value of a setting as text: an int for a key that the buffer reads, any text for the caller's own keys."""
+    return str(setting(key, value)) if key in CONFIG_RULES else name("value", value)
+
+
 def whole_number(field: str, value: object, minimum: int) -> int:
-    """An int from `minimum` to what a column holds; a bool is none."""
+    """An int from `minimum` to `MAX_INTEGER`; a bool is rejected."""
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{field}: expected a whole number of {minimum} or more, got {_kind(value)}")
     if not minimum <= value <= MAX_INTEGER:
@@ -97,11 +152,20 @@ def whole_number(field: str, value: object, minimum: int) -> int:
     return value
 
 
+def moment(value: object) -> int:
+    """The value that the clock `now` of a repository returned, as whole Unix seconds."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"now: expected a function that returns Unix seconds, got {_kind(value)} from it")
+    if not math.isfinite(value) or abs(value) > MAX_INTEGER // 2:
+        raise ValueError(f"now: expected a function that returns Unix seconds, got {value!r} from it")
+    return int(value)
+
+
 def document(value: object) -> str:
     """
     The fiscal document as the text to store.
 
-    A text is kept byte for byte, once it is known to be a JSON object. A mapping becomes compact JSON.
+    Text must be a JSON object and is stored byte for byte. A mapping becomes compact JSON.
     """
     if isinstance(value, str):
         text = value
@@ -125,7 +189,7 @@ def document(value: object) -> str:
 
 
 def details(value: object) -> dict[str, Any] | None:
-    """The metadata of an event: a mapping that JSON can hold."""
+    """The metadata of an event: None, or a mapping that can be written as JSON."""
     if value is None:
         return None
     if not isinstance(value, Mapping):
@@ -139,7 +203,7 @@ def _decoded(text: str) -> object:
     try:
         return _decoder.decode(text)
     except RecursionError:
-        raise ValueError("fiscal_doc: expected JSON of sane depth, this is nested too deeply") from None
+        raise ValueError("fiscal_doc: expected JSON, but it is nested too deeply") from None
     except json.JSONDecodeError as error:
         raise ValueError(f"fiscal_doc: expected JSON, but {error}") from error
     except ValueError as error:
@@ -147,7 +211,7 @@ def _decoded(text: str) -> object:
 
 
 def _refuse_constant(constant: str) -> NoReturn:
-    raise ValueError(f"expected JSON, which has no {constant}")
+    raise ValueError(f"expected JSON, in which {constant} is not allowed")
 
 
 def _finite(text: str) -> float:
@@ -157,13 +221,13 @@ def _finite(text: str) -> float:
     return value
 
 
-# json.loads would make one for every receipt.
+# One for all receipts: with these options json.loads would create a decoder for each document.
 _decoder = json.JSONDecoder(parse_constant=_refuse_constant, parse_float=_finite)
 
 
 def _encoded(value: object, field: str = "fiscal_doc") -> str:
     try:
-        return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"), default=_plain)
+        return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"), default=_json_value)
     except RecursionError:
         raise ValueError(f"{field}: nested too deeply") from None
     except (TypeError, ValueError) as error:
@@ -172,7 +236,7 @@ def _encoded(value: object, field: str = "fiscal_doc") -> str:
 
 
 def _refuse_other_keys(value: object) -> None:
-    """A key that is no text would be written as one, and might meet another of the same name."""
+    """Refuse keys that are not text: json.dumps would convert them to text, and two keys could become equal."""
     if isinstance(value, Mapping):
         for key, inner in value.items():
             if not isinstance(key, str):
@@ -183,9 +247,9 @@ def _refuse_other_keys(value: object) -> None:
             _refuse_other_keys(inner)
 
 
-def _plain(value: object) -> object:
+def _json_value(value: object) -> object:
     if isinstance(value, Decimal):
-        # As the float that is written the same; a number that a float would change is refused.
+        # Only if the float is written with the same value.
         number = float(value)
         if not math.isfinite(number) or Decimal(repr(number)) != value:
             raise ValueError(f"{value} would change as a JSON number; pass it as a text or a whole number")
@@ -200,7 +264,7 @@ def _storable(field: str, text: str) -> str:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
         raise ValueError(
-            f"{field}: holds a lone surrogate (U+{ord(text[error.start]):04X}), which is no character and cannot be "
+            f"{field}: holds a lone surrogate (U+{ord(text[error.start]):04X}), which is not a character and cannot be "
             "stored"
         ) from None
     return text

@@ -1,24 +1,24 @@
 """
-The functional interface: the operations of one default repository, for services that need no more than one buffer.
+The functional interface: the operations of one default repository, for services that need only one buffer.
 
-Every function here does what the `ReceiptRepository` method of the same name does; that is where it is documented.
+Each function has the signature and the docstring of the `ReceiptRepository` method with the same name.
 """
 
+import functools
+import inspect
 import os
 import threading
-import uuid
-from collections.abc import Iterable, Mapping
-from contextlib import AbstractContextManager
-from typing import Any
+from collections.abc import Callable
+from typing import Concatenate, ParamSpec, TypeVar
 
 from sqlalchemy import URL, Engine
-from sqlalchemy.orm import Session
 
 from kkt_buffer import delivery, migrate
-from kkt_buffer.delivery import DeliveryReport, Send
-from kkt_buffer.models import BufferEvent, DeadLetter, Receipt
-from kkt_buffer.repository import BufferStatus, ReceiptRepository
-from kkt_buffer.sqlite.engine import create_buffer_engine
+from kkt_buffer.engine import create_buffer_engine
+from kkt_buffer.repository import ReceiptRepository
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 DEFAULT_PATH = "data/buffer.db"
 PATH_VARIABLE = "BUFFER_DB_PATH"
@@ -26,21 +26,20 @@ PATH_VARIABLE = "BUFFER_DB_PATH"
 _lock = threading.RLock()
 _engine: Engine | None = None
 _repository: ReceiptRepository | None = None
-_refused: str | os.PathLike[str] | URL | None = (
-    None  # the buffer that could not be opened: no other one stands in for it
-)
+# The buffer that could not be opened. The next use tries it again, instead of opening another one.
+_refused: str | os.PathLike[str] | URL | None = None
 
 
 def init_buffer_db(db_path: str | os.PathLike[str] | URL | None = None, *, upgrade: bool = True) -> Engine:
     """
-    Open the default buffer, made and upgraded where needed, and return its engine.
+    Open the default buffer, create and upgrade it if needed, and return its engine.
 
     `db_path` is a path, an SQLite URL or `":memory:"`; without it, the environment's BUFFER_DB_PATH, else
     `data/buffer.db`. Safe when several processes start at once. A second call closes the first engine. With
-    `upgrade=False` the schema must be that of this release already.
+    `upgrade=False` the file must exist and have the schema of this release.
 
     Raises `BufferStorageError`, `BufferDamagedError` or `SchemaError` if this buffer cannot be used; the one that was
-    open before stays.
+    open before stays open.
     """
     global _engine, _repository, _refused  # noqa: PLW0603 (as in close_buffer_db)
     with _lock:
@@ -54,7 +53,7 @@ def init_buffer_db(db_path: str | os.PathLike[str] | URL | None = None, *, upgra
 
 def _opened(path: str | os.PathLike[str] | URL, *, upgrade: bool) -> Engine:
     if not upgrade:
-        # For reading at first: what is not there must not be made.
+        # Read-only first: a missing file must not be created.
         engine = create_buffer_engine(path, read_only=True)
         try:
             migrate.require(engine)
@@ -70,13 +69,13 @@ def _opened(path: str | os.PathLike[str] | URL, *, upgrade: bool) -> Engine:
 
 
 def get_db() -> Engine:
-    """The engine of the default buffer, opened on first use; raises again if that was refused."""
+    """The engine of the default buffer, opened on first use. If opening failed before, it is tried again."""
     with _lock:
         return _engine or init_buffer_db(_refused)
 
 
 def close_buffer_db() -> None:
-    """Close the default buffer; the next use opens it again. Twice is once."""
+    """Close the default buffer; the next use opens it again. Idempotent."""
     global _engine, _repository, _refused  # noqa: PLW0603 (the default repository is what this module is for)
     with _lock:
         if _engine is not None:
@@ -84,105 +83,44 @@ def close_buffer_db() -> None:
         _engine = _repository = _refused = None
 
 
-def _default() -> ReceiptRepository:
-    repository = _repository
-    if repository is None:
+def repository() -> ReceiptRepository:
+    """The default repository, opened on first use; its operations join `transaction()` of this module."""
+    found = _repository
+    if found is None:
         with _lock:
             get_db()
-            repository = _repository
-            assert repository is not None  # noqa: S101 (get_db has just set it, under the same lock)
-    return repository
+            found = _repository
+            assert found is not None  # noqa: S101 (get_db has just set it, under the same lock)
+    return found
 
 
-def insert_receipt(receipt_data: Mapping[str, Any], *, exist_ok: bool = False) -> str:
-    """See `ReceiptRepository.insert_receipt`."""
-    return _default().insert_receipt(receipt_data, exist_ok=exist_ok)
+def _of_default(operation: Callable[Concatenate[ReceiptRepository, P], R]) -> Callable[P, R]:
+    """The same operation on the default repository."""
+
+    @functools.wraps(operation, assigned=("__name__", "__doc__"))
+    def function(*args: P.args, **kwargs: P.kwargs) -> R:
+        return operation(repository(), *args, **kwargs)
+
+    _, *parameters = inspect.signature(operation).parameters.values()
+    vars(function)["__signature__"] = inspect.signature(operation).replace(parameters=parameters)
+    return function
 
 
-def insert_receipts(many: Iterable[Mapping[str, Any]], *, exist_ok: bool = False) -> list[str]:
-    """See `ReceiptRepository.insert_receipts`."""
-    return _default().insert_receipts(many, exist_ok=exist_ok)
-
-
-def get_pending_receipts(limit: int = 50) -> list[Receipt]:
-    """See `ReceiptRepository.get_pending_receipts`."""
-    return _default().get_pending_receipts(limit)
-
-
-def get_receipt_by_id(receipt_id: str | uuid.UUID) -> Receipt | None:
-    """See `ReceiptRepository.get_receipt_by_id`."""
-    return _default().get_receipt_by_id(receipt_id)
-
-
-def mark_synced(receipt_id: str | uuid.UUID, server_time: int) -> bool:
-    """See `ReceiptRepository.mark_synced`."""
-    return _default().mark_synced(receipt_id, server_time)
-
-
-def increment_retry_count(receipt_id: str | uuid.UUID, error: str) -> int:
-    """See `ReceiptRepository.increment_retry_count`."""
-    return _default().increment_retry_count(receipt_id, error)
-
-
-def move_to_dlq(receipt_id: str | uuid.UUID, reason: str) -> bool:
-    """See `ReceiptRepository.move_to_dlq`."""
-    return _default().move_to_dlq(receipt_id, reason)
-
-
-def update_receipt_status(receipt_id: str | uuid.UUID, status: str) -> bool:
-    """See `ReceiptRepository.update_receipt_status`."""
-    return _default().update_receipt_status(receipt_id, status)
-
-
-def get_buffer_status() -> BufferStatus:
-    """See `ReceiptRepository.get_buffer_status`."""
-    return _default().get_buffer_status()
-
-
-def transaction() -> AbstractContextManager[Session]:
-    """See `ReceiptRepository.transaction`."""
-    return _default().transaction()
-
-
-def log_event(
-    event_type: str, *, receipt_id: str | uuid.UUID | None = None, metadata: Mapping[str, Any] | None = None
-) -> int:
-    """See `ReceiptRepository.log_event`."""
-    return _default().log_event(event_type, receipt_id=receipt_id, metadata=metadata)
-
-
-def get_events(
-    limit: int = 100, *, event_type: str | None = None, receipt_id: str | uuid.UUID | None = None
-) -> list[BufferEvent]:
-    """See `ReceiptRepository.get_events`."""
-    return _default().get_events(limit, event_type=event_type, receipt_id=receipt_id)
-
-
-def get_config(key: str) -> int | str | None:
-    """See `ReceiptRepository.get_config`."""
-    return _default().get_config(key)
-
-
-def set_config(key: str, value: int | str) -> None:
-    """See `ReceiptRepository.set_config`."""
-    _default().set_config(key, value)
-
-
-def deliver_pending(send: Send, limit: int = 50) -> DeliveryReport:
-    """See `kkt_buffer.deliver_pending`."""
-    return delivery.deliver_pending(_default(), send, limit)
-
-
-def list_dead_letters(open_only: bool = True, *, limit: int = 100) -> list[DeadLetter]:  # noqa: FBT001, FBT002 (the design's signature)
-    """See `ReceiptRepository.list_dead_letters`."""
-    return _default().list_dead_letters(open_only, limit=limit)
-
-
-def requeue(receipt_id: str | uuid.UUID, *, actor: str, reason: str) -> None:
-    """See `ReceiptRepository.requeue`."""
-    _default().requeue(receipt_id, actor=actor, reason=reason)
-
-
-def resolve(receipt_id: str | uuid.UUID, *, actor: str, reason: str) -> None:
-    """See `ReceiptRepository.resolve`."""
-    _default().resolve(receipt_id, actor=actor, reason=reason)
+insert_receipt = _of_default(ReceiptRepository.insert_receipt)
+insert_receipts = _of_default(ReceiptRepository.insert_receipts)
+get_pending_receipts = _of_default(ReceiptRepository.get_pending_receipts)
+get_receipt_by_id = _of_default(ReceiptRepository.get_receipt_by_id)
+mark_synced = _of_default(ReceiptRepository.mark_synced)
+increment_retry_count = _of_default(ReceiptRepository.increment_retry_count)
+move_to_dlq = _of_default(ReceiptRepository.move_to_dlq)
+update_receipt_status = _of_default(ReceiptRepository.update_receipt_status)
+get_buffer_status = _of_default(ReceiptRepository.get_buffer_status)
+transaction = _of_default(ReceiptRepository.transaction)
+log_event = _of_default(ReceiptRepository.log_event)
+get_events = _of_default(ReceiptRepository.get_events)
+get_config = _of_default(ReceiptRepository.get_config)
+set_config = _of_default(ReceiptRepository.set_config)
+list_dead_letters = _of_default(ReceiptRepository.list_dead_letters)
+requeue = _of_default(ReceiptRepository.requeue)
+resolve = _of_default(ReceiptRepository.resolve)
+deliver_pending = _of_default(delivery.deliver_pending)

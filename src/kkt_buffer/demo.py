@@ -1,28 +1,29 @@
 """
-`python -m kkt_buffer demo`: one shift of a till, on a real database file, with real kills in the middle.
+`kkt-buffer demo`: one shift of a till on a real database file, with processes killed in the middle.
 
-Only the operator (ОФД) is simulated, and so are the goods.
+Only the OFD (ОФД) and the goods are simulated.
 """
 
 import contextlib
 import logging
 import multiprocessing
 import os
-import random
 import signal
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 from sqlalchemy import func, select
 
+from kkt_buffer.backend import READ_ONLY
+from kkt_buffer.config import CONFIG_RULES
 from kkt_buffer.delivery import Outcome, deliver_pending
+from kkt_buffer.engine import create_buffer_engine
 from kkt_buffer.errors import BufferFullError, DeliveryRejected, DeliveryUnavailable
 from kkt_buffer.migrate import current, upgrade
 from kkt_buffer.models import Receipt
 from kkt_buffer.repository import ReceiptRepository
-from kkt_buffer.sqlite.engine import READ_ONLY, create_buffer_engine
 
 RECEIPTS_PER_SHIFT = 60
 KILL_AFTER = 40
@@ -31,108 +32,44 @@ TILL = "demo-till"
 LEASE_SECONDS = 2
 SECONDS_TO_ANSWER = 0.005
 
-# Whole kopecks; names as they are met in shops: quotes, runs of spaces, a trailing space that belongs to the value.
-_GOODS = (
-    ("Хлеб «Дарницкий» 700 г", 6490),
-    ('Сыр "Российский" 45% ', 79900),
-    ("АИ-95-К5                      ТРК 4", 6135),
-    ("Вода пит. негаз. 0,5Л", 4500),
-    ("Услуги связи, л/с №0042", 35000),
-    ("Пакет-майка", 900),
-    ("Яйцо С1 10ШТ", 12990),
-    ("Перевозка, зона 2\u00a0→\u00a03", 8200),
-)
-_WEIGHED = ("Картофель мытый вес.", 5499)
+GOODS = (("Хлеб «Дарницкий» 700 г", 6490), ('Сыр "Российский" 45%', 79900), ("Вода пит. негаз. 0,5Л", 4500))
 
 
-def sample_receipts(count: int, *, seed: int = 54) -> Iterator[dict[str, Any]]:
-    """ФФД 1.2 documents in the JSON form that operators exchange: every shape that a shop sends, 1 to 77 items."""
-    chance = random.Random(seed)  # noqa: S311 (samples, not secrets)
-    for number in range(1, count + 1):
-        size = chance.choice((1, 1, 1, 2, 3, 5, 8, 77))
-        items = [_item(chance) for _ in range(size)]
-        total = sum(item["sum"] for item in items)
-        cash = chance.choice((0, total, total // 2))
-        document: dict[str, Any] = {
-            "code": 3,
-            "dateTime": f"2026-03-{1 + number % 28:02d}T{8 + number % 14:02d}:{number % 60:02d}:00",
-            "fiscalDocumentFormatVer": 4,
-            "fiscalDocumentNumber": 48_000 + number,
-            "fiscalDriveNumber": "9960440301000042",
-            "fiscalSign": chance.randrange(2**32),
-            "kktRegId": "0000000001000042    ",
-            "operationType": chance.choice((1, 1, 1, 1, 2, 3, 4)),
-            "operator": "Кассир Иванова А.А.",
-            "requestNumber": number,
-            "shiftNumber": 212,
-            "taxationType": chance.choice((1, 2, 32)),
-            "user": 'ООО "Ромашка"',
-            "userInn": "7700000042  ",
-            "items": items,
-            "totalSum": total,
-            "cashTotalSum": cash,
-            "ecashTotalSum": total - cash,
-            "prepaidSum": 0,
-            "creditSum": 0,
-            "provisionSum": 0,
-        }
-        if chance.random() < 0.2:
-            document |= {"internetSign": 1, "buyerPhoneOrAddress": "+79000000000", "fnsUrl": "www.nalog.gov.ru"}
-        if chance.random() < 0.1:
-            document["propertiesUser"] = {"propertyName": "Заказ", "propertyValue": f"№ {number}/\u0416"}
-        yield document
-
-
-def _item(chance: random.Random) -> dict[str, Any]:
-    kind = chance.random()
-    if kind < 0.15:
-        quantity = round(chance.uniform(0.05, 5), 3)
-        name, price = _WEIGHED
-        return {
-            "name": name,
-            "price": price,
-            "quantity": quantity,
-            "sum": round(price * quantity),
-            "nds": 2,
-            "paymentType": 4,
-            "productType": 1,
-            "itemsQuantityMeasure": 11,
-        }
-    name, price = chance.choice(_GOODS)
-    quantity = chance.randint(1, 6)
-    item: dict[str, Any] = {
-        "name": name,
-        "price": price,
-        "quantity": quantity,
-        "sum": price * quantity,
-        "nds": chance.choice((1, 2, 6)),
-        "paymentType": 4,
-        "productType": chance.choice((1, 4, 33)),
+def plain_receipt(number: int) -> dict[str, Any]:
+    """A plausible ФФД 1.2 document: one to three goods, paid in cash; money is whole kopecks."""
+    items = [
+        {"name": name, "price": price, "quantity": 1, "sum": price, "nds": 2, "paymentType": 4, "productType": 1}
+        for name, price in GOODS[: 1 + number % len(GOODS)]
+    ]
+    total = sum(price for _, price in GOODS[: len(items)])
+    return {
+        "code": 3,
+        "dateTime": f"2026-03-01T12:{number % 60:02d}:00",
+        "fiscalDocumentFormatVer": 4,
+        "fiscalDocumentNumber": 48_000 + number,
+        "operationType": 1,
+        "taxationType": 1,
+        "user": 'ООО "Ромашка"',
+        "items": items,
+        "totalSum": total,
+        "cashTotalSum": total,
+        "ecashTotalSum": 0,
     }
-    if item["productType"] == 33:
-        serial = "".join(chance.choices("ABCdef0123456789!\"%&'()*+,-./_", k=13))
-        item["productCodeData"] = {
-            "productIdType": 6,
-            "gtin": 4_600_000_000_000 + chance.randrange(10**10),
-            "rawProductCode": f"010460000000000021{serial}\u001d93dGVz",
-            "sernum": serial,
-        }
-    return item
 
 
 Receipts = list[dict[str, Any]]
 
 
 def _sell(path: str, receipts: Receipts, acknowledge: Callable[[str], None]) -> None:
-    """The till's process: put each receipt into the buffer, and only then go on to the next customer."""
+    """The till's process: store each receipt in the buffer before the next customer."""
     with contextlib.closing(_Buffer(path)) as buffer:
         for receipt in receipts:
-            # The same id when the till is not sure whether the last one went in: it is stored once.
+            # If the till does not know whether an insert succeeded, it repeats it with the same id: it is stored once.
             acknowledge(buffer.repository.insert_receipt(receipt, exist_ok=True))
 
 
-def _work(path: str, receive: Callable[[str], None]) -> None:
-    """The worker's process: deliver what is due. The simulated operator takes its time over each receipt."""
+def _work(path: str, receive: Callable[[str], None]) -> None:  # pragma: no cover (its process is always killed)
+    """The worker's process: deliver the receipts that are due to a simulated OFD that needs some time for each."""
 
     def send(receipt: Receipt) -> int:
         receive(receipt.id)
@@ -154,11 +91,11 @@ class _Buffer:
 
 def run(path: str, say: Callable[[str], None] = print) -> None:
     """
-    Play the shift on the buffer at `path`, which is made if it is not there, and tell what happens.
+    Run the shift on the buffer at `path`, created if missing, and print each step.
 
     Raises `BufferFullError` if the buffer has no room for a shift.
     """
-    say("A shift at the till. The buffer, the files and the kills are real; only the operator (ОФД) is simulated.\n")
+    say("A shift at the till. The buffer, the files and the kills are real; only the OFD (ОФД) is simulated.\n")
     with contextlib.closing(_Buffer(path)) as buffer:
         if buffer.engine.url.database == ":memory:":
             raise ValueError("path: the demo needs a file, because several processes open it")
@@ -180,7 +117,7 @@ def _refuse_real_receipts(buffer: "_Buffer") -> None:
     if real:
         raise ValueError(
             f"path: this buffer holds {real} receipts that are not the demo's, and the demo would mark them as "
-            "delivered. Nothing was changed. Give it a file of its own."
+            "delivered. Nothing was changed. Use another file for the demo."
         )
 
 
@@ -195,72 +132,74 @@ def _refuse_full(repository: ReceiptRepository, say: Callable[[str], None]) -> N
 
 def _play(path: str, repository: ReceiptRepository, say: Callable[[str], None]) -> None:
     receipts = [
-        {"id": str(uuid.uuid4()), "pos_id": TILL, "fiscal_doc": document}
-        for document in sample_receipts(RECEIPTS_PER_SHIFT)
+        {"id": str(uuid.uuid4()), "pos_id": TILL, "fiscal_doc": plain_receipt(number)}
+        for number in range(RECEIPTS_PER_SHIFT)
     ]
-    say("2. The operator is offline. The till sells, and every receipt is on disk before the customer goes.")
+    say("2. The OFD is offline. The till sells, and every receipt is on disk before the customer leaves.")
     acknowledged = _until_killed(_sell, (path, receipts), KILL_AFTER)
-    say(f"   After {len(acknowledged)} receipts its process is killed with SIGKILL, in the middle of its work.")
+    say(f"   After {len(acknowledged)} receipts its process is killed with SIGKILL while it works.")
     missing = [receipt_id for receipt_id in acknowledged if repository.get_receipt_by_id(receipt_id) is None]
     if missing:
         raise RuntimeError(f"{len(missing)} acknowledged receipts are not in the buffer: {missing}")
-    say(f"3. A new process looks: all {len(acknowledged)} acknowledged receipts are there, none is missing.")
+    say(f"3. A new process checks: all {len(acknowledged)} acknowledged receipts are there, none is missing.")
     _sell(path, receipts[len(acknowledged) :], acknowledged.append)
     say(f"   The till goes on and finishes the shift with {len(acknowledged)} receipts.")
 
     def offline(_receipt: Receipt) -> int:
-        raise DeliveryUnavailable("no route to the operator")
+        raise DeliveryUnavailable("no route to the OFD")
 
     report = deliver_pending(repository, offline, ALL)
     say(f"4. A worker tries to deliver: {report.outage}.")
-    say(f"   All {len(report.outcomes)} receipts are released, and no attempt is counted: it was no fault of theirs.")
+    say(f"   All {len(report.outcomes)} receipts are released, and no attempt is counted.")
 
-    say("5. The operator is back. A worker starts to deliver, in the order in which the receipts were made.")
+    say("5. The OFD is back. A worker starts to deliver, in the order in which the receipts were made.")
     received = _until_killed(_work, (path,), KILL_AFTER // 2)
-    held = repository.get_buffer_status().syncing
-    say(f"   The operator has {len(received)} when the worker is killed with SIGKILL; it had leased {held} more.")
-    say(f"   Nothing is stuck: in {LEASE_SECONDS} s (here; usually 300) its leases are over.")
+    leased = repository.get_buffer_status().syncing
+    say(f"   The OFD has {len(received)} when the worker is killed with SIGKILL; it had leased {leased} more.")
+    usually = CONFIG_RULES["lease_seconds"].default
+    say(f"   Nothing is stuck: in {LEASE_SECONDS} s (here; usually {usually}) its leases expire.")
     time.sleep(LEASE_SECONDS + 1)
 
-    put_right: list[str] = []
+    fixed: list[str] = []
     rejected = min(set(acknowledged) - set(received))
 
     def online(receipt: Receipt) -> int:
-        if receipt.id == rejected and not put_right:
+        if receipt.id == rejected and not fixed:
             raise DeliveryRejected("unknown tax rate")
         received.append(receipt.id)
         return int(time.time())
 
     report = deliver_pending(repository, online, ALL)
     say(f"6. Another worker delivers {report.count(Outcome.SYNCED)}; one is rejected, and becomes a dead letter.")
-    put_right.append("the tax table")
-    repository.requeue(rejected, actor="Anna, support", reason="the operator has put its tax table right")
+    fixed.append("the tax table")
+    repository.requeue(rejected, actor="Anna, support", reason="the OFD has corrected its tax table")
     report = deliver_pending(repository, online)
-    say(f"7. Anna has a word with the operator and requeues it: {report.count(Outcome.SYNCED)} more delivered.")
+    say("7. Anna, who operates the tills, asks the OFD to correct its tax table.")
+    say(f"   Then she requeues it: {report.count(Outcome.SYNCED)} more delivered.")
     left = repository.get_buffer_status()
     if left.pending or left.syncing:
         raise RuntimeError(f"the buffer should be empty, but {left.pending + left.syncing} receipts are waiting")
     twice = len(received) - len(set(received))
-    say(f"   The operator has all of them, {twice} of them twice: what was on its way when the worker was killed.\n")
+    say(f"   The OFD has all of them, {twice} of them twice: those being sent when the worker was killed.\n")
 
 
 def _quietly(work: Callable[..., None], *arguments: object) -> None:
-    logging.getLogger("kkt_buffer").setLevel(logging.ERROR)  # the parent has given its warnings already
+    logging.getLogger("kkt_buffer").setLevel(logging.ERROR)  # the parent has logged the same warnings already
     work(*arguments)
 
 
 def _until_killed(work: Callable[..., None], arguments: tuple[Any, ...], count: int) -> list[str]:
-    """Run the work in a process of its own, and kill it when it has reported `count` ids; returns all that it did."""
+    """Run the work in another process, kill it when it has reported `count` ids, and return all ids it reported."""
     context = multiprocessing.get_context("spawn")
-    ours, theirs = context.Pipe(duplex=False)
-    process = context.Process(target=_quietly, args=(work, *arguments, theirs.send))
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_quietly, args=(work, *arguments, sender.send))
     process.start()
-    theirs.close()
+    sender.close()
     reported: list[str] = []
-    # It may say some more before the kill falls.
+    # It may report a few more ids before the signal arrives.
     with contextlib.suppress(EOFError):
         while True:
-            reported.append(ours.recv())
+            reported.append(receiver.recv())
             if len(reported) == count:
                 os.kill(process.pid or 0, signal.SIGKILL)
     process.join()

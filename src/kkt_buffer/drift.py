@@ -1,8 +1,7 @@
 """
-What differs between the objects of a database and those of the models and of `schema`: tables with their checks,
-defaults and references, indexes, views, triggers.
+Compare the schema of a database with the models and `sqlite.schema`: tables, indexes, views and triggers.
 
-Compared is the SQL text that SQLite keeps. A trigger, a view or a column of another name is somebody else's business.
+The SQL text that SQLite keeps is compared. Triggers, views and columns with other names belong to other programs.
 """
 
 import re
@@ -11,12 +10,13 @@ from typing import NamedTuple
 from sqlalchemy import Connection, text
 from sqlalchemy.schema import CreateIndex, CreateTable
 
-from kkt_buffer.models import Base
+from kkt_buffer.models import metadata
+from kkt_buffer.sqlite.ddl import first_word, table_clauses
 from kkt_buffer.sqlite.schema import SQLITE_TRIGGERS, SQLITE_VIEWS
 
 
 class Difference(NamedTuple):
-    """One object that is not as it should be; None for the side where it is missing."""
+    """A schema object that differs; `expected` or `found` is None where it is missing."""
 
     kind: str
     name: str
@@ -27,16 +27,16 @@ class Difference(NamedTuple):
         if self.found is None:
             return f"the {self.kind} {self.name} is missing"
         if self.expected is None:
-            return f"the {self.kind} {self.name} is not ours"
+            return f"the {self.kind} {self.name} is not part of the buffer"
         if self.kind != "table":
             return f"the {self.kind} {self.name} differs"
         missing, extra = self._clauses()
-        told = [f"lacks {', '.join(missing)}"] * bool(missing) + [f"has {', '.join(extra)}"] * bool(extra)
-        return f"the table {self.name} {' and '.join(told)}"
+        parts = [f"lacks {', '.join(missing)}"] * bool(missing) + [f"has {', '.join(extra)}"] * bool(extra)
+        return f"the table {self.name} {' and '.join(parts)}"
 
     @property
     def constraints(self) -> list[str]:
-        """The constraints of a table in which the two differ."""
+        """The constraints of a table that are missing or extra."""
         missing, extra = self._clauses()
         return [clause for clause in missing + extra if clause.startswith("CONSTRAINT")]
 
@@ -44,11 +44,11 @@ class Difference(NamedTuple):
         if self.expected is None or self.found is None:
             return [], []
         expected, found = _clauses(self.expected), _clauses(self.found)
-        return sorted(expected - found), sorted(found - expected - _of_others(self.expected, self.found))
+        return sorted(expected - found), sorted(found - expected - _added_by_others(self.expected, self.found))
 
 
 def differences(connection: Connection) -> list[Difference]:
-    """Every difference, by name; none if the database is what this release expects."""
+    """Every difference, sorted by kind and name; empty if the database has the schema of this release."""
     expected = _expected(connection)
     found = _found(connection, set(expected))
     return [
@@ -61,7 +61,7 @@ def differences(connection: Connection) -> list[Difference]:
 def _expected(connection: Connection) -> dict[tuple[str, str], str]:
     objects = {("view", name): sql for name, sql in SQLITE_VIEWS.items()}
     objects |= {("trigger", name): sql for name, sql in SQLITE_TRIGGERS.items()}
-    for table in Base.metadata.tables.values():
+    for table in metadata.tables.values():
         objects["table", table.name] = str(CreateTable(table).compile(connection)).strip()
         for index in table.indexes:
             objects["index", str(index.name)] = str(CreateIndex(index).compile(connection)).strip()
@@ -81,36 +81,28 @@ def _differ(expected: str | None, found: str | None) -> bool:
     if expected is None or found is None:
         return True
     if not expected.startswith("CREATE TABLE"):
-        return _plain(expected) != _plain(found)
-    return _clauses(expected) != _clauses(found) - _of_others(expected, found)
+        return _normalized(expected) != _normalized(found)
+    return _clauses(expected) != _clauses(found) - _added_by_others(expected, found)
 
 
-def _of_others(expected: str, found: str) -> frozenset[str]:
-    """The columns that somebody has added to a table of ours."""
-    ours = {_first_word(clause) for clause in _clauses(expected)}
-    ours |= {"CHECK", "CONSTRAINT", "FOREIGN", "PRIMARY", "UNIQUE"}
-    return frozenset(clause for clause in _clauses(found) if _first_word(clause) not in ours)
+def _added_by_others(expected: str, found: str) -> frozenset[str]:
+    """The columns that other programs have added to one of our tables."""
+    expected_names = {first_word(clause) for clause in _clauses(expected)}
+    expected_names |= {"check", "constraint", "foreign", "primary", "unique"}
+    return frozenset(clause for clause in _clauses(found) if first_word(clause) not in expected_names)
 
 
-def _first_word(clause: str) -> str:
-    return clause.replace("(", " ").partition(" ")[0]
-
-
-def _plain(sql: str) -> str:
-    """The text without what means nothing: how it is broken into lines, and the quotes around names."""
+def _normalized(sql: str) -> str:
+    """The text without line breaks and without quotes around names, which change nothing."""
     return re.sub(r"\s+", " ", sql).replace('"', "").strip()
 
 
 def _clauses(sql: str) -> frozenset[str]:
-    """Columns and constraints of a table, each by itself: ADD COLUMN puts them into another order."""
-    head, _, body = _plain(sql).partition("(")
-    found, depth = [""], 0
-    for part in re.split(r"([(),])", body.removesuffix(")")):
-        depth += {"(": 1, ")": -1}.get(part, 0)
-        if part == "," and not depth:
-            found.append("")
-        else:
-            found[-1] += part
-    return frozenset(
-        {head.strip(), *(piece.strip() for clause in found for piece in re.split(r" (?=CONSTRAINT )", clause))}
-    )
+    """
+    The head, columns, constraints and options of a table, as a set: ADD COLUMN changes their order.
+
+    A constraint that ADD COLUMN has put into the clause of its column is split off.
+    """
+    head, options = _normalized(sql[: sql.index("(")]), _normalized(sql[sql.rindex(")") + 1 :])
+    clauses = (piece for clause in table_clauses(sql) for piece in re.split(r" (?=CONSTRAINT )", _normalized(clause)))
+    return frozenset({head, *clauses, *([options] if options else [])})

@@ -1,18 +1,17 @@
 """
-What this package raises: one tree under `ReceiptBufferError`, the facts kept as attributes.
+The errors of this package: one tree under `ReceiptBufferError`, with the facts as attributes.
 
-An argument of the wrong kind is a plain `ValueError` or `TypeError` that names the argument; those are raised where
-the argument is read.
+A wrong argument raises a plain `ValueError` or `TypeError` that names the argument (see `arguments`).
 """
 
 from typing import Any, Self
 
 
 class ReceiptBufferError(Exception):
-    """Root of everything that this package raises on its own account."""
+    """Base class of the errors of this package."""
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # An error must survive the way back from a worker process; the default would call __init__ with the message.
+        # Errors of worker processes are pickled. The default would call __init__ with the message alone.
         return _restore, (type(self), self.args, self.__dict__)
 
     @classmethod
@@ -32,7 +31,7 @@ class BufferFullError(ReceiptBufferError, ValueError):
     def __init__(self, undelivered: int, capacity: int, wanted: int = 1) -> None:
         super().__init__(
             f"Buffer full: {undelivered} of {capacity} receipts are waiting for delivery, so {wanted} more cannot be "
-            "taken. Nothing was stored and what waits is safe. Deliver receipts, or raise buffer_capacity."
+            "taken. Nothing was stored; the waiting receipts are safe. Deliver receipts, or raise buffer_capacity."
         )
         self.undelivered = undelivered
         self.capacity = capacity
@@ -68,16 +67,26 @@ class ReceiptNotFoundError(ReceiptBufferError, LookupError):
 
 
 class InvalidTransitionError(ReceiptBufferError, ValueError):
-    """A receipt may not go from the status it has to the one that was asked for; nothing was changed."""
+    """The status of a receipt does not allow the requested change; nothing was changed."""
 
     def __init__(self, receipt_id: str, status: str, wanted: str) -> None:
         super().__init__(
             f"receipt {receipt_id} is {status} and cannot become {wanted}; it was not changed. "
-            "Synced is final, and a failed receipt goes back only when an operator requeues it."
+            "Synced is final, and only an operator's requeue makes a failed receipt pending."
         )
         self.receipt_id = receipt_id
         self.status = status
         self.wanted = wanted
+
+
+class AcknowledgedReceiptError(ReceiptBufferError):
+    """A statement tried to change the acknowledged content of a receipt; the database refused it."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "an acknowledged receipt does not change: its id, pos_id, created_at, timestamp and document stay as they "
+            "were stored. Nothing was changed. Store a new receipt with a new id instead."
+        )
 
 
 class LeaseLostError(ReceiptBufferError):
@@ -93,7 +102,7 @@ class LeaseLostError(ReceiptBufferError):
 
 
 class InvalidDocumentError(ReceiptBufferError, ValueError):
-    """The stored `fiscal_doc` of a receipt is not JSON; its text is kept and can be delivered as it is."""
+    """The stored `fiscal_doc` of a receipt is not JSON; its text is kept and can be delivered unchanged."""
 
     def __init__(self, receipt_id: str, problem: str) -> None:
         super().__init__(f"the fiscal_doc of receipt {receipt_id} is not JSON ({problem}); its text is kept unchanged")
@@ -102,17 +111,17 @@ class InvalidDocumentError(ReceiptBufferError, ValueError):
 
 
 class InvalidConfigError(ReceiptBufferError, ValueError):
-    """The config table holds a value that cannot be used."""
+    """The stored value of a setting is invalid."""
 
     def __init__(self, key: str, value: str, expected: str) -> None:
-        super().__init__(f"config {key} is {value!r}, expected {expected}; put it right with set_config({key!r}, …)")
+        super().__init__(f"config {key} is {value!r}, expected {expected}; correct it with set_config({key!r}, …)")
         self.key = key
         self.value = value
         self.expected = expected
 
 
 class ClockDriftError(ReceiptBufferError, ValueError):
-    """A remote timestamp lies too far in the future to be taken over."""
+    """A remote timestamp is too far in the future to be adopted."""
 
     def __init__(self, ahead: int, max_drift: int) -> None:
         super().__init__(
@@ -129,31 +138,31 @@ class SchemaError(ReceiptBufferError):
 
 class BufferStorageError(ReceiptBufferError):
     """
-    The database cannot be opened, read or written; the transaction at hand was not committed.
+    The database cannot be opened, read or written; the current transaction was not committed.
 
-    Whatever was acknowledged before is not affected by this error.
+    Receipts that were acknowledged before are not affected.
     """
 
 
 class BufferBusyError(BufferStorageError):
-    """Somebody else kept the write lock for longer than the timeout; try again."""
+    """Another thread or process kept the write lock for longer than the timeout; try again."""
 
 
 class BufferDamagedError(BufferStorageError):
-    """The file is not a database, or it was found damaged; it is left as it is."""
+    """The file is not a database, or it is damaged; it was not changed."""
 
     @classmethod
     def found(cls, buffer: object, what: str) -> Self:
-        """The error for a value that this package never stores."""
+        """The error for a stored value that this package never writes."""
         return cls(
             f"{buffer}: {what}: the file is damaged. Nothing was written. Stop every program that uses it, keep a copy "
             "of all its files, and restore a backup."
         )
 
 
-class DeliveryRejected(ReceiptBufferError):  # noqa: N818 (what the operator did, not what failed)
-    """For a sender to raise: the operator refused this receipt for good. It is dead-lettered at once."""
+class DeliveryRejected(ReceiptBufferError):  # noqa: N818 (named for the OFD's answer)
+    """Raised by a sender: the OFD has rejected this receipt for good. It is dead-lettered at once."""
 
 
-class DeliveryUnavailable(ReceiptBufferError):  # noqa: N818 (a state of the line, not an error of ours)
-    """For a sender to raise: the operator cannot be reached. No receipt is to blame, so no attempt is counted."""
+class DeliveryUnavailable(ReceiptBufferError):  # noqa: N818 (named for the state of the connection)
+    """Raised by a sender: the OFD cannot be reached. This is not a fault of the receipt, so no attempt is counted."""

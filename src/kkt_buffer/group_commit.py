@@ -1,144 +1,192 @@
 """
-Committing together: what several threads want to write at one moment shares a transaction, and the wait for the disk.
+Group commit: operations that several threads call at the same time share a transaction and its wait for the disk.
 
-There is no thread for it, and nobody waits for company. Who comes when nobody writes *leads*: it opens the transaction,
-takes in all who have come by then and while it writes, commits once, tells each what became of its own, and hands the
-lead to the first who came too late. The others wait until they are told. What a batch writes and how it is committed is
-the repository's; who is in it, who leads, and that everybody is told the truth, is here.
-
-Python runs signal handlers in the main thread alone, and out of them an exception can come between any two steps. So
-the main thread neither leads nor waits: it commits for itself. No other thread ever depends on one that a signal can
-interrupt.
+A thread puts its operation into a queue. If no other thread is committing, it becomes the leader: it takes the lock,
+runs all queued operations in one transaction, and commits it. Otherwise it waits until its operation is done or the
+lock is free. There is no delay, and a leader that dies is replaced by the next waiting thread.
 """
 
+import contextlib
 import copy
 import os
 import threading
-import weakref
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import groupby
 from typing import Any, Generic, TypeVar
 
+from sqlalchemy.exc import SQLAlchemyError
+
 from kkt_buffer.errors import BufferStorageError, ReceiptBufferError
+from kkt_buffer.transaction import NotTogetherError, Transaction, Transactions
 
-MAX_BATCH = 64  # members of one transaction: other processes wait for its end
+POLL_SECONDS = 0.05  # in case a wake-up was lost
+MAX_BATCH = 64  # operations in one transaction: other processes wait for its end
 
-
-class Member:
-    """Something to be committed, and what became of it: no `error` means that it is on disk."""
-
-    def __init__(self) -> None:
-        self.error: BaseException | None = None
-        self._leads = False
-        self._told = threading.Lock()  # released once there is something to know
-        self._told.acquire()
-
-    def wait(self) -> bool:
-        """Wait to be told; returns whether it is that we lead now."""
-        self._told.acquire()
-        return self._leads
-
-    def tell(self, *, leads: bool) -> None:
-        """End the wait: it was committed or has its error, or has to lead."""
-        self._leads = leads
-        self._told.release()
+A = TypeVar("A")
+R = TypeVar("R")
 
 
-M = TypeVar("M", bound=Member)
-
-
-class Batch(Generic[M]):
+@dataclass(frozen=True, slots=True)
+class Shareable(Generic[A, R]):
     """
-    The members of one transaction: whoever has come by the time that the next one is asked for.
+    An operation that may share a transaction: `one` runs it for one argument.
 
-    Who commits them says so in `committed`.
+    `many` runs it for several arguments with one statement. It raises `NotTogetherError` if that is not possible.
     """
 
-    def __init__(self, waiting: deque[M]) -> None:
-        self._waiting = waiting
-        self.members: list[M] = []
-        self.committed = False
-
-    def __iter__(self) -> Iterator[M]:
-        while self._waiting and len(self.members) < MAX_BATCH:
-            self.members.append(self._waiting.popleft())
-            yield self.members[-1]
-
-    def fail(self, error: BaseException) -> None:
-        """Nothing was committed: that is the error of all of them, or, if it has not even begun, of all who wait."""
-        members = self.members or list(self)
-        for member in members:
-            member.error = _shared(error)
+    one: Callable[[Transaction, A], R]
+    many: Callable[[Transaction, list[A]], list[R]] | None = None
 
 
-class GroupCommit(Generic[M]):
-    """Those who want to commit together."""
+class _Member:
+    """A queued call: its operation, and its result or error."""
 
-    def __init__(self) -> None:
-        self.forget()
-        _groups.add(self)
+    def __init__(self, work: Shareable[Any, Any], argument: object) -> None:
+        self.work = work
+        self.argument = argument
+        self.result: Any = None
+        self.error: Exception | None = None
+        self.is_committing = False
+        self.is_done = False
+        self.wakeup = threading.Lock()
+        self.wakeup.acquire()
 
-    def forget(self) -> None:
-        """Start afresh, in a forked child: the threads that waited and led are not here."""
-        self._lock = threading.Lock()  # for the two below, and never for longer than it takes to change them
-        self._waiting: deque[M] = deque()
-        self._is_led = False
+    def finish(self) -> None:
+        """Mark the call as committed or refused, and wake its thread."""
+        self.is_done = True
+        self.wake()
 
-    def add(self, member: M, commit: Callable[[Batch[M]], None]) -> None:
-        """
-        Return when it is committed; raises what kept it from that.
+    def wake(self) -> None:
+        """Wake the waiting thread to check the state of its call."""
+        with contextlib.suppress(RuntimeError):  # it was woken already
+            self.wakeup.release()
 
-        `commit` is called if it is for us to lead, for a batch that our member is in.
-        """
-        if threading.get_ident() == threading.main_thread().ident:
-            commit(Batch(deque((member,))))
-        else:
-            with self._lock:
-                self._waiting.append(member)
-                leads, self._is_led = not self._is_led, True
-            if leads or member.wait():
-                self._lead(member, commit)
-        if member.error is not None:
-            raise member.error
 
-    def _lead(self, leader: M, commit: Callable[[Batch[M]], None]) -> None:
-        batch = Batch(self._waiting)
+class GroupCommit:
+    """The queue of one repository for calls that commit together."""
+
+    def __init__(self, transactions: Transactions) -> None:
+        self._transactions = transactions
+        self._reset()
+
+    def _reset(self) -> None:
+        self._pid = os.getpid()
+        self._lock = threading.Lock()
+        self._waiting: deque[_Member] = deque()
+
+    def run(self, work: Shareable[A, R], argument: A) -> R:
+        """Run the operation and return its result once it is committed; inside this thread's transaction, join that."""
+        with self._transactions.operation(write=True) as (tx, is_joined):
+            if is_joined:
+                with self._transactions.explain_errors(), tx.connection.begin_nested():
+                    return work.one(tx, argument)
+            if self._pid != os.getpid():
+                self._reset()  # in a forked child the queued threads do not exist
+            member = _Member(work, argument)
+            self._waiting.append(member)
+            while not member.is_done:
+                if self._lock.locked():
+                    member.wakeup.acquire(timeout=POLL_SECONDS)
+                    continue
+                with self._lock:
+                    if not member.is_done:  # pragma: no branch (another thread can be faster, but seldom is)
+                        self._lead(tx, member)
+            if member.error is not None:
+                raise member.error
+            result: R = member.result
+            return result
+
+    def _lead(self, tx: Transaction, leader: _Member) -> None:
+        if leader.is_committing:
+            leader.error = BufferStorageError(
+                "the transaction that this operation shared with other threads was interrupted while it was "
+                "committed, so this operation may be stored or not. What was acknowledged before is safe. Try again: a "
+                "receipt with the same id is stored once."
+            )
+            leader.is_done = True
+            return
+        members = [leader]
         try:
-            commit(batch)
-        except BaseException as error:  # noqa: BLE001 (whatever it is, `add` raises it; nobody may be left waiting)
-            if not batch.committed:
-                batch.fail(error)
-            leader.error = error
+            try:
+                self._commit(tx, members, self._all_together)
+            except _RETRY_ONE_BY_ONE:
+                if len(members) == 1:
+                    raise
+                self._commit(tx, members, _one_by_one)
+        except (ReceiptBufferError, SQLAlchemyError) as error:
+            for member in members[1:]:
+                member.error = _copy_for_thread(error)
+                member.finish()
+            raise
         finally:
-            with self._lock:
-                following = self._waiting[0] if self._waiting else None
-                self._is_led = following is not None
-            for member in batch.members:
-                if member is not leader:
-                    member.tell(leads=False)
-            if following is not None:
-                following.tell(leads=True)
+            with contextlib.suppress(IndexError):
+                self._waiting[0].wake()  # it becomes the next leader
+
+    def _commit(
+        self, tx: Transaction, members: list[_Member], run: Callable[[Transaction, list[_Member]], None]
+    ) -> None:
+        is_begun = False
+        try:
+            with self._transactions.explain_errors(), self._transactions.begun(tx):
+                is_begun = True
+                run(tx, members)
+                for member in members:
+                    member.is_committing = True
+        finally:
+            if not is_begun:
+                self._gather(members)  # they would meet the same error
+        for member in members:
+            member.finish()
+
+    def _all_together(self, tx: Transaction, members: list[_Member]) -> None:
+        """Run the leader's operation and all queued ones, those queued meanwhile included."""
+        done = 0
+        while done < len(members):
+            self._gather(members)
+            for work, group in groupby(members[done:], key=lambda member: member.work):
+                same_work = list(group)
+                done += len(same_work)
+                arguments = [member.argument for member in same_work]
+                if work.many is None or len(same_work) == 1:
+                    results = [work.one(tx, argument) for argument in arguments]
+                else:
+                    results = work.many(tx, arguments)
+                for member, result in zip(same_work, results, strict=True):
+                    member.result = result
+            self._gather(members)
+
+    def _gather(self, members: list[_Member]) -> None:
+        while self._waiting and len(members) < MAX_BATCH:
+            member = self._waiting.popleft()
+            if member is not members[0] and not member.is_done:
+                members.append(member)
 
 
-def _shared(error: BaseException) -> ReceiptBufferError:
-    """An exception belongs to one thread: the others get their own."""
+_RETRY_ONE_BY_ONE = (NotTogetherError, ReceiptBufferError, SQLAlchemyError)
+
+
+def _one_by_one(tx: Transaction, members: list[_Member]) -> None:
+    """Run each operation in its own savepoint, so that a refused one does not affect the others."""
+    for member in members:
+        try:
+            with tx.connection.begin_nested():
+                member.result = member.work.one(tx, member.argument)
+        except (ReceiptBufferError, SQLAlchemyError) as error:
+            if tx.connection.invalidated:
+                raise
+            member.error = tx.explain(error)
+
+
+def _copy_for_thread(error: Exception) -> ReceiptBufferError:
+    """A copy of the error for another thread: two threads must not raise the same exception object."""
     if isinstance(error, ReceiptBufferError):
         own = copy.copy(error)
     else:
         own = BufferStorageError(
-            f"the transaction that this shared with other threads was given up ({type(error).__name__}: {error}). "
-            "Nothing of it was acknowledged; what was acknowledged before is safe. Try again."
+            f"the transaction that this operation shared with other threads failed ({type(error).__name__}: {error}). "
+            "This operation was not stored; what was acknowledged before is safe. Try again."
         )
     own.__cause__ = error
     return own
-
-
-_groups: "weakref.WeakSet[GroupCommit[Any]]" = weakref.WeakSet()
-
-
-def _after_fork_in_child() -> None:
-    for group in _groups:
-        group.forget()
-
-
-os.register_at_fork(after_in_child=_after_fork_in_child)

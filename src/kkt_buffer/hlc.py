@@ -1,9 +1,9 @@
 """
-Hybrid logical clock: timestamps that never go back, whatever the system clock does.
+Hybrid logical clock: timestamps that never decrease, even when the system clock is set back.
 
 The algorithm is that of Kulkarni, Demirbas et al., "Logical Physical Clocks and Consistent Snapshots in Globally
-Distributed Databases" (2014). Standard library only. The clock of a buffer is its database: the repository calls
-`successor` on the last stored timestamp, inside the write transaction, and never uses the process-wide clock below.
+Distributed Databases" (2014). Standard library only. A buffer does not use the process-wide clock below: its
+database keeps the greatest timestamp, and each insert computes the next one from that, as `successor` does.
 """
 
 import threading
@@ -19,7 +19,7 @@ MAX_DRIFT_SECONDS = 3600
 @dataclass(frozen=True, slots=True)
 class HybridTimestamp:
     """
-    A moment: Unix seconds, a counter for what happened within the same second, the operator's time once known.
+    A timestamp: Unix seconds, a counter for events in the same second, and the OFD's time once it is known.
 
     Ordered by `server_time` (else `local_time`), then `logical_counter`.
     """
@@ -46,9 +46,9 @@ class HybridTimestamp:
 
 def successor(last: HybridTimestamp | None, wall: int) -> HybridTimestamp:
     """
-    The timestamp of an event at wall time `wall` (Unix seconds) that follows `last`: greater, whatever the wall says.
+    The timestamp of an event at wall time `wall` (Unix seconds); always greater than `last`.
 
-    It goes by `last`'s local time: the operator's time of a delivery tells nothing about ours.
+    The server time of `last` is ignored: the OFD's clock says nothing about the local one.
     """
     if last is None or wall > last.local_time:
         return HybridTimestamp(wall, 0)
@@ -59,8 +59,8 @@ class HybridLogicalClock:
     """
     A clock for one process; safe for threads.
 
-    `last` is where it goes on from, `now` the wall clock (Unix seconds), `max_drift` how many seconds a remote
-    timestamp may be ahead of the wall clock.
+    `last` is the timestamp to continue from, `now` the wall clock (Unix seconds), `max_drift` the number of seconds by
+    which a remote timestamp may be ahead of the wall clock.
     """
 
     def __init__(
@@ -76,16 +76,16 @@ class HybridLogicalClock:
         self._lock = threading.Lock()
 
     def now(self) -> HybridTimestamp:
-        """A timestamp for a local or a send event: greater than every one before it."""
+        """A timestamp for a local event or a send event, greater than all before it."""
         with self._lock:
             self._last = successor(self._last, int(self._now()))
             return self._last
 
     def update(self, remote: HybridTimestamp) -> HybridTimestamp:
         """
-        A timestamp for the receipt of `remote`: greater than `remote` and than every one of ours before it.
+        A timestamp for receiving `remote`: greater than `remote` and than all earlier timestamps of this clock.
 
-        Raises `ClockDriftError` when `remote` is more than `max_drift` ahead of the wall clock; the clock stays.
+        Raises `ClockDriftError` when `remote` is more than `max_drift` ahead of the wall clock; the clock is unchanged.
         """
         with self._lock:
             wall = int(self._now())
@@ -112,7 +112,7 @@ def update_hlc_on_receive(remote: HybridTimestamp) -> HybridTimestamp:
 
 
 def assign_server_time(hlc: HybridTimestamp, server_time: int) -> HybridTimestamp:
-    """The same timestamp with the operator's time (Unix seconds, not negative)."""
+    """The same timestamp with the OFD's time (Unix seconds, not negative)."""
     if isinstance(server_time, bool) or not isinstance(server_time, int):
         raise TypeError(f"server_time: expected a whole number of 0 or more, got a {type(server_time).__name__}")
     if server_time < 0:

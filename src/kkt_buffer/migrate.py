@@ -1,42 +1,45 @@
 """
-Bringing a database to the schema of this release: `upgrade`, `current`, `check`.
+The schema of a database: `upgrade` it to this release, read its `current` revision, `check` it object by object.
 
-The scripts are those that `alembic upgrade` runs in a checkout. Alembic itself is imported only when there is
-something to do.
+The migration scripts are the same ones that `alembic upgrade` runs in a checkout. Alembic is imported only when a
+migration has to run.
 """
 
 import importlib.metadata
 import io
 import logging
 import re
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sqlalchemy import Connection, Engine, inspect, text
 from sqlalchemy.exc import SQLAlchemyError
 
+from kkt_buffer.backend import READ_ONLY, backend_of
 from kkt_buffer.errors import BufferBusyError, SchemaError
-from kkt_buffer.sqlite.engine import READ_ONLY, checkpoint, driver_of
+from kkt_buffer.models import VERSION_TABLE
 
 if TYPE_CHECKING:
     from alembic.config import Config
 
 logger = logging.getLogger(__name__)
 
-VERSION_TABLE = "kkt_buffer_version"
-RELEASE_KEY = "release"  # in `config`: the release that migrated last
+RELEASE_KEY = "release"  # key in `config`: the release that last migrated the database
 
-# Somebody else may be upgrading the same file, and a large one takes its time.
-PATIENCE_SECONDS = 300
+# Another process may be upgrading the same file, and a large one takes minutes.
+LOCK_TIMEOUT_SECONDS = 300
 
 _PACKAGE = Path(__file__).parent
-# A wheel carries the scripts inside the package; a checkout has them at its top.
+# In a wheel the scripts are inside the package; in a checkout they are in the top folder.
 SCRIPTS = next(folder for folder in (_PACKAGE / "migrations", _PACKAGE.parents[1] / "migrations") if folder.is_dir())
 
 
 def revisions() -> tuple[str, ...]:
-    """The revisions that this release knows, oldest first. The files are numbered, so none needs to be read."""
+    """The revisions that this release knows, oldest first. The file names contain them, so no file is read."""
     names = (re.match(r"\d{4}(?=_\w+\.py$)", path.name) for path in (SCRIPTS / "versions").iterdir())
     return tuple(sorted(name.group() for name in names if name))
 
@@ -45,40 +48,49 @@ def upgrade(engine: Engine) -> None:
     """
     Bring the database to the schema of this release: all of it, or nothing. Safe when several processes do it at once.
 
-    A file of the hand-written `sqlite3` version is taken over, and backed up beside itself before.
+    A file of the hand-written `sqlite3` version is adopted, after a backup is made in the same folder.
 
-    Raises `SchemaError` if a newer release made the database, or if the upgrade fails; it is as it was then.
+    Raises `SchemaError` if a newer release made the database, or if the upgrade fails; the database is unchanged then.
     """
-    if current(engine) == revisions()[-1]:
+    found = current(engine)
+    if found == revisions()[-1]:
         return
+    with _silent_alembic():
+        has_migrated = _upgrade(engine)
+    if has_migrated:
+        logger.info("upgraded the schema from %s to %s", found or "none", revisions()[-1])
+    backend_of(engine).upgraded(engine)
+
+
+def _upgrade(engine: Engine) -> bool:
+    """Run the missing migrations; False if another process has run them meanwhile."""
     from alembic import command  # noqa: PLC0415 (costs as much as all of SQLAlchemy, and is rarely needed)
     from alembic.util import CommandError  # noqa: PLC0415
 
-    deadline = time.monotonic() + PATIENCE_SECONDS
+    config = alembic_config(engine)
+    deadline = time.monotonic() + LOCK_TIMEOUT_SECONDS
     while True:
         try:
-            command.upgrade(_config(engine), "head")
+            command.upgrade(config, "head")
         except BufferBusyError:
             if time.monotonic() > deadline:
                 raise
-            logger.warning("waiting for the process that has the database locked; it may be upgrading it")
-        except (CommandError, SQLAlchemyError, driver_of(engine).Error) as error:
-            reason = str(getattr(error, "orig", None) or error)  # the driver's words, without SQLAlchemy's many lines
+            logger.warning("waiting for the process that has the database locked; it may be running an upgrade")
+        except (CommandError, SQLAlchemyError, backend_of(engine).driver.Error) as error:
+            reason = str(getattr(error, "orig", None) or error)  # without the lines that SQLAlchemy adds
             if re.search("already exists|duplicate column name", reason):
-                reason += ". What has this name there is not ours: give it another one, and upgrade again."
+                reason += ". The object with this name is not part of the buffer: rename it, and upgrade again."
             raise SchemaError(
                 f"the upgrade to schema {revisions()[-1]} failed and was rolled back; the database is as it was. "
                 f"{reason}"
             ) from error
         else:
-            # A copy of the database without its WAL must not look as if there were no schema yet.
-            checkpoint(engine)
-            return
+            return bool(config.attributes["has_migrated"])
 
 
 def current(engine: Engine) -> str | None:
     """
-    The revision of the database; None if it has no schema of ours.
+    The revision of the database; None if it was never migrated by this package.
 
     Raises `SchemaError` if this release does not know the revision.
     """
@@ -89,7 +101,7 @@ def current(engine: Engine) -> str | None:
         if revision is not None and revision not in revisions():
             raise SchemaError(
                 f"the database has schema {revision}, made by {_release_of(connection)}; this is kkt-buffer "
-                f"{release()}, which knows schemas up to {revisions()[-1]}. Nothing was touched. Install that release "
+                f"{release()}, which knows schemas up to {revisions()[-1]}. Nothing was changed. Install that release "
                 "or a newer one."
             )
     return None if revision is None else str(revision)
@@ -103,7 +115,7 @@ def release() -> str:
 def _release_of(connection: Connection) -> str:
     try:
         found = connection.scalar(text("SELECT value FROM config WHERE key = :key"), {"key": RELEASE_KEY})
-    except (SchemaError, SQLAlchemyError):  # who knows what a later release has made of that table
+    except (SchemaError, SQLAlchemyError):  # a later release may have changed that table
         found = None
     return f"kkt-buffer {found}" if found else "a newer release"
 
@@ -116,24 +128,25 @@ def require(engine: Engine) -> None:
         if found is None and stage(engine) != "none":
             what = f"the schema of {stage(engine)}"
         raise SchemaError(
-            f"the database has {what} where this release needs {revisions()[-1]}. Nothing was touched. "
-            "Run `python -m kkt_buffer upgrade PATH`, or `upgrade(engine)`."
+            f"the database has {what} where this release needs {revisions()[-1]}. Nothing was changed. "
+            "Run `kkt-buffer upgrade PATH`, or `upgrade(engine)`."
         )
 
 
 def stage(engine: Engine) -> str:
-    """The revision of the database as people call it: its number, "the sqlite3 version", or "none"."""
-    from kkt_buffer.adoption import is_predecessor  # noqa: PLC0415 (rarely needed)
-
+    """The schema of the database for messages: its revision, "the sqlite3 version", or "none"."""
     found = current(engine)
     if found is not None:
         return found
+    from alembic.util import load_python_file  # noqa: PLC0415 (rarely needed)
+
+    is_predecessor = load_python_file(SCRIPTS, "adoption.py").is_predecessor
     with engine.connect().execution_options(**{READ_ONLY: True}) as connection:
         return "the sqlite3 version" if is_predecessor(connection) else "none"
 
 
 def check(engine: Engine) -> None:
-    """Raise `SchemaError` if a table, index, view or trigger differs from the models and `schema`, naming each."""
+    """Raise `SchemaError` if a table, index, view or trigger differs from the models or `schema`; names them all."""
     from kkt_buffer.drift import differences  # noqa: PLC0415 (rarely needed)
 
     require(engine)
@@ -142,14 +155,43 @@ def check(engine: Engine) -> None:
     if found:
         raise SchemaError(
             "the schema of the database is not that of this release: " + "; ".join(map(str, found)) + ". Nothing was "
-            "touched. Somebody changed it by hand: put that back (drop an index that is not ours), or restore a backup."
+            "changed. The schema was changed by hand: undo that (drop an added index), or restore a backup."
         )
 
 
-def _config(engine: Engine) -> "Config":
+def alembic_config(engine: Engine) -> "Config":
+    """The Alembic configuration that runs the migrations of this package on this engine."""
     from alembic.config import Config  # noqa: PLC0415
 
     config = Config(stdout=io.StringIO())  # a library prints nothing
     config.set_main_option("script_location", str(SCRIPTS).replace("%", "%%"))
     config.attributes["engine"] = engine
     return config
+
+
+# The loggers that Alembic uses while it is imported and while it upgrades.
+_ALEMBIC_LOGGERS = ("alembic.runtime.migration", "alembic.runtime.plugins")
+
+
+class _Silence(threading.local):
+    """A log filter, switched on per thread: the host application may use Alembic in other threads."""
+
+    on = False
+
+    def filter(self, _record: logging.LogRecord) -> bool:
+        return not self.on
+
+
+_silence = _Silence()
+
+
+@contextmanager
+def _silent_alembic() -> Iterator[None]:
+    """Keep Alembic's messages out of the log of the host application."""
+    for name in _ALEMBIC_LOGGERS:
+        logging.getLogger(name).addFilter(_silence)
+    _silence.on = True
+    try:
+        yield
+    finally:
+        _silence.on = False

@@ -1,22 +1,27 @@
 """
-The tables as declarative models, the values their columns may hold, and which status may follow which.
+The tables, the allowed values of their columns, and the allowed transitions between statuses.
 
-Triggers, views and counters are in `schema`; how the tables come to be is in `migrations`.
+`metadata` contains every table of a buffer. Triggers and the status view are in `sqlite.schema`; `migrations` creates
+all of them.
 """
 
+import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
 from sqlalchemy import (
     CheckConstraint,
+    Column,
     Dialect,
     ForeignKey,
     Index,
     Integer,
     MetaData,
+    PrimaryKeyConstraint,
+    String,
+    Table,
     Text,
     TypeDecorator,
     text,
@@ -27,7 +32,7 @@ from kkt_buffer.errors import BufferDamagedError, InvalidDocumentError
 
 
 class ReceiptStatus(StrEnum):
-    """What is known of a receipt's delivery. *Syncing* is leased by a worker, *failed* is dead-lettered."""
+    """The delivery state of a receipt. *Syncing* means leased by a worker, *failed* means dead-lettered."""
 
     PENDING = "pending"
     SYNCING = "syncing"
@@ -38,14 +43,14 @@ class ReceiptStatus(StrEnum):
 TRANSITIONS: Mapping[ReceiptStatus, frozenset[ReceiptStatus]] = {
     ReceiptStatus.PENDING: frozenset({ReceiptStatus.SYNCING, ReceiptStatus.SYNCED, ReceiptStatus.FAILED}),
     ReceiptStatus.SYNCING: frozenset({ReceiptStatus.PENDING, ReceiptStatus.SYNCED, ReceiptStatus.FAILED}),
-    # A delivery is a fact, also for a receipt that was given up; the way back to pending is an operator's requeue.
+    # A delivery is recorded even for a dead-lettered receipt. Only an operator's requeue makes it pending again.
     ReceiptStatus.FAILED: frozenset({ReceiptStatus.SYNCED}),
     ReceiptStatus.SYNCED: frozenset(),
 }
 
 
 class Resolution(StrEnum):
-    """How a dead letter was closed. Null on one that another program closed: that counts as resolved."""
+    """How a dead letter was closed. Null if another program closed it; that counts as resolved."""
 
     DELIVERED = "delivered"
     REQUEUED = "requeued"
@@ -54,11 +59,12 @@ class Resolution(StrEnum):
 
 class EventType(StrEnum):
     """
-    What `buffer_events` records. Those that begin with `receipt_` are facts, written by triggers alone; but the repairs
-    by the migration that takes over a file of the `sqlite3` version.
+    The types of the rows in `buffer_events`. Those that begin with `receipt_` are facts. Only triggers write them,
+    except `receipt_repaired`: the migration that adopts a file of the `sqlite3` version writes it.
     """
 
     RECEIPT_ADDED = "receipt_added"
+    RECEIPT_COMPLETED = "receipt_completed"
     RECEIPT_ATTEMPT_FAILED = "receipt_attempt_failed"
     RECEIPT_SYNCED = "receipt_synced"
     RECEIPT_FAILED = "receipt_failed"
@@ -77,45 +83,8 @@ class EventType(StrEnum):
         return self.startswith("receipt_")
 
 
-@dataclass(frozen=True, slots=True)
-class ConfigRule:
-    """Default and bounds of one whole-number config key."""
-
-    default: int
-    minimum: int
-    maximum: int = 1_000_000_000
-
-    @property
-    def expected(self) -> str:
-        """What a value must be, in words."""
-        return f"a whole number from {self.minimum} to {self.maximum}"
-
-    def parse(self, value: object) -> int | None:
-        """The number that `value` (an int, or its decimal text) stands for; None if it is no such number."""
-        if isinstance(value, str) and value.isascii() and value.isdigit() and len(value) <= len(str(self.maximum)):
-            value = int(value)
-        if isinstance(value, int) and not isinstance(value, bool) and self.minimum <= value <= self.maximum:
-            return value
-        return None
-
-
-CONFIG_RULES: Mapping[str, ConfigRule] = {
-    "buffer_capacity": ConfigRule(200, 1),  # undelivered receipts
-    "circuit_breaker_threshold": ConfigRule(5, 1),  # failures in a row
-    "circuit_breaker_timeout": ConfigRule(60, 1),  # seconds
-    "max_retry_attempts": ConfigRule(20, 1),
-    "retry_backoff_initial": ConfigRule(5, 0),  # seconds
-    "retry_backoff_max": ConfigRule(300, 0),  # seconds
-    "lease_seconds": ConfigRule(300, 1),
-    "retention_synced_days": ConfigRule(7, 0, 36_500),
-    "retention_dlq_days": ConfigRule(90, 0, 36_500),
-    "retention_events_days": ConfigRule(90, 0, 36_500),
-    "ofd_deadline_days": ConfigRule(30, 1, 36_500),  # 54-ФЗ: after 30 calendar days the till is blocked
-}
-
-
 class JsonText(TypeDecorator[Any]):
-    """JSON kept as TEXT: Cyrillic stays Cyrillic. What another program wrote and is not JSON is read as its text."""
+    """JSON stored as TEXT, with Cyrillic unescaped. Text of other programs that is not JSON is returned unchanged."""
 
     impl = Text
     cache_ok = True
@@ -135,7 +104,7 @@ class JsonText(TypeDecorator[Any]):
 
 
 class StatusText(TypeDecorator[ReceiptStatus]):
-    """A `ReceiptStatus` kept as TEXT."""
+    """A `ReceiptStatus` stored as TEXT."""
 
     impl = Text
     cache_ok = True
@@ -150,7 +119,7 @@ class StatusText(TypeDecorator[ReceiptStatus]):
 
 
 class Base(DeclarativeBase):
-    """The tables of the buffer; every constraint has a name, so that a migration can speak of it."""
+    """The base of the models. Every constraint gets a name, so that a migration can refer to it."""
 
     metadata = MetaData(
         naming_convention={
@@ -168,18 +137,32 @@ class Base(DeclarativeBase):
     }
 
 
-# Terms of the indexes below, which a query must repeat to the letter to be served by them.
-HLC_ORDER = "COALESCE(hlc_server_time, hlc_local_time)"  # the operator's time where it is known, else ours
-PENDING_ONLY = "status = 'pending'"
+metadata = Base.metadata
+
+# The conditions of the partial indexes below. SQLite uses such an index only for a query that repeats its condition
+# literally, so a query takes these texts from here.
+PENDING_ONLY = "status = 'pending' AND held_at IS NULL"
+UNDELIVERED_REST = "status IN ('syncing', 'failed')"
+HELD_ONLY = "held_at IS NOT NULL"
 SYNCING_ONLY = "status = 'syncing'"
 SYNCED_ONLY = "status = 'synced'"
-UNDELIVERED = "status <> 'synced'"
-COMMON_EVENTS = (EventType.RECEIPT_ADDED, EventType.RECEIPT_SYNCED)  # every receipt leaves one of each
+OPEN_ONLY = "resolved_at IS NULL"
+COMMON_EVENTS = (EventType.RECEIPT_ADDED, EventType.RECEIPT_SYNCED)  # every delivered receipt has one of each
 RARE_EVENTS = f"event_type NOT IN ({', '.join(repr(str(kind)) for kind in COMMON_EVENTS)})"
 
 
+def _partial_index(name: str, *columns: str, where: str, unique: bool = False) -> Index:
+    """An index on the rows that match `where`. With `sqlite_where` alone it would be a full index on PostgreSQL."""
+    return Index(name, *columns, unique=unique, sqlite_where=text(where), postgresql_where=text(where))
+
+
+def digest_of(document: str | bytes) -> str:
+    """The SHA-256 of a fiscal document's UTF-8 bytes, as 64 hex digits."""
+    return hashlib.sha256(document if isinstance(document, bytes) else document.encode()).hexdigest()
+
+
 class Receipt(Base):
-    """A fiscal receipt and what is known of its delivery. Times are Unix seconds."""
+    """A fiscal receipt and the state of its delivery. Times are Unix seconds."""
 
     __tablename__ = "receipts"
 
@@ -199,6 +182,9 @@ class Receipt(Base):
     lease_token: Mapped[str | None]
     lease_taken_at: Mapped[int | None]
     lease_expires_at: Mapped[int | None]
+    held_at: Mapped[int | None]
+    digest: Mapped[str | None]
+    inserted_digest: Mapped[str | None]
 
     __table_args__ = (
         CheckConstraint(f"status IN ({', '.join(repr(str(status)) for status in ReceiptStatus)})", name="status"),
@@ -213,37 +199,30 @@ class Receipt(Base):
             " AND (lease_token IS NULL) = (lease_expires_at IS NULL)",
             name="lease",
         ),
-        # What is due, in order. Partial, so that a million synced receipts cost it nothing; a full index on status
-        # would be preferred by the planner, which then sorts.
-        Index(
-            "idx_receipts_status",
-            text(HLC_ORDER),
-            "hlc_logical_counter",
-            "next_attempt_at",
-            sqlite_where=text(PENDING_ONLY),
+        CheckConstraint("held_at IS NULL OR status IN ('pending', 'failed')", name="held"),
+        # All indexes are partial: synced receipts, which may be a million, are in none but the last. HLC order needs no
+        # hlc_server_time: only a synced receipt has one.
+        # The receipts that are due, in HLC order.
+        _partial_index(
+            "idx_receipts_status", "hlc_local_time", "hlc_logical_counter", "next_attempt_at", where=PENDING_ONLY
         ),
-        Index(
+        # The receipts of one till that are due, in HLC order.
+        _partial_index(
             "idx_receipts_pos_id",
             "pos_id",
-            text(HLC_ORDER),
+            "hlc_local_time",
             "hlc_logical_counter",
             "next_attempt_at",
-            sqlite_where=text(PENDING_ONLY),
+            where=PENDING_ONLY,
         ),
-        # Who holds what, and until when; there are never more leases than the capacity.
-        Index(
-            "idx_receipts_lease",
-            "lease_token",
-            "lease_expires_at",
-            "lease_taken_at",
-            sqlite_where=text(SYNCING_ONLY),
-        ),
-        # What may be pruned.
-        Index("idx_receipts_synced", "synced_at", sqlite_where=text(SYNCED_ONLY)),
-        # The last timestamp, from which the next one is made.
-        Index("idx_receipts_hlc", "hlc_local_time", "hlc_logical_counter"),
-        # The oldest receipt that the operator does not have.
-        Index("idx_receipts_undelivered", "created_at", sqlite_where=text(UNDELIVERED)),
+        # The oldest undelivered receipt, together with idx_receipts_status and idx_receipts_held.
+        _partial_index("idx_receipts_hlc", "hlc_local_time", "hlc_logical_counter", where=UNDELIVERED_REST),
+        # The held receipts: not printed yet.
+        _partial_index("idx_receipts_held", "hlc_local_time", "hlc_logical_counter", where=HELD_ONLY),
+        # The leases. There are never more of them than the capacity.
+        _partial_index("idx_receipts_lease", "lease_token", "lease_expires_at", "lease_taken_at", where=SYNCING_ONLY),
+        # The receipts that may be pruned.
+        _partial_index("idx_receipts_synced", "synced_at", where=SYNCED_ONLY),
     )
 
     def __repr__(self) -> str:
@@ -251,11 +230,21 @@ class Receipt(Base):
 
     @property
     def document(self) -> Any:  # noqa: ANN401 (a JSON document has no narrower type)
-        """The fiscal document, decoded. Raises `InvalidDocumentError` if the stored text is not JSON."""
+        """The decoded fiscal document. Raises `InvalidDocumentError` if the stored text is not JSON."""
         try:
             return json.loads(self.fiscal_doc)
         except (TypeError, ValueError, RecursionError) as error:
             raise InvalidDocumentError(self.id, str(error)) from error
+
+    @property
+    def is_intact(self) -> bool:
+        """
+        Whether the document still has the digest that was stored with it.
+
+        Also true if `digest` is None: another program inserted the receipt, or it was synced before digests were
+        introduced.
+        """
+        return self.digest is None or self.digest == digest_of(self.fiscal_doc)
 
     def to_dict(self) -> dict[str, Any]:
         """The receipt as plain values, with the document decoded, ready for `json.dumps`."""
@@ -275,7 +264,7 @@ class Receipt(Base):
 
 
 class DeadLetter(Base):
-    """A receipt that was given up; *open* while `resolved_at` is null. Times are Unix seconds."""
+    """A receipt that will not be sent again by itself; *open* while `resolved_at` is null. Times are Unix seconds."""
 
     __tablename__ = "dlq"
 
@@ -295,7 +284,7 @@ class DeadLetter(Base):
         CheckConstraint("(resolved_at IS NULL) = (resolved_by IS NULL)", name="resolved"),
         Index("idx_dlq_original_receipt", "original_receipt_id"),
         # At most one open dead letter per receipt.
-        Index("idx_dlq_open", "original_receipt_id", unique=True, sqlite_where=text("resolved_at IS NULL")),
+        _partial_index("idx_dlq_open", "original_receipt_id", where=OPEN_ONLY, unique=True),
     )
 
     def __repr__(self) -> str:
@@ -303,11 +292,11 @@ class DeadLetter(Base):
 
 
 class BufferEvent(Base):
-    """Something that happened. Append-only: the database refuses to change it, or to delete it while it is young."""
+    """An event. Append-only: the database refuses to change it, and to delete it before its retention is over."""
 
     __tablename__ = "buffer_events"
 
-    # No CHECK on event_type: a new type would mean a rebuild of a table that may hold a million rows.
+    # No CHECK on event_type: each new type would need a rebuild of a table that may have a million rows.
     id: Mapped[int] = mapped_column(primary_key=True)
     event_type: Mapped[str]
     receipt_id: Mapped[str | None]
@@ -315,9 +304,9 @@ class BufferEvent(Base):
     details: Mapped[Any] = mapped_column("metadata", JsonText, nullable=True)
 
     __table_args__ = (
-        Index("idx_events_receipt_id", "receipt_id", sqlite_where=text("receipt_id IS NOT NULL")),
-        # The common ones are found from the newest end at once.
-        Index("idx_events_type", "event_type", sqlite_where=text(RARE_EVENTS)),
+        _partial_index("idx_events_receipt_id", "receipt_id", where="receipt_id IS NOT NULL"),
+        # The common types need no index: their newest rows are always near the end of the table.
+        _partial_index("idx_events_type", "event_type", where=RARE_EVENTS),
         {"sqlite_autoincrement": True},
     )
 
@@ -333,3 +322,28 @@ class ConfigEntry(Base):
     key: Mapped[str] = mapped_column(primary_key=True)
     value: Mapped[str]
     updated_at: Mapped[int]
+
+
+# The state of the buffer in one row, maintained by triggers, so that reading it takes constant time.
+buffer_state = Table(
+    "buffer_state",
+    metadata,
+    Column("id", Integer, primary_key=True),
+    *(Column(status.value, Integer, nullable=False) for status in ReceiptStatus),  # the number of receipts in it
+    Column("open_dead_letters", Integer, nullable=False),
+    # The greatest HLC pair ever inserted; 0 and -1 before the first receipt.
+    Column("hlc_local_time", Integer, nullable=False),
+    Column("hlc_logical_counter", Integer, nullable=False),
+    Column("last_synced_at", Integer, nullable=True),
+    CheckConstraint("id = 1", name="one_row"),
+    sqlite_strict=True,
+)
+
+# Alembic creates and writes it. It is declared here so that the autogenerate of a host application does not drop it.
+VERSION_TABLE = "kkt_buffer_version"
+Table(
+    VERSION_TABLE,
+    metadata,
+    Column("version_num", String(32), nullable=False),
+    PrimaryKeyConstraint("version_num", name=f"{VERSION_TABLE}_pkc"),
+)

@@ -1,4 +1,4 @@
-"""How far a long piece of work is: one line on the terminal, and nothing at all where nobody is looking."""
+"""A progress line on the terminal for long work; nothing is written where stderr is not a terminal."""
 
 import sys
 import time
@@ -10,13 +10,13 @@ SECONDS_BETWEEN = 0.1
 
 @contextmanager
 def progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
-    """Yield a function to be told how much of `total` is done; it writes to stderr if that is a terminal."""
+    """Yield a function that takes the work done so far and shows it on stderr if that is a terminal."""
     if not sys.stderr.isatty():
         yield lambda _done: None
         return
     next_time = 0.0
 
-    def tell(done: int) -> None:
+    def report(done: int) -> None:
         nonlocal next_time
         if done >= total or time.monotonic() >= next_time:
             next_time = time.monotonic() + SECONDS_BETWEEN
@@ -25,6 +25,6 @@ def progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
             sys.stderr.flush()
 
     try:
-        yield tell
+        yield report
     finally:
         sys.stderr.write("\n")

@@ -1,28 +1,528 @@
 """
-`ReceiptRepository`: reading and writing the buffer, one transaction per method, or the one that this thread has open.
+`ReceiptRepository`: every operation of a buffer.
 
-Each file here has the operations on one subject. What a status may become is in `models`; counters, events and guards
-are triggers, in `schema`; what an argument may be, in `arguments`.
+The statements of each operation are in `operations`; the checks of its arguments are in `arguments`.
 """
 
-from kkt_buffer.operations.dead_letters import DeadLetters
-from kkt_buffer.operations.events import Events
-from kkt_buffer.operations.integrity import Integrity, IntegrityReport
-from kkt_buffer.operations.leases import Leases
-from kkt_buffer.operations.pruning import PruneReport, Pruning
+import os
+import random
+import time
+import uuid
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager
+from typing import Any
+
+from sqlalchemy import Engine
+from sqlalchemy.orm import Session
+
+from kkt_buffer import arguments
+from kkt_buffer.backend import backend_of
+from kkt_buffer.errors import ReceiptBufferError
+from kkt_buffer.group_commit import A, GroupCommit, R, Shareable
+from kkt_buffer.migrate import require
+from kkt_buffer.models import BufferEvent, DeadLetter, Receipt, ReceiptStatus
+from kkt_buffer.operations import dead_letters, events, integrity, leases, pruning, receipts, settings, status
+from kkt_buffer.operations.integrity import IntegrityReport
+from kkt_buffer.operations.pruning import PruneReport
 from kkt_buffer.operations.status import BufferStatus
+from kkt_buffer.transaction import NotTogetherError, Transaction, Transactions
 
 __all__ = ["BufferStatus", "IntegrityReport", "PruneReport", "ReceiptRepository"]
 
+_INSERT = Shareable(receipts.insert_one, receipts.insert_together)
+_MARK_SYNCED = Shareable(receipts.mark_synced, receipts.mark_synced_together)
+_RECORD_FAILURE = Shareable(leases.record_failure)
 
-class ReceiptRepository(Leases, DeadLetters, Pruning, Events, Integrity):
+
+class ReceiptRepository:
     """
-    The buffer, for any number of threads.
+    The operations of one buffer. Safe for threads.
 
-    `engine` comes from `create_buffer_engine`; `now` is the wall clock, in Unix seconds; `jitter` gives numbers from 0
-    to 1, to spread retries. Every method opens a transaction of its own, or joins the one that `transaction()` has open
-    in this thread. What is returned is detached and complete.
+    `engine` comes from `create_buffer_engine`; `now` is the wall clock, in Unix seconds; `jitter` returns a number from
+    0 to 1, to spread retries. Every operation opens its own transaction, or joins the one that `transaction()` has open
+    in this thread. Returned objects are detached and fully loaded.
 
-    Besides what each method names, every one of them raises `BufferStorageError` when the file cannot be read or
-    written, and `TypeError` or `ValueError` for an argument of the wrong kind; nothing is changed then.
+    Besides the errors that each operation names, every one raises `BufferStorageError` when the file cannot be read or
+    written, and `TypeError` or `ValueError` for a wrong argument; nothing is changed then. In the examples,
+    `repository` is a new one.
     """
+
+    def __init__(
+        self,
+        engine: Engine,
+        *,
+        now: Callable[[], float] = time.time,
+        jitter: Callable[[], float] = random.random,
+    ) -> None:
+        self._engine = engine
+        self._transactions = Transactions(engine, now)
+        self._group = GroupCommit(self._transactions)
+        self._jitter = jitter
+        self._has_schema = False
+
+    # Transactions.
+
+    def transaction(self) -> AbstractContextManager[Session]:
+        """
+        Open a write transaction, or a savepoint in this thread's, and yield its session.
+
+        Commits at the end of the outermost block. An exception rolls back the block that it leaves; if an outer block
+        catches it, that block can continue. Every operation called inside belongs to the transaction and is durable
+        only after its commit. Your own rows in the session are committed with the receipts. Keep the block short, as
+        other writers wait; in asyncio code, never await inside it.
+
+        >>> with repository.transaction() as session:
+        ...     receipt_id = repository.insert_receipt({"pos_id": "till-1", "fiscal_doc": "{}"})
+        ...     event = repository.log_event("sync_started")
+        """
+        self._require_schema()
+        return self._transactions.block(write=True)
+
+    def reading(self) -> AbstractContextManager[Session]:
+        """
+        Open a read transaction on a consistent snapshot, and yield its session. It blocks no writer.
+
+        Operations that read join it; an operation that writes raises `ReceiptBufferError` before it begins. The
+        database refuses the caller's own writes. Inside `transaction()`, it joins that.
+
+        >>> with repository.reading() as session:
+        ...     pending = repository.get_buffer_status().pending
+        """
+        self._require_schema()
+        return self._transactions.block(write=False)
+
+    @property
+    def in_transaction(self) -> bool:
+        """
+        Whether this thread is inside `transaction()` or `reading()`.
+
+        >>> repository.in_transaction
+        False
+        """
+        return self._transactions.current is not None
+
+    # Receipts.
+
+    def insert_receipt(self, receipt_data: Mapping[str, Any], *, exist_ok: bool = False) -> str:
+        """
+        Store a receipt and return its id; when this returns, the receipt is on disk.
+
+        `receipt_data` has `pos_id` (str), `fiscal_doc` (JSON text, stored byte for byte, or a mapping) and optionally
+        `id` (a UUID; it lets the buffer recognise a repeated insert). With `exist_ok`, an identical repeated insert
+        returns the id and stores nothing.
+
+        Raises `BufferFullError` at capacity, `DuplicateReceiptError` for a known id.
+
+        >>> receipt_id = repository.insert_receipt({"pos_id": "till-1", "fiscal_doc": {"totalSum": 6490}})
+        >>> repository.get_receipt_by_id(receipt_id).fiscal_doc
+        '{"totalSum":6490}'
+        """
+        return self._shared(_INSERT, arguments.new_receipt(receipt_data, exist_ok=exist_ok))
+
+    def insert_receipts(self, many: Iterable[Mapping[str, Any]], *, exist_ok: bool = False) -> list[str]:
+        """
+        Store all of these receipts, in their order and with one commit, or none. Otherwise like `insert_receipt`.
+
+        >>> len(repository.insert_receipts({"pos_id": "till-1", "fiscal_doc": "{}"} for _ in range(3)))
+        3
+        """
+        new = arguments.new_receipts(many, exist_ok=exist_ok)
+        if not new:
+            return []
+        try:
+            with self._writing() as tx:
+                return receipts.insert_together(tx, new)
+        except NotTogetherError:
+            # Only now is it worth asking which one was refused, and why.
+            with self._writing() as tx:
+                return receipts.insert_unknown(tx, new)
+
+    def get_pending_receipts(self, limit: int = 50) -> list[Receipt]:
+        """
+        The first pending receipts in HLC order, at most `limit`.
+
+        >>> repository.get_pending_receipts(limit=10)
+        []
+        """
+        limit = arguments.whole_number("limit", limit, 1)
+        with self._reading() as tx:
+            return tx.load(receipts.PENDING, limit=limit)
+
+    def get_receipt_by_id(self, receipt_id: str | uuid.UUID) -> Receipt | None:
+        """
+        The receipt with this id, or None.
+
+        >>> repository.get_receipt_by_id("123e4567-e89b-42d3-a456-426614174000") is None
+        True
+        """
+        receipt_id = arguments.lookup_id(receipt_id)
+        with self._reading() as tx:
+            found: list[Receipt] = tx.load(receipts.RECEIPT, receipt_id=receipt_id)
+        return found[0] if found else None
+
+    def mark_synced(self, receipt_id: str | uuid.UUID, server_time: int) -> bool:
+        """
+        Record that the OFD has accepted the receipt at `server_time` (the OFD's clock, Unix seconds).
+
+        False if there is no such receipt. A delivery is recorded from any status, also by a worker without a lease. The
+        first `server_time` is kept. An open dead letter is closed.
+
+        >>> receipt_id = repository.insert_receipt({"pos_id": "till-1", "fiscal_doc": "{}"})
+        >>> repository.mark_synced(receipt_id, server_time=1_772_366_405)
+        True
+        """
+        receipt_id = arguments.lookup_id(receipt_id)
+        return self._shared(_MARK_SYNCED, (receipt_id, arguments.whole_number("server_time", server_time, 0)))
+
+    def increment_retry_count(self, receipt_id: str | uuid.UUID, error: str) -> int:
+        """
+        Count a failed attempt, store `error` as the last error, and return the new count.
+
+        Changes neither the status nor the lease, and never dead-letters. Raises `ReceiptNotFoundError`.
+
+        >>> receipt_id = repository.insert_receipt({"pos_id": "till-1", "fiscal_doc": "{}"})
+        >>> repository.increment_retry_count(receipt_id, "HTTP 500")
+        1
+        """
+        receipt_id, error = arguments.lookup_id(receipt_id), arguments.note("error", error)
+        with self._writing() as tx:
+            return receipts.increment_retry_count(tx, receipt_id, error)
+
+    def move_to_dlq(self, receipt_id: str | uuid.UUID, reason: str) -> bool:
+        """
+        Dead-letter the receipt, for an operator to decide. False if there is no such receipt. Idempotent.
+
+        Raises `InvalidTransitionError` if it was delivered.
+
+        >>> receipt_id = repository.insert_receipt({"pos_id": "till-1", "fiscal_doc": "{}"})
+        >>> repository.move_to_dlq(receipt_id, "unknown tax rate")
+        True
+        """
+        receipt_id, reason = arguments.lookup_id(receipt_id), arguments.note("reason", reason)
+        with self._writing() as tx:
+            return receipts.move_to_dlq(tx, receipt_id, reason)
+
+    def update_receipt_status(self, receipt_id: str | uuid.UUID, status: str) -> bool:
+        """
+        Move the receipt to another status; True, without a change, if it has this status already.
+
+        False if there is no such receipt. `syncing` takes a lease for `lease_seconds`, `pending` gives it up, `synced`
+        is `mark_synced` at the current time, `failed` is `move_to_dlq`. Raises `ValueError` for a status that does not
+        exist, `InvalidTransitionError` for a move that is not allowed.
+
+        >>> receipt_id = repository.insert_receipt({"pos_id": "till-1", "fiscal_doc": "{}"})
+        >>> repository.update_receipt_status(receipt_id, "syncing")
+        True
+        """
+        receipt_id, wanted = arguments.lookup_id(receipt_id), arguments.status(status)
+        with self._writing() as tx:
+            return receipts.update_status(tx, receipt_id, wanted)
+
+    # Delivery. `kkt_buffer.deliver_pending` is built from these.
+
+    def claim_pending(
+        self, limit: int = 50, *, pos_id: str | None = None, lease_seconds: int | None = None
+    ) -> list[Receipt]:
+        """
+        Lease the receipts that are due, at most `limit`, in HLC order; of one till if `pos_id` is given.
+
+        A receipt is due if it is pending and not in its backoff, or if its lease is over: expired, or taken at a time
+        that is now in the future because the clock was set back. All get the same new `lease_token`, valid for
+        `lease_seconds` (default: the setting of that name). A worker that needs longer calls `renew_lease`.
+
+        >>> receipt_id = repository.insert_receipt({"pos_id": "till-1", "fiscal_doc": "{}"})
+        >>> [receipt.id == receipt_id for receipt in repository.claim_pending(limit=10)]
+        [True]
+        """
+        limit = arguments.whole_number("limit", limit, 1)
+        pos_id = None if pos_id is None else arguments.name("pos_id", pos_id)
+        seconds = None if lease_seconds is None else arguments.setting("lease_seconds", lease_seconds)
+        with self._writing() as tx:
+            return leases.claim(tx, limit, pos_id, seconds)
+
+    def renew_lease(self, receipt_id: str | uuid.UUID, lease_token: str, *, lease_seconds: int | None = None) -> int:
+        """
+        Extend the lease to `lease_seconds` from now; returns the new expiry (Unix seconds).
+
+        Raises `LeaseLostError` if the token is not the present one, `ReceiptNotFoundError`.
+
+        >>> receipt_id = repository.insert_receipt({"pos_id": "till-1", "fiscal_doc": "{}"})
+        >>> [receipt] = repository.claim_pending()
+        >>> repository.renew_lease(receipt.id, receipt.lease_token) >= receipt.lease_expires_at
+        True
+        """
+        receipt_id, token = arguments.lookup_id(receipt_id), arguments.name("lease_token", lease_token)
+        seconds = None if lease_seconds is None else arguments.setting("lease_seconds", lease_seconds)
+        with self._writing() as tx:
+            return leases.renew(tx, receipt_id, token, seconds)
+
+    def release(self, receipt_id: str | uuid.UUID, lease_token: str) -> None:
+        """
+        Hand a leased receipt back: it is due at once, and no attempt is counted.
+
+        Raises `LeaseLostError` if the token is not the present one, `ReceiptNotFoundError`.
+
+        >>> receipt_id = repository.insert_receipt({"pos_id": "till-1", "fiscal_doc": "{}"})
+        >>> [receipt] = repository.claim_pending()
+        >>> repository.release(receipt.id, receipt.lease_token)
+        """
+        receipt_id, token = arguments.lookup_id(receipt_id), arguments.name("lease_token", lease_token)
+        with self._writing() as tx:
+            leases.release(tx, receipt_id, token)
+
+    def record_failure(self, receipt_id: str | uuid.UUID, error: str, lease_token: str) -> ReceiptStatus:
+        """
+        Count a failed attempt: the receipt waits for its backoff, or is dead-lettered at `max_retry_attempts`.
+
+        The backoff doubles with each attempt from `retry_backoff_initial` to `retry_backoff_max` seconds. A random part
+        of up to a half is subtracted, so that tills do not retry at the same time. `error` is stored, cut to 2,000
+        characters. Returns the new status, pending or failed.
+
+        Raises `LeaseLostError` if the token is not the present one (nothing is counted then), `ReceiptNotFoundError`.
+
+        >>> receipt_id = repository.insert_receipt({"pos_id": "till-1", "fiscal_doc": "{}"})
+        >>> [receipt] = repository.claim_pending()
+        >>> repository.record_failure(receipt.id, "HTTP 400", receipt.lease_token)
+        <ReceiptStatus.PENDING: 'pending'>
+        """
+        receipt_id, error = arguments.lookup_id(receipt_id), arguments.note("error", error)
+        token = arguments.name("lease_token", lease_token)
+        return self._shared(_RECORD_FAILURE, leases.Failure(receipt_id, token, error, self._jitter))
+
+    def recover_expired_leases(self) -> int:
+        """
+        Make receipts with expired leases pending; returns how many.
+
+        `claim_pending` begins with the same step, so delivery does not need this; it makes the counts right at once.
+
+        >>> repository.recover_expired_leases()
+        0
+        """
+        with self._writing() as tx:
+            return leases.recover(tx)
+
+    # Dead letters.
+
+    def list_dead_letters(self, open_only: bool = True, *, limit: int = 100) -> list[DeadLetter]:  # noqa: FBT001, FBT002 (the design's signature)
+        """
+        The dead letters, oldest first, at most `limit`: the open ones, or all.
+
+        >>> repository.list_dead_letters()
+        []
+        """
+        limit = arguments.whole_number("limit", limit, 1)
+        with self._reading() as tx:
+            return dead_letters.list_dead_letters(tx, limit, open_only=open_only)
+
+    def requeue(self, receipt_id: str | uuid.UUID, *, actor: str, reason: str) -> None:
+        """
+        Make a dead-lettered receipt pending again, with `retry_count` 0; it keeps its place and its deadline.
+
+        `actor` is the person who decided it, `reason` the reason; both are recorded. Raises `BufferFullError` when
+        there is no room (it counts as undelivered again), `InvalidTransitionError` when the receipt has no open dead
+        letter, `ReceiptNotFoundError`.
+
+        >>> receipt_id = repository.insert_receipt({"pos_id": "till-1", "fiscal_doc": "{}"})
+        >>> repository.move_to_dlq(receipt_id, "unknown tax rate")
+        True
+        >>> repository.requeue(receipt_id, actor="Anna, support", reason="the OFD has corrected its tax table")
+        """
+        receipt_id = arguments.lookup_id(receipt_id)
+        actor, reason = arguments.note("actor", actor), arguments.note("reason", reason)
+        with self._writing() as tx:
+            dead_letters.requeue(tx, receipt_id, actor, reason)
+
+    def requeue_all(self, *, actor: str, reason: str) -> int:
+        """
+        Requeue the open dead letters in HLC order, as many as fit; returns how many.
+
+        Raises `BufferFullError` if there is an open dead letter and no room at all.
+
+        >>> repository.requeue_all(actor="Anna, support", reason="the OFD has corrected its tax table")
+        0
+        """
+        actor, reason = arguments.note("actor", actor), arguments.note("reason", reason)
+        with self._writing() as tx:
+            return dead_letters.requeue_all(tx, actor, reason)
+
+    def resolve(self, receipt_id: str | uuid.UUID, *, actor: str, reason: str) -> None:
+        """
+        Close a dead letter without sending the receipt. Final: it stays failed, and the 30-day rule ignores it.
+
+        `actor` is the person who decided it, `reason` the reason; both are recorded. Raises
+        `InvalidTransitionError` when the receipt has no open dead letter, `ReceiptNotFoundError`.
+
+        >>> receipt_id = repository.insert_receipt({"pos_id": "till-1", "fiscal_doc": "{}"})
+        >>> repository.move_to_dlq(receipt_id, "a test of the till")
+        True
+        >>> repository.resolve(receipt_id, actor="Anna, support", reason="not a real sale")
+        """
+        receipt_id = arguments.lookup_id(receipt_id)
+        actor, reason = arguments.note("actor", actor), arguments.note("reason", reason)
+        with self._writing() as tx:
+            dead_letters.resolve(tx, receipt_id, actor, reason)
+
+    # Events and settings.
+
+    def log_event(
+        self,
+        event_type: str,
+        *,
+        receipt_id: str | uuid.UUID | None = None,
+        metadata: Mapping[str, Any] | None = None,
+    ) -> int:
+        """
+        Record one of the caller's own events (of a circuit breaker or a sync run) and return its number.
+
+        Raises `ValueError` for an unknown type, and for types that begin with `receipt_`: only triggers write these.
+
+        >>> repository.log_event("circuit_opened", metadata={"why": "no route to the OFD"})
+        1
+        """
+        event_type = arguments.own_event_type(event_type)
+        about = None if receipt_id is None else arguments.lookup_id(receipt_id)
+        details = arguments.details(metadata)
+        with self._writing() as tx:
+            return events.log_event(tx, event_type, about, details)
+
+    def get_events(
+        self, limit: int = 100, *, event_type: str | None = None, receipt_id: str | uuid.UUID | None = None
+    ) -> list[BufferEvent]:
+        """
+        The last events, newest first, at most `limit`; only those of one type or one receipt if given.
+
+        >>> receipt_id = repository.insert_receipt({"pos_id": "till-1", "fiscal_doc": "{}"})
+        >>> [event.event_type for event in repository.get_events(receipt_id=receipt_id)]
+        ['receipt_added']
+        """
+        limit = arguments.whole_number("limit", limit, 1)
+        event_type = None if event_type is None else arguments.event_type(event_type)
+        about = None if receipt_id is None else arguments.lookup_id(receipt_id)
+        with self._reading() as tx:
+            return events.get_events(tx, limit, event_type, about)
+
+    def get_config(self, key: str) -> int | str | None:
+        """
+        A setting: an int for the keys that the buffer reads, the text for other keys, None if it is not stored.
+
+        Raises `InvalidConfigError` if the stored value is invalid.
+
+        >>> repository.get_config("buffer_capacity")
+        200
+        """
+        key = arguments.name("key", key)
+        with self._reading() as tx:
+            return settings.get_config(tx, key)
+
+    def set_config(self, key: str, value: int | str) -> None:
+        """
+        Change a setting. The keys that the buffer reads take an int within bounds, other keys a text.
+
+        Raises `ValueError` for a value that is not a number, or out of bounds.
+
+        >>> repository.set_config("buffer_capacity", 500)
+        """
+        key = arguments.name("key", key)
+        stored = arguments.setting_text(key, value)
+        with self._writing() as tx:
+            settings.set_config(tx, key, stored)
+
+    # The buffer as a whole.
+
+    def get_buffer_status(self) -> BufferStatus:
+        """
+        The counts, the fill level and the deadline of the oldest undelivered receipt; a few lookups.
+
+        >>> repository.get_buffer_status().percent_full
+        0.0
+        """
+        with self._reading() as tx:
+            return status.get_buffer_status(tx)
+
+    def get_receipts_due(self, before: int, *, limit: int = 100) -> list[Receipt]:
+        """
+        The receipts with a deadline before `before` (Unix seconds), most urgent first.
+
+        These are the undelivered receipts, open dead letters included, that are `ofd_deadline_days` old by then.
+
+        >>> repository.get_receipts_due(before=1_772_366_400)
+        []
+        """
+        before, limit = arguments.whole_number("before", before, 0), arguments.whole_number("limit", limit, 1)
+        with self._reading() as tx:
+            return status.get_receipts_due(tx, before, limit)
+
+    def prune(self) -> PruneReport:
+        """
+        Delete synced receipts, closed dead letters and events that are older than their retention.
+
+        Undelivered receipts and receipts with an open dead letter are never deleted. A receipt that a row of any table
+        refers to is kept as long as that row. A resolved receipt is deleted with its last dead letter. Uses short
+        transactions, so that writers do not wait; inside `transaction()` it joins that.
+
+        >>> repository.prune().receipts
+        0
+        """
+        self._require_schema()
+        return pruning.prune(self._transactions)
+
+    def check_integrity(self) -> IntegrityReport:
+        """
+        Read all of the buffer and report problems. It changes nothing and blocks no writer.
+
+        It checks the pages and indexes of the file, foreign keys, CHECK constraints, text encoding, dead letters,
+        counts, settings, and the order of timestamps. A million receipts take some seconds.
+
+        >>> repository.check_integrity().is_sound
+        True
+        """
+        self._require_schema()
+        return integrity.check(self._transactions)
+
+    def backup(self, path: str | os.PathLike[str]) -> None:
+        """
+        Copy a consistent snapshot of the buffer to the file `path`, readable by the owner only. Writers can continue.
+
+        A file at `path` is replaced when the copy is complete and on disk: a crash leaves the old file or the new one.
+        The copy is a complete buffer. If stderr is a terminal, progress is shown there.
+
+        Raises `BufferStorageError` if the copy cannot be written, `ReceiptBufferError` inside `transaction()` (its
+        changes would not be in the copy), `ValueError` if `path` is the buffer itself.
+
+        >>> repository.backup(folder / "copy.db")
+        """
+        self._require_schema()
+        if self.in_transaction:
+            raise ReceiptBufferError(
+                "backup was called inside transaction(): its changes so far would not be in the copy. "
+                "Nothing was copied. Call it outside."
+            )
+        backend_of(self._engine).backup(self._engine, path)
+
+    def close(self) -> None:
+        """
+        Close the engine's connections that are not in use; the next operation opens one again. Idempotent.
+
+        >>> repository.close()
+        """
+        self._engine.dispose()
+
+    # The transaction of an operation.
+
+    def _writing(self) -> AbstractContextManager[Transaction]:
+        self._require_schema()
+        return self._transactions.writing()
+
+    def _reading(self) -> AbstractContextManager[Transaction]:
+        self._require_schema()
+        return self._transactions.reading()
+
+    def _shared(self, work: Shareable[A, R], argument: A) -> R:
+        self._require_schema()
+        return self._group.run(work, argument)
+
+    def _require_schema(self) -> None:
+        """Raise `SchemaError` unless the schema is that of this release; checked until it was right once."""
+        if not self._has_schema and self._transactions.current is None:
+            require(self._engine)
+            self._has_schema = True

@@ -1,182 +1,265 @@
 """
-Transactions: a scoped session for each thread, opened by the outermost block and joined by those inside.
+Transactions: opened for one operation, or joined.
 
-How a transaction begins, commits and fails on the connection is in `engine`.
+The backend begins and commits them on its database; the statements of each operation are in `operations`.
 """
 
 import logging
-import random
 import threading
-import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
-from sqlalchemy import Engine, Select
+from sqlalchemy import Connection, CursorResult, Engine, Select, select
+from sqlalchemy.exc import DBAPIError, InvalidRequestError
 from sqlalchemy.orm import Session, scoped_session, sessionmaker
 
-from kkt_buffer.direct import Direct, Driver, Place
-from kkt_buffer.errors import BufferDamagedError, ReceiptBufferError
-from kkt_buffer.migrate import require
-from kkt_buffer.sqlite import refusals
-from kkt_buffer.sqlite.engine import READ_ONLY, gate_of, lenient_text
+from kkt_buffer import arguments
+from kkt_buffer.backend import OPERATION, READ_ONLY, Backend, Parameters, backend_of
+from kkt_buffer.config import number_of
+from kkt_buffer.errors import BufferDamagedError, BufferStorageError, ReceiptBufferError
+from kkt_buffer.models import ConfigEntry
 
 logger = logging.getLogger(__name__)
 
-
-class _Block:
-    """One outermost `with repository.transaction()`, while it is open."""
-
-    __slots__ = ("open", "session")
-
-    def __init__(self, session: Session) -> None:
-        self.session = session
-        self.open = True
+_SETTINGS = select(ConfigEntry.key, ConfigEntry.value)
 
 
-# The blocks of this context. A thread may run many asyncio tasks: what one of them has opened is no business of the
-# others.
-_opened: ContextVar[tuple[_Block, ...]] = ContextVar("kkt_buffer_transactions", default=())
+class Transaction:
+    """
+    The transaction of an operation.
 
+    `connection` is in a transaction all the time. The current time and the settings are read once, at first use. In a
+    write transaction this happens under the write lock.
+    """
 
-class Transactions:
-    """What every operation stands on."""
-
-    def __init__(
-        self,
-        engine: Engine,
-        *,
-        now: Callable[[], float] = time.time,
-        jitter: Callable[[], float] = random.random,
-    ) -> None:
-        self._engine = engine
-        self._gate = gate_of(engine)
-        self._has_schema = False
-        self._readers = sessionmaker(engine.execution_options(**{READ_ONLY: True}))
-        self._sessions = scoped_session(sessionmaker(engine, expire_on_commit=False))
-        self._local = threading.local()
-        self._place = Place()
-        self._now = now
-        self._jitter = jitter
-
-    @contextmanager
-    def transaction(self) -> Iterator[Session]:
-        """
-        Open a write transaction, or join this thread's, and yield its session.
-
-        Commits at the end of the outermost block; an exception rolls back the block that it leaves, so that whoever
-        catches it inside an outer block can go on there. Every operation called inside belongs to the transaction,
-        and is as durable as its commit: not before. Rows of your own that you add to the session are committed with
-        the receipts. Keep it short, as other writers wait; in asyncio code, never await inside it.
-        """
-        outer = self._outer()
-        if outer is not None:
-            with outer.begin_nested():
-                yield outer
-            return
-        self._require_schema()
-        self._tidy()
-        block = _Block(self._sessions())
-        before = _opened.get()
-        try:
-            self._local.block = block
-            _opened.set((*before, block))
-            with block.session.begin():
-                yield block.session
-        finally:
-            block.open = False  # first, and without a call that a signal could interrupt: nobody may join it any more
-            _opened.set(before)
-            self._sessions.remove()
-
-    def _outer(self) -> Session | None:
-        """The session of the block that this thread has open, if this is a task that may go on in it."""
-        outer = self._block()
-        if outer is None:
-            return None
-        if outer not in _opened.get():
-            raise ReceiptBufferError(
-                "another asyncio task of this thread has a transaction open and waits inside it. Nothing was "
-                "done. Never await inside transaction(); run it whole in a thread, with asyncio.to_thread."
-            )
-        return outer.session
-
-    def _tidy(self) -> None:
-        """Put right what is left over if a signal interrupted the end of this thread's last block."""
-        if self._sessions.registry.has():
-            self._sessions.remove()
-        self._place.tidy()
-
-    def _direct(self, *, write: bool) -> AbstractContextManager[Driver]:
-        """A transaction for one operation that a till runs all day; or the one that this thread has open."""
-        if self._block() is not None:
-            return self._joined()
-        return self._alone(write=write)
-
-    def _alone(self, *, write: bool) -> Direct:
-        self._require_schema()
-        if write:
-            self._tidy()
-        return Direct(self._engine, self._place, write=write)
-
-    def _require_schema(self) -> None:
-        """Refuse to work on the schema of another release, as long as it has not been seen to be this one's."""
-        if not self._has_schema:
-            require(self._engine)
-            self._has_schema = True
-
-    @contextmanager
-    def _joined(self) -> Iterator[Driver]:
-        with self._writing() as session:
-            yield Driver.of(session)
-
-    @contextmanager
-    def _writing(self) -> Iterator[Session]:
-        """A transaction for an operation, or a part of the one that this thread has open."""
-        with refusals.explained(self._engine.url.database), self.transaction() as session:
-            yield session
-
-    def _block(self) -> _Block | None:
-        block: _Block | None = getattr(self._local, "block", None)
-        return block if block is not None and block.open else None
+    def __init__(self, backend: Backend, now: Callable[[], float], *, write: bool) -> None:
+        self.backend = backend
+        self.write = write
+        self.connection: Connection
+        self.session: Session  # set in the caller's `transaction()` or `reading()`
+        self._clock = now
+        self._now: int | None = None
+        self._settings: dict[str, str] | None = None
+        # Only operations of this thread may join, and only while no other operation runs in it.
+        self.thread = threading.get_ident()
+        self.is_busy = True
+        self.is_over = False
+        self.outer: Transaction | None = None
 
     @property
-    def _is_writing(self) -> bool:
-        """Whether this thread has a write transaction open, through us or in another way: others wait for it."""
-        return self._block() is not None or self._gate.is_mine
+    def now(self) -> int:
+        """The time of this transaction, in Unix seconds."""
+        if self._now is None:
+            self._now = arguments.moment(self._clock())
+        return self._now
 
-    @property
-    def in_transaction(self) -> bool:
-        """Whether this thread is inside `transaction()`."""
-        return self._block() is not None
+    def number(self, key: str) -> int:
+        """A setting of the buffer. Raises `InvalidConfigError` if the stored value is invalid."""
+        if self._settings is None:
+            self._settings = {row.key: row.value for row in self.connection.execute(_SETTINGS)}
+        return number_of(key, self._settings.get(key))
 
-    @contextmanager
-    def _reading(self) -> Iterator[Session]:
-        """A session that nobody else has; inside a transaction, it reads what that has written."""
-        outer = self._outer()
-        if outer is None:
-            self._require_schema()
-            session = self._readers()
-        else:
-            outer.flush()
-            session = Session(outer.connection(), join_transaction_mode="rollback_only")
-        with refusals.explained(self._engine.url.database), session:
-            yield session
+    def start_on(self, connection: Connection) -> None:
+        """Use this connection from now on, and forget the time and the settings."""
+        self.connection = connection
+        self._now = self._settings = None
 
-    def _load(self, statement: Select[Any], **parameters: object) -> list[Any]:
-        """Read rows, detached and complete."""
-        with self._reading() as session:
+    def forget_settings(self) -> None:
+        """Read the settings again at their next use."""
+        self._settings = None
+
+    def explain(self, error: Exception) -> Exception:
+        """The domain error for an error of a statement; the same error if there is none."""
+        return (self.backend.explain(error) if isinstance(error, DBAPIError) else None) or error
+
+    def run(self, sql: str, parameters: Parameters) -> CursorResult[Any]:
+        """Run a constant statement with `:name` parameters."""
+        return self.backend.run(self.connection, sql, parameters)
+
+    def load(self, statement: Select[Any], **parameters: object) -> list[Any]:
+        """Read rows as detached, fully loaded objects."""
+        # A separate session, so that the objects of the caller's session stay attached.
+        with Session(self.connection, join_transaction_mode="rollback_only") as session:
             try:
                 rows = list(session.scalars(statement, parameters))
             except BufferDamagedError as error:
-                # A stray byte in one document must not keep all the others from being delivered.
-                logger.error("%s Reading on without them; see check_integrity().", error)  # noqa: TRY400 (it is handled)
-                with lenient_text(session.connection()):
+                # Invalid UTF-8 in one document must not stop the delivery of the others.
+                logger.error("%s Invalid bytes are read as escapes; see check_integrity().", error)  # noqa: TRY400 (it is handled)
+                with self.backend.lenient_text(self.connection):
                     rows = list(session.scalars(statement, parameters))
         if None in rows:
-            logger.error("a row without a key: the file is damaged. Reading on without it; see check_integrity().")
+            logger.error("a row has no primary key: the file is damaged. The row is skipped; see check_integrity().")
             rows = [row for row in rows if row is not None]
         return rows
 
-    def _seconds(self) -> int:
-        return int(self._now())
+
+class NotTogetherError(Exception):
+    """Several operations cannot be run with one statement: roll back and run them one by one."""
+
+
+# The innermost transaction of this context: one thread may run many asyncio tasks, each with its own context.
+_innermost: ContextVar[Transaction | None] = ContextVar("kkt_buffer_transaction", default=None)
+
+
+class _Here(threading.local):
+    """All open transactions of this thread, in any context."""
+
+    transactions: tuple[Transaction, ...] = ()
+
+
+_here = _Here()
+
+
+class Transactions:
+    """Opens transactions on one engine, or joins the open transaction of the thread."""
+
+    def __init__(self, engine: Engine, now: Callable[[], float]) -> None:
+        self.backend = backend_of(engine)
+        self._now = now
+        self._writers = engine.execution_options(**{OPERATION: True})
+        self._readers = engine.execution_options(**{OPERATION: True, READ_ONLY: True})
+        # One session per thread.
+        self._sessions = scoped_session(sessionmaker(expire_on_commit=False, join_transaction_mode="rollback_only"))
+
+    @property
+    def current(self) -> Transaction | None:
+        """
+        The open transaction of this thread on this engine, or None.
+
+        Raises `ReceiptBufferError` if an operation is running in it: this call comes from inside that operation.
+        """
+        tx = _innermost.get()
+        while tx is not None and (tx.backend is not self.backend or tx.is_over):
+            tx = tx.outer
+        if tx is None or tx.thread != threading.get_ident():
+            if any(other.backend is self.backend and not other.is_over for other in _here.transactions):
+                raise ReceiptBufferError(
+                    "another asyncio task of this thread has a transaction open and waits inside it. Nothing was "
+                    "done. Never await inside transaction(); run it whole in a thread, with asyncio.to_thread."
+                )
+            return None
+        if tx.is_busy:
+            raise ReceiptBufferError(
+                "an operation of this buffer was called from inside another one of the same thread: by a signal "
+                "handler, __del__, an event listener or `now`. This call did nothing; the running operation continues. "
+                "Call it afterwards, or in another thread."
+            )
+        return tx
+
+    @contextmanager
+    def writing(self) -> Iterator[Transaction]:
+        """
+        A write transaction for one operation: a savepoint in the thread's open transaction, else a new transaction.
+        """
+        with self.operation(write=True) as (tx, is_joined), self.explain_errors():
+            if is_joined:
+                with tx.connection.begin_nested():
+                    yield tx
+            else:
+                with self.begun(tx):
+                    yield tx
+
+    @contextmanager
+    def reading(self) -> Iterator[Transaction]:
+        """A read transaction for one operation: the thread's open transaction, else a new one."""
+        with self.operation(write=False) as (tx, is_joined), self.explain_errors():
+            if is_joined:
+                yield tx
+            else:
+                with self.begun(tx):
+                    yield tx
+
+    @contextmanager
+    def operation(self, *, write: bool) -> Iterator[tuple[Transaction, bool]]:
+        """Mark this thread as inside an operation; yield its transaction, and whether it is joined or not begun yet."""
+        tx = self.current
+        if tx is not None:
+            if write and not tx.write:
+                raise ReceiptBufferError(
+                    "an operation that writes was called inside reading(). Nothing was changed. Call it outside, or "
+                    "use transaction()."
+                )
+            try:
+                tx.is_busy = True
+                tx.session.flush()
+                yield tx, True
+            finally:
+                tx.is_busy = False
+            return
+        if write:
+            self.backend.refuse_second()
+        tx = Transaction(self.backend, self._now, write=write)
+        with self._as_innermost(tx):
+            yield tx, False
+
+    @contextmanager
+    def begun(self, tx: Transaction) -> Iterator[None]:
+        """Begin a transaction on a connection of the pool and commit it at the end; an exception rolls it back."""
+        try:
+            with self.backend.connect(self._writers if tx.write else self._readers) as connection:
+                tx.start_on(connection)
+                transaction = connection.begin()
+                try:
+                    yield
+                    if tx.write:
+                        transaction.commit()
+                except (DBAPIError, InvalidRequestError) as error:
+                    if not connection.invalidated:
+                        raise
+                    raise BufferStorageError(
+                        f"{self.backend}: the database had to roll the transaction back (see the error before this "
+                        "one). Nothing in it was stored; what was acknowledged before is safe. Try again."
+                    ) from error
+        finally:
+            if tx.write:
+                self.backend.end()
+
+    @contextmanager
+    def block(self, *, write: bool) -> Iterator[Session]:
+        """The caller's transaction, which operations of this thread join; a savepoint if one is open already."""
+        tx = self.current
+        if tx is not None:
+            if write and not tx.write:
+                raise ReceiptBufferError("transaction() was called inside reading(). Nothing was changed.")
+            if write:
+                with tx.session.begin_nested():
+                    yield tx.session
+            else:
+                tx.session.flush()
+                yield tx.session
+            return
+        if write:
+            self.backend.refuse_second()
+        tx = Transaction(self.backend, self._now, write=write)
+        with self._as_innermost(tx), self.begun(tx):
+            self._sessions.remove()  # a session left by an exception at the end of this thread's last block
+            tx.session = self._sessions(bind=tx.connection)
+            try:
+                tx.is_busy = False
+                yield tx.session
+                tx.session.flush()
+            finally:
+                tx.is_busy = True
+                self._sessions.remove()
+
+    @contextmanager
+    def _as_innermost(self, tx: Transaction) -> Iterator[None]:
+        tx.outer = _innermost.get()
+        try:
+            _innermost.set(tx)
+            _here.transactions = (*(other for other in _here.transactions if not other.is_over), tx)
+            yield
+        finally:
+            tx.is_over = True
+            _here.transactions = tuple(other for other in _here.transactions if other is not tx)
+            _innermost.set(tx.outer)
+
+    @contextmanager
+    def explain_errors(self) -> Iterator[None]:
+        """Raise the domain error for an error of a statement."""
+        try:
+            yield
+        except DBAPIError as error:
+            raise self.backend.explain(error) or error from error.orig

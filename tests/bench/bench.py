@@ -27,7 +27,6 @@ import sqlalchemy
 from figures import table
 
 from kkt_buffer import create_buffer_engine
-from kkt_buffer.sqlite.engine import driver_of
 
 SECTIONS = ("operations", "threads", "flat", "pruning", "start", "memory", "peers")
 
@@ -89,7 +88,7 @@ def machine(folder):
     engine = create_buffer_engine(":memory:")
     engine.dispose()
     line = f"{os.cpu_count()} CPUs, Python {platform.python_version()}"
-    line += f", SQLite {driver_of(engine).sqlite_version}, SQLAlchemy {sqlalchemy.__version__}"
+    line += f", SQLite {engine.dialect.dbapi.sqlite_version}, SQLAlchemy {sqlalchemy.__version__}"
     with contextlib.suppress(OSError):  # only Linux has this file
         mounts = [mount.split()[1:3] for mount in Path("/proc/mounts").read_text().splitlines()]
         line += ", " + max((len(point), kind) for point, kind in mounts if folder.is_relative_to(point))[1]

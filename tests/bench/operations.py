@@ -10,7 +10,7 @@ def rows(folder, scale):
     ours, floor = Ours(folder / "ours.db"), Floor(folder / "floor.db")
     # What, a block of ours, a block of the floor's, how many times the floor ours may take.
     pairs = [
-        ("insert_receipt", block(ours.insert, 20), block(floor.insert, 20), 1.15),
+        ("insert_receipt", block(ours.insert, 20), block(floor.insert, 20), 1.8),
         (
             f"insert_receipts({BATCH}), per receipt",
             block(ours.insert_batch, 2, receipts=BATCH),

@@ -1,7 +1,7 @@
 """
 The two sides: the buffer as a service calls it, and its floor, which does the same with nothing but the driver.
 
-The floor's file has the same schema and PRAGMAs, both taken from the package (synchronous=FULL included). It runs the
+The floor's file has the same schema and PRAGMAs, both taken over from ours (synchronous=FULL included). It runs the
 statements that each operation needs, in as many transactions, without checking arguments and without guarding the
 connection. Its insert looks at the capacity in a statement of its own, beside the trigger that both sides have.
 """
@@ -9,15 +9,18 @@ connection. Its insert looks at the capacity in a statement of its own, beside t
 import itertools
 import json
 import logging
+import sys
 import time
 import uuid
 from collections import deque
+from pathlib import Path
 
 from sqlalchemy import text
 
 from kkt_buffer import Outcome, ReceiptRepository, create_buffer_engine, deliver_pending, upgrade
-from kkt_buffer.demo import sample_receipts
-from kkt_buffer.sqlite.engine import COMMON, DURABLE, WAL
+
+sys.path.append(str(Path(__file__).resolve().parents[1]))  # a script, to which pytest gives no path
+from samples import sample_receipts
 
 logging.getLogger("kkt_buffer").setLevel(logging.ERROR)  # what SQLite it is, the last line of the table says
 
@@ -25,19 +28,23 @@ BATCH = 50  # receipts in one insert_receipts, get_pending_receipts and claim_pe
 DOCUMENT_BYTES = 2048
 CAPACITY = 1_000_000
 
+# What the floor takes over of our connections' settings.
+PRAGMAS = ("journal_mode", "synchronous", "foreign_keys", "wal_autocheckpoint", "journal_size_limit", "cache_size")
+PRAGMAS += ("secure_delete", "busy_timeout", "fullfsync", "checkpoint_fullfsync")
+
 CAPACITY_LEFT = """\
 SELECT (SELECT CAST(value AS INTEGER) FROM config WHERE key = 'buffer_capacity')
-     - (SELECT SUM(value) FROM buffer_counts WHERE name IN ('pending', 'syncing'))"""
-LAST_HLC = """SELECT hlc_local_time, hlc_logical_counter FROM receipts ORDER BY 1 DESC, 2 DESC LIMIT 1"""
+     - (SELECT pending + syncing FROM buffer_state)"""
+LAST_HLC = "SELECT hlc_local_time, hlc_logical_counter FROM buffer_state"
 ADD = """\
 INSERT INTO receipts (id, pos_id, created_at, hlc_local_time, hlc_logical_counter, fiscal_doc)
 VALUES (?, ?, ?, ?, ?, ?)"""
 COLUMNS = """\
 id, pos_id, created_at, hlc_local_time, hlc_logical_counter, hlc_server_time, fiscal_doc, status, retry_count,
 last_error, synced_at, changed_at, next_attempt_at, lease_token, lease_taken_at, lease_expires_at"""
-IN_ORDER = "ORDER BY COALESCE(hlc_server_time, hlc_local_time), hlc_logical_counter"
-PENDING = f"SELECT {COLUMNS} FROM receipts WHERE status = 'pending' {IN_ORDER} LIMIT ?"
-PENDING_IDS = f"SELECT id FROM receipts WHERE status = 'pending' {IN_ORDER}"
+IN_ORDER = "ORDER BY hlc_local_time, hlc_logical_counter"
+PENDING = f"SELECT {COLUMNS} FROM receipts WHERE status = 'pending' AND held_at IS NULL {IN_ORDER} LIMIT ?"
+PENDING_IDS = f"SELECT id FROM receipts WHERE status = 'pending' AND held_at IS NULL {IN_ORDER}"
 STATUS = """\
 SELECT v_buffer_status.*, (SELECT value FROM config WHERE key = 'ofd_deadline_days'), (
     SELECT created_at FROM receipts WHERE status <> 'synced' AND (status <> 'failed' OR EXISTS (
@@ -56,7 +63,7 @@ TAKE = f"""\
 UPDATE receipts SET status = 'syncing', lease_token = :token, lease_taken_at = :now, lease_expires_at = :expires
 WHERE id IN (
     SELECT id FROM receipts
-    WHERE status = 'pending' AND COALESCE(next_attempt_at NOT BETWEEN :now + 1 AND :horizon, TRUE)
+    WHERE status = 'pending' AND held_at IS NULL AND COALESCE(next_attempt_at NOT BETWEEN :now + 1 AND :horizon, TRUE)
     {IN_ORDER} LIMIT :limit)"""
 TAKEN = f"SELECT {COLUMNS} FROM receipts WHERE status = 'syncing' AND lease_token = ? {IN_ORDER}"
 
@@ -111,11 +118,13 @@ class Floor:
 
     def __init__(self, path):
         ours = Ours(path)  # makes the file and its schema
+        with ours.engine.connect() as connection:
+            settings = {name: connection.exec_driver_sql(f"PRAGMA {name}").scalar() for name in PRAGMAS}
         ours.close()
         self.connection = ours.engine.dialect.dbapi.connect(path, isolation_level=None)
-        for pragma in (WAL, *DURABLE, *COMMON):
-            self.connection.execute(f"PRAGMA {pragma.name} = {pragma.value}").fetchone()
-            assert self.connection.execute(f"PRAGMA {pragma.name}").fetchone()[0] == pragma.reads
+        for name, value in settings.items():
+            self.connection.execute(f"PRAGMA {name} = {value}").fetchone()
+            assert self.connection.execute(f"PRAGMA {name}").fetchone()[0] == value
         self.documents = itertools.cycle(documents())
         self.undelivered = deque()
 
@@ -162,7 +171,7 @@ class Floor:
 
 
 def documents():
-    """Receipts in the JSON form that operators exchange, with as many items as make about 2 KB."""
+    """Receipts in the JSON form that OFDs exchange, with as many items as make about 2 KB."""
     receipts = list(sample_receipts(200))
     items = itertools.cycle([item for receipt in receipts for item in receipt["items"]])
     for receipt in receipts:

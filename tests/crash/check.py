@@ -31,10 +31,20 @@ BROKEN = text("""
         (SELECT COALESCE(resolution, 'open') IN ('open', 'resolved') FROM dlq
             WHERE original_receipt_id = receipts.id ORDER BY rowid DESC LIMIT 1), 0)
     UNION ALL SELECT 'lease' FROM receipts WHERE (status = 'syncing') <> (lease_token IS NOT NULL)
-    UNION ALL SELECT 'counter ' || name FROM buffer_counts WHERE value <> CASE name
-        WHEN 'open_dead_letters' THEN (SELECT COUNT(*) FROM dlq WHERE resolved_at IS NULL)
-        ELSE (SELECT COUNT(*) FROM receipts WHERE status = name) END
-    UNION ALL SELECT 'counters' WHERE (SELECT COUNT(*) FROM buffer_counts) <> 5
+    UNION ALL SELECT 'count of pending' FROM buffer_state
+        WHERE pending <> (SELECT COUNT(*) FROM receipts WHERE status = 'pending')
+    UNION ALL SELECT 'count of syncing' FROM buffer_state
+        WHERE syncing <> (SELECT COUNT(*) FROM receipts WHERE status = 'syncing')
+    UNION ALL SELECT 'count of synced' FROM buffer_state
+        WHERE synced <> (SELECT COUNT(*) FROM receipts WHERE status = 'synced')
+    UNION ALL SELECT 'count of failed' FROM buffer_state
+        WHERE failed <> (SELECT COUNT(*) FROM receipts WHERE status = 'failed')
+    UNION ALL SELECT 'count of open dead letters' FROM buffer_state
+        WHERE open_dead_letters <> (SELECT COUNT(*) FROM dlq WHERE resolved_at IS NULL)
+    UNION ALL SELECT 'greatest HLC' FROM buffer_state WHERE EXISTS (SELECT 1 FROM receipts
+        WHERE (receipts.hlc_local_time, receipts.hlc_logical_counter)
+            > (buffer_state.hlc_local_time, buffer_state.hlc_logical_counter))
+    UNION ALL SELECT 'buffer_state' WHERE (SELECT COUNT(*) FROM buffer_state) <> 1
     UNION ALL SELECT 'foreign key' FROM pragma_foreign_key_check
     UNION ALL SELECT integrity_check FROM pragma_integrity_check WHERE integrity_check <> 'ok'
 """)

@@ -162,7 +162,7 @@ class TestErrors:
         assert len(refused) == 10
         for message in refused.values():
             assert message.startswith("BufferStorageError:")
-            assert "Nothing of this was acknowledged; what was acknowledged before is safe." in message
+            assert "This operation was not stored; what was acknowledged before is safe." in message
 
     @pytest.mark.parametrize("fault", NOW_AND_THEN)
     def test_now_and_then(self, path, tmp_path, fault):
@@ -236,18 +236,18 @@ class TestFullDisk:
         assert sorted(kept) == sorted(stored(small_disk / "buffer.db"))
         print(f"filled by {by}: {len(kept) - 50} kept before, 50 after")
 
-    def test_restart(self, repository, small_disk):
+    def test_restart(self, repository, small_disk, open_engine):
         """A service that is started again on the disk that it has filled finds all that it acknowledged."""
         kept = self.fill_up(repository)
-        repository._sessions.get_bind().dispose()
-        with contextlib.closing(create_buffer_engine(small_disk / "buffer.db").raw_connection()) as other:
+        repository.close()
+        with contextlib.closing(open_engine(small_disk / "buffer.db").raw_connection()) as other:
             assert len(kept) == other.cursor().execute("SELECT COUNT(*) FROM receipts").fetchone()[0]
         assert len(kept) == repository.get_buffer_status().pending
 
     def test_no_room_to_open(self, repository, small_disk):
         """Without room for a WAL a buffer is refused with the reason, and not touched; with room it is opened."""
         repository.insert_receipt(new_receipt())
-        repository._sessions.get_bind().dispose()
+        repository.close()
         fill(small_disk)
         with pytest.raises(BufferStorageError, match="disk") as refusal:
             repository.get_buffer_status()
@@ -299,7 +299,7 @@ class TestFileSizeLimit:
                 while True:
                     kept.append(repository.insert_receipt(receipt))
             except BufferStorageError as error:
-                assert "Nothing of this was acknowledged" in str(error), error
+                assert "This operation was not stored" in str(error), error
             resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
             kept += [repository.insert_receipt(receipt) for _ in range(20)]
             print(*kept)
@@ -391,7 +391,7 @@ class TestRolledBackBySqlite:
 
     def test_not_acknowledged(self, full):
         """The commit raises, and the buffer goes on."""
-        with pytest.raises(BufferStorageError, match="SQLite had to roll the transaction back"):
+        with pytest.raises(BufferStorageError, match="had to roll the transaction back"):
             with full.transaction() as session:
                 full.insert_receipt(new_receipt())
                 with contextlib.suppress(BufferStorageError):

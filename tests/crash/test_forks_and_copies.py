@@ -18,12 +18,12 @@ from kkt_buffer import ReceiptRepository, create_buffer_engine
 COPIED = """
 import shutil, sqlite3, subprocess, sys
 from kkt_buffer import BufferStorageError, ReceiptRepository, create_buffer_engine
-from kkt_buffer.sqlite.engine import GuardedConnection
+from kkt_buffer.sqlite.connection import Files
 
 path, fault = sys.argv[1:]
 OTHER = "import sqlite3, sys; c = sqlite3.connect(sys.argv[1]); c.execute('SELECT 1 FROM receipts'); c.close()"
 if fault == "no comparison":
-    GuardedConnection._sizes = lambda self, consequence: ()
+    Files.before = Files.after = lambda self, *_, **__: None
 if fault == "plain":
     connection = sqlite3.connect(path, isolation_level=None)
     connection.execute("PRAGMA journal_mode = WAL")

@@ -31,8 +31,7 @@ from kkt_buffer import (
     BufferFullError, DeliveryRejected, DeliveryUnavailable, InvalidTransitionError, LeaseLostError,
     ReceiptNotFoundError, ReceiptRepository, create_buffer_engine, deliver_pending,
 )
-from kkt_buffer.operations import receipts
-from kkt_buffer.hlc import HybridTimestamp
+from kkt_buffer.sqlite.engine import Database
 
 path, logs, fault = sys.argv[1:]
 EXPECTED = (BufferFullError, InvalidTransitionError, LeaseLostError, ReceiptNotFoundError)
@@ -123,7 +122,10 @@ class Worker(threading.Thread):
 
 def work(number, seed, offset):
     if fault == "forgets the clock":
-        receipts.successor = lambda last, now: HybridTimestamp(now, 0)
+        Database.insert = (
+            "INSERT INTO receipts (id, pos_id, created_at, hlc_local_time, hlc_logical_counter, fiscal_doc, digest)"
+            " VALUES (:id, :pos_id, :now, :now, 0, :fiscal_doc, :digest)"
+        )
     log = os.open(f"{logs}/{seed}-{number}", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     engine = create_buffer_engine(path)
     if fault == "has no guard":
@@ -238,7 +240,10 @@ class Shop:
             stamps = connection.execute(
                 "SELECT hlc_local_time, hlc_logical_counter FROM receipts ORDER BY rowid"
             ).fetchall()
-            counts = dict(connection.execute("SELECT name, value FROM buffer_counts"))
+            state = connection.execute("SELECT pending, syncing, synced, failed, open_dead_letters FROM buffer_state")
+            counts = dict(
+                zip(("pending", "syncing", "synced", "failed", "open_dead_letters"), state.fetchone(), strict=True)
+            )
             open_letters = column("SELECT original_receipt_id FROM dlq WHERE resolved_at IS NULL")
             added = column("SELECT receipt_id FROM buffer_events WHERE event_type = 'receipt_added'")
             synced = column("SELECT receipt_id FROM buffer_events WHERE event_type = 'receipt_synced'")

@@ -41,7 +41,7 @@ pytestmark = pytest.mark.slow
 def old_buffer(path):
     """A buffer of the earlier release, in the journal mode that SQLite files have by default."""
     engine = create_buffer_engine(path)
-    command.upgrade(migrate._config(engine), "0001")
+    command.upgrade(migrate.alembic_config(engine), "0001")
     with engine.begin() as connection:
         for number in range(60):
             status = ("pending", "syncing", "synced", "failed")[number % 4]
@@ -228,11 +228,13 @@ class TestRecording:
 
 TAMPERED = {
     "UPDATE receipts SET last_error = 'x' WHERE rowid = (SELECT MIN(rowid) FROM receipts)": "acknowledged was",
-    "UPDATE receipts SET hlc_local_time = hlc_local_time + 1 WHERE rowid = (SELECT MIN(rowid) FROM receipts)": "HLC",
+    "DROP TRIGGER trg_guard_acknowledged; UPDATE receipts SET hlc_local_time = hlc_local_time + 1"
+    " WHERE rowid = (SELECT MIN(rowid) FROM receipts)": "HLC",
     "INSERT INTO buffer_events (event_type, receipt_id, timestamp) SELECT event_type, receipt_id, timestamp"
     " FROM buffer_events WHERE receipt_id IS NOT NULL LIMIT 1": "acknowledged was",
     "INSERT INTO buffer_events (event_type, timestamp) VALUES ('sync_started', 1)": "acknowledged was [None]",
-    "UPDATE buffer_counts SET value = value + 1 WHERE name = 'pending'": "counter pending",
+    "UPDATE buffer_state SET pending = pending + 1": "count of pending",
+    "UPDATE buffer_state SET hlc_local_time = hlc_local_time - 1": "greatest HLC",
     "UPDATE config SET value = '3' WHERE key = 'buffer_capacity'": "Buffer full",
     "DELETE FROM config WHERE key = 'lease_seconds'": "acknowledged was",
     "DROP TRIGGER trg_receipt_synced": "trg_receipt_synced",
@@ -254,7 +256,7 @@ class TestJudge:
         """What is not as it should be is seen, and what does not matter is not."""
         facts = known_facts(buffer_file)
         connection = sqlite3.connect(buffer_file)
-        connection.execute(statement)
+        connection.executescript(statement)
         connection.commit()
         connection.close()
         complaints = "; ".join(judge(buffer_file, facts, []))

@@ -5,7 +5,6 @@ import os
 import random
 import shutil
 import signal
-import sqlite3
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
 
@@ -44,14 +43,14 @@ if fault == "every statement by itself":
 
 database = create_buffer_engine(path)
 event.listen(database, "checkout", lambda connection, *_: connection.set_trace_callback(count))
-getattr(command, direction)(migrate._config(database), target)
+getattr(command, direction)(migrate.alembic_config(database), target)
 database.dispose()
 print(seen)
 """
 
 
 def migrated(engine, target, direction="upgrade"):
-    getattr(command, direction)(migrate._config(engine), target)
+    getattr(command, direction)(migrate.alembic_config(engine), target)
 
 
 def busy(path, target):
@@ -79,6 +78,8 @@ STEPS = {
     "adoption to the end": (lambda path: predecessor.make(path, 200), "upgrade", "head"),
     "0001 up": (lambda path: empty(path, None), "upgrade", "0001"),
     "0002 up": (lambda path: busy(path, "0001"), "upgrade", "0002"),
+    "0003 up": (lambda path: busy(path, "0002"), "upgrade", "0003"),
+    "0003 down": (lambda path: busy(path, "0003"), "downgrade", "0002"),
     "0002 down": (lambda path: busy(path, "0002"), "downgrade", "0001"),
     "0001 down": (lambda path: empty(path, "0001"), "downgrade", "base"),
 }
@@ -86,7 +87,7 @@ STEPS = {
 
 def state(path):
     """Every object of the schema, and every row but for what tells when or by which chance."""
-    with contextlib.closing(sqlite3.connect(path)) as db:
+    with contextlib.closing(predecessor.driver.connect(path)) as db:
         assert ("ok",) == db.execute("PRAGMA integrity_check").fetchone()
         objects = sorted(db.execute("SELECT type, name, sql FROM sqlite_master").fetchall(), key=str)
         columns = {
@@ -117,7 +118,7 @@ class Step:
         assert self.before != self.after
 
     def copy(self, name):
-        with contextlib.closing(sqlite3.connect(self.old)) as db:  # its WAL too
+        with contextlib.closing(predecessor.driver.connect(self.old)) as db:  # its WAL too
             path = self.folder / f"{name}.db"
             db.execute("VACUUM INTO ?", (str(path),))
         shutil.copymode(self.old, path)

@@ -16,7 +16,7 @@ import uuid
 from crash.facts import Story, digest
 
 from kkt_buffer import DeliveryRejected, ReceiptRepository, buffer, migrate
-from kkt_buffer.sqlite import engine
+from kkt_buffer.sqlite import engine, file
 
 TILLS = 3
 ROUNDS = 2
@@ -34,7 +34,7 @@ def normal_synchronous():
 
 def unsynced_folders():
     """A new folder's name may be lost."""
-    engine.sync_folder = lambda folder: None
+    file.sync_folder = lambda folder: None
 
 
 FAULTS = {"": lambda: None, "synchronous=NORMAL": normal_synchronous, "folders not synced": unsynced_folders}
@@ -170,7 +170,7 @@ class Day:
 
             buffer.deliver_pending(send, 1)
             if isinstance(answer, Exception):
-                self.stories[sent[0]].failed(f"rejected by the operator: DeliveryRejected: {answer}")
+                self.stories[sent[0]].failed(f"rejected by the OFD: DeliveryRejected: {answer}")
             else:
                 self.stories[sent[0]].synced(answer)
             self.acknowledge(self.told(sent), self.last_event("sync_completed"))

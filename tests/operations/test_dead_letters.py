@@ -1,7 +1,7 @@
-"""What an operator does with receipts that were given up, and what nobody may forget of them."""
+"""What an operator does with receipts that were given up, and what is kept on record of it."""
 
 import pytest
-from builders import NOON, a_receipt, an_id, new_receipt
+from builders import NOON, a_receipt, an_id, new_receipt, story
 
 from kkt_buffer import BufferFullError, InvalidTransitionError, ReceiptNotFoundError
 
@@ -15,7 +15,7 @@ def letters(repository, **options):
 
 class TestListDeadLetters:
     def test_open(self, repository, clock):
-        """The oldest first, and only what waits for somebody."""
+        """The oldest first, and only those that are open."""
         made = []
         for _ in range(3):
             made.append(a_receipt(repository, "failed").id)
@@ -162,7 +162,7 @@ class TestRefused:
 
 class TestGetReceiptsDue:
     def test_most_urgent_first(self, repository, clock):
-        """What the operator must have by then: undelivered and dead-lettered ones, not what is synced or resolved."""
+        """What the OFD must have by then: undelivered and dead-lettered ones, not what is synced or resolved."""
         made = {}
         for status in ("failed", "syncing", "pending", "synced", "resolved", "late"):
             made[status] = a_receipt(repository, status if status in {"failed", "syncing", "synced"} else "pending").id
@@ -212,4 +212,4 @@ def test_story(repository, clock):
         "receipt_requeued",
         "receipt_failed",
         "receipt_synced",
-    ] == [event.event_type for event in reversed(repository.get_events(receipt_id=receipt_id))]
+    ] == story(repository, receipt_id)

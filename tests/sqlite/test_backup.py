@@ -5,8 +5,7 @@ import stat
 import pytest
 from builders import a_receipt, everything
 
-from kkt_buffer import BufferStorageError, ReceiptRepository, create_buffer_engine
-from kkt_buffer.sqlite.file import backup
+from kkt_buffer import BufferStorageError, ReceiptRepository
 
 
 def left_behind(folder):
@@ -14,31 +13,30 @@ def left_behind(folder):
 
 
 class TestBackup:
-    def test_whole(self, tmp_path, path, file_engine, file_repository):
+    def test_whole(self, tmp_path, path, file_repository):
         """What the buffer holds, readable for the owner alone; with its folder, and over an older copy."""
         target = tmp_path / "backups" / "monday.db"
         for _ in range(2):
             a_receipt(file_repository, "failed")
-            backup(file_engine, target)
+            file_repository.backup(target)
             assert everything(path) == everything(target)
         assert stat.S_IMODE(target.stat().st_mode) == 0o600
         assert [] == left_behind(target.parent)
 
-    def test_is_a_buffer(self, tmp_path, file_engine, file_repository):
+    def test_is_a_buffer(self, tmp_path, file_repository, open_engine):
         receipt = a_receipt(file_repository)
-        backup(file_engine, tmp_path / "copy.db")
-        copy = create_buffer_engine(tmp_path / "copy.db")
+        file_repository.backup(tmp_path / "copy.db")
+        copy = open_engine(tmp_path / "copy.db")
         assert [receipt.id] == [found.id for found in ReceiptRepository(copy).get_pending_receipts()]
-        copy.dispose()
 
-    def test_of_memory(self, tmp_path, engine, repository):
+    def test_of_memory(self, tmp_path, repository):
         receipt = a_receipt(repository)
-        backup(engine, tmp_path / "copy.db")
+        repository.backup(tmp_path / "copy.db")
         assert any(receipt.id in line for line in everything(tmp_path / "copy.db"))
 
-    def test_something_in_the_way(self, tmp_path, file_engine):
+    def test_something_in_the_way(self, tmp_path, file_repository):
         """A copy that cannot be put in place leaves nothing behind."""
         (tmp_path / "backup" / "folder").mkdir(parents=True)
         with pytest.raises(BufferStorageError, match="the backup .*folder cannot be used: .*Nothing was written"):
-            backup(file_engine, tmp_path / "backup" / "folder")
+            file_repository.backup(tmp_path / "backup" / "folder")
         assert [] == left_behind(tmp_path / "backup")

@@ -1,10 +1,7 @@
 """What SQLite refuses of the operations' own statements is told as damage; what a service's trigger raises is not."""
 
-import contextlib
-import sqlite3
-
 import pytest
-from builders import NOON, a_receipt, new_receipt
+from builders import NOON, a_receipt, another_program, new_receipt
 from sqlalchemy import text
 from sqlalchemy.exc import IntegrityError
 
@@ -86,7 +83,7 @@ class TestRows:
 
     def test_counts(self, repository, engine):
         """A buffer that counts itself full and is not."""
-        run(engine, "UPDATE buffer_counts SET value = 300 WHERE name = 'synced'")
+        run(engine, "UPDATE buffer_state SET synced = 300")
         run(engine, "CREATE TRIGGER own BEFORE INSERT ON receipts BEGIN SELECT RAISE(ABORT, 'Buffer full'); END")
         for operation in (WRITING["insert_receipt"], WRITING["insert_receipts"]):
             with pytest.raises(BufferDamagedError, match=r"contradict each other \(Buffer full\)"):
@@ -95,7 +92,7 @@ class TestRows:
     def test_time(self, repository, engine):
         """A time that is none, where the status is computed from it."""
         a_receipt(repository)
-        run(engine, "UPDATE receipts SET created_at = 'yesterday'")
+        run(engine, "DROP TRIGGER trg_guard_acknowledged", "UPDATE receipts SET created_at = 'yesterday'")
         with pytest.raises(BufferDamagedError, match="the oldest receipt was made at 'yesterday': the file is damaged"):
             repository.get_buffer_status()
 
@@ -105,20 +102,32 @@ class TestRows:
         receipt_id = a_receipt(repository).id
         a_receipt(repository)
         file_engine.dispose()
-        with contextlib.closing(sqlite3.connect(path)) as connection:
+        with another_program(path) as connection:
             connection.execute("PRAGMA writable_schema = ON")
             connection.execute("UPDATE sqlite_master SET sql = replace(sql, 'id TEXT NOT NULL', 'id TEXT')")
-            connection.commit()
-        with contextlib.closing(sqlite3.connect(path)) as connection:
+        with another_program(path) as connection:
+            connection.execute("DROP TRIGGER trg_guard_acknowledged")
             connection.execute("UPDATE receipts SET id = NULL WHERE id <> ?", (receipt_id,))
-            connection.commit()
         assert [receipt_id] == [receipt.id for receipt in repository.get_pending_receipts()]
-        assert "a row without a key" in caplog.text
+        assert "a row has no primary key" in caplog.text
 
     def test_text(self, file_engine):
-        """A setting that is no UTF-8, read on the driver."""
+        """A setting that is not UTF-8, read on the driver."""
         repository = ReceiptRepository(file_engine)
         with file_engine.begin() as connection:
             connection.execute(text("UPDATE config SET value = CAST(X'32f1' AS TEXT) WHERE key = 'buffer_capacity'"))
-        with pytest.raises(BufferDamagedError, match="text that is no UTF-8"):
+        with pytest.raises(BufferDamagedError, match="text that is not UTF-8"):
             repository.get_buffer_status()
+
+
+def test_stray_bytes(repository, caplog):
+    """One stray byte in one document does not keep the others from being delivered."""
+    for _ in range(3):
+        repository.insert_receipt(new_receipt())
+    with repository.transaction() as session:
+        session.execute(text("DROP TRIGGER trg_guard_acknowledged"))
+        session.execute(text("UPDATE receipts SET fiscal_doc = CAST(X'7B22CF' AS TEXT) WHERE rowid = 2"))
+    claimed = repository.claim_pending()
+    assert ['{"\\xcf'] == [found.fiscal_doc for found in claimed][1:2]
+    assert len(claimed) == 3
+    assert "contains text that is not UTF-8" in caplog.text

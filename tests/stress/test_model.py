@@ -5,16 +5,16 @@ After each step the database must say what the model says, and keep every invari
 """
 
 import contextlib
-import os
 import tempfile
-from dataclasses import dataclass
 from pathlib import Path
 
-from builders import NOON, an_id, new_receipt
+import pytest
+from builders import NOON, PROOF, an_id, new_receipt
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from sqlalchemy import text
+from stress.model import Model
 
 from kkt_buffer import (
     BufferFullError,
@@ -33,50 +33,13 @@ from kkt_buffer import (
 
 CAPACITY = 3
 ATTEMPTS = 2
-LEASE = 300
+LEASE = 60
 DAY = 86_400
-DEEP = bool(os.environ.get("KKT_BUFFER_PROOF"))
 
 PICKS = 20
 picks = st.integers(0, PICKS)
 
 ANNA = {"actor": "Anna", "reason": "because"}
-
-
-@dataclass
-class Model:
-    """What one receipt should be."""
-
-    number: int
-    created: int
-    status: str = "pending"
-    attempts: int = 0
-    token: str | None = None
-    taken: int = 0
-    expires: int = 0
-    due: int = 0
-    server_time: int | None = None
-    open_letter: bool = False
-    resolved: bool = False
-    events: tuple[str, ...] = ("receipt_added",)
-
-    def tell(self, *kinds):
-        self.events += kinds
-
-    def free(self, status):
-        self.status, self.token = status, None
-
-    def fail(self):
-        self.free("failed")
-        self.due, self.open_letter, self.resolved = 0, True, False
-        self.tell("receipt_failed")
-
-    def sync(self, server_time):
-        if self.status != "synced":
-            self.free("synced")
-            self.server_time, self.open_letter = server_time, False
-            self.due = 0
-            self.tell("receipt_synced")
 
 
 class BufferMachine(RuleBasedStateMachine):
@@ -255,9 +218,9 @@ class BufferMachine(RuleBasedStateMachine):
             assert self.undelivered >= CAPACITY
         else:
             assert one.open_letter
-            self.revive(one)
+            self.requeued(one)
 
-    def revive(self, one):
+    def requeued(self, one):
         one.free("pending")
         one.attempts, one.due, one.open_letter = 0, 0, False
         one.tell("receipt_requeued")
@@ -273,7 +236,7 @@ class BufferMachine(RuleBasedStateMachine):
             assert room <= 0
         else:
             for one in letters[: max(room, 0)]:
-                self.revive(one)
+                self.requeued(one)
 
     @rule(pick=picks)
     def resolve(self, pick):
@@ -373,8 +336,9 @@ class BufferMachine(RuleBasedStateMachine):
         status = self.repository.get_buffer_status()
         assert status.pending + status.syncing == self.undelivered <= CAPACITY
         assert sum(one.open_letter for one in self.model.values()) == status.dlq_size
-        owed = [one.created for one in self.model.values() if one.status in {"pending", "syncing"} or one.open_letter]
-        assert min(owed, default=None) == status.oldest_undelivered_at
+        in_order = [self.model[row.id] for row in rows]
+        owed = [one.created for one in in_order if one.status in {"pending", "syncing"} or one.open_letter]
+        assert (owed or [None])[0] == status.oldest_undelivered_at
 
     @invariant()
     def invariants(self):
@@ -391,10 +355,12 @@ class BufferMachine(RuleBasedStateMachine):
                 (SELECT 'open' FROM dlq WHERE original_receipt_id = receipts.id AND resolved_at IS NULL),
                 'none') NOT IN ('open', 'resolved')
             UNION ALL SELECT 'lease' FROM receipts WHERE (status = 'syncing') <> (lease_token IS NOT NULL)
-            UNION ALL SELECT 'counter' FROM buffer_counts
-                WHERE name <> 'open_dead_letters' AND value <> (SELECT COUNT(*) FROM receipts WHERE status = name)
-            UNION ALL SELECT 'letters' FROM buffer_counts WHERE name = 'open_dead_letters'
-                AND value <> (SELECT COUNT(*) FROM dlq WHERE resolved_at IS NULL)
+            UNION ALL SELECT 'counts' FROM v_buffer_status
+                WHERE pending <> (SELECT COUNT(*) FROM receipts WHERE status = 'pending')
+                OR syncing <> (SELECT COUNT(*) FROM receipts WHERE status = 'syncing')
+                OR synced <> (SELECT COUNT(*) FROM receipts WHERE status = 'synced')
+                OR failed <> (SELECT COUNT(*) FROM receipts WHERE status = 'failed')
+                OR dlq_size <> (SELECT COUNT(*) FROM dlq WHERE resolved_at IS NULL)
         """
         with self.engine.connect() as connection:
             assert [] == list(connection.scalars(text(broken)))
@@ -412,13 +378,14 @@ class BufferMachine(RuleBasedStateMachine):
 
 
 BufferMachine.TestCase.settings = settings(
-    max_examples=2000 if DEEP else 150,
+    max_examples=2000 if PROOF else 150,
     stateful_step_count=50,
     deadline=None,
     suppress_health_check=list(HealthCheck),
 )
 
 
+@pytest.mark.one_python
 class TestBuffer(BufferMachine.TestCase):
     def runTest(self):  # noqa: N802 (unittest's name)
         super().runTest()

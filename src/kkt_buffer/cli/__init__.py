@@ -1,9 +1,7 @@
 """
-The command line: `python -m kkt_buffer demo | upgrade PATH | status PATH | verify PATH |
-backup PATH TARGET`.
+The command line: `kkt-buffer demo | upgrade PATH | status PATH | verify PATH | backup PATH TARGET`.
 
-Exit status 0 for done, 1 for an error that is told in one line or a buffer that is not whole, 2 for a command that is
-not understood.
+Exit status: 0 for success, 1 for an error (one line on stderr) or a buffer with integrity problems, 2 for wrong usage.
 """
 
 import argparse
@@ -16,10 +14,12 @@ from datetime import UTC, datetime
 from typing import Any
 
 from kkt_buffer import demo
+from kkt_buffer.engine import create_buffer_engine
 from kkt_buffer.errors import ReceiptBufferError
 from kkt_buffer.migrate import check, current, require, stage, upgrade
 from kkt_buffer.repository import ReceiptRepository
-from kkt_buffer.sqlite.engine import create_buffer_engine, known_bugs, pragmas
+from kkt_buffer.sqlite.driver import known_bugs
+from kkt_buffer.sqlite.engine import pragmas
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -32,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except BrokenPipeError:
-        # Whoever read our output has seen enough; Python must not flush the rest into nowhere at exit.
+        # The reader of the pipe (`head`) has closed it. Without this, Python's flush at exit would fail again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except KeyboardInterrupt:
@@ -42,23 +42,23 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m kkt_buffer", description="The offline buffer of fiscal receipts.")
+    parser = argparse.ArgumentParser(prog="kkt-buffer", description="The offline buffer of fiscal receipts.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     command = commands.add_parser("demo", help="play a shift on a real buffer, with a kill in the middle")
     command.add_argument("path", nargs="?", default="data/demo.db", help="default: %(default)s")
     command.set_defaults(run=_demo)
 
-    command = commands.add_parser("upgrade", help="make the buffer, or bring it to the schema of this release")
+    command = commands.add_parser("upgrade", help="create the buffer, or upgrade its schema to this release")
     command.add_argument("path")
     command.set_defaults(run=_upgrade)
 
-    command = commands.add_parser("backup", help="copy a buffer in use to another file")
+    command = commands.add_parser("backup", help="copy a buffer to another file, even while it is in use")
     command.add_argument("path")
     command.add_argument("target", help="replaced once the copy is complete")
     command.set_defaults(run=_backup)
 
-    command = commands.add_parser("verify", help="read all of the buffer and say whether it is whole; changes nothing")
+    command = commands.add_parser("verify", help="read all of the buffer and report problems; changes nothing")
     command.add_argument("path")
     command.set_defaults(run=_verify)
 
@@ -119,11 +119,11 @@ def _verify(arguments: argparse.Namespace) -> int:
         is_sound = not any(findings.values())
         if is_sound:
             leased, lasts = repository.get_buffer_status().syncing, repository.get_config("lease_seconds")
-            rows["open leases"] = f"{leased} (each is over after {lasts} s)" if leased else "none"
+            rows["open leases"] = f"{leased} (each expires after {lasts} s)" if leased else "none"
     finally:
         engine.dispose()
     if is_sound:
-        # A damaged file is not opened for writing, not even to ask.
+        # Never open a damaged file for writing, not even to read its settings.
         engine = create_buffer_engine(arguments.path)
         rows["settings of a connection"] = ", ".join(f"{name} {value}" for name, value in pragmas(engine).items())
         engine.dispose()
@@ -152,8 +152,8 @@ def _print_status(status: dict[str, Any]) -> None:
         "failed": f"{status['failed']}  (open dead letters: {status['dlq_size']})",
         "total": f"{status['total_receipts']}",
         "full": f"{status['percent_full']:.2f} %  ({status['pending'] + status['syncing']} of {status['capacity']})",
-        "oldest undelivered": _moment(status["oldest_undelivered_at"]),
-        "deliver before": _moment(status["deadline_at"]),
+        "oldest undelivered": _local_time(status["oldest_undelivered_at"]),
+        "deliver before": _local_time(status["deadline_at"]),
     }
     _print_rows(rows)
 
@@ -164,7 +164,7 @@ def _print_rows(rows: dict[str, str]) -> None:
         print(f"{name:<{width}} | " + value.replace("\n", f"\n{'':<{width}} | "))
 
 
-def _moment(seconds: int | None) -> str:
+def _local_time(seconds: int | None) -> str:
     if seconds is None:
         return "nothing waits"
     return datetime.fromtimestamp(seconds, UTC).astimezone().strftime("%Y-%m-%d %H:%M:%S %z")

@@ -1,1 +1,5 @@
-"""The operations of a buffer, a file for each subject."""
+"""
+The operations of a buffer, one module per subject: functions of a `Transaction`.
+
+Their arguments were checked by `arguments`. One operation calls another with the same transaction.
+"""

@@ -1,7 +1,7 @@
 """
-Pruning: deleting what its retention allows, and nothing that anybody still needs.
+Pruning: delete rows after their retention, except those that another row refers to.
 
-The file does not get smaller: SQLite reuses the freed pages for what comes next, so it stops growing.
+The file does not get smaller: SQLite reuses the freed pages for new rows, so the file stops growing.
 """
 
 from collections.abc import Mapping
@@ -9,17 +9,18 @@ from dataclasses import dataclass
 
 from sqlalchemy import text
 
-from kkt_buffer.operations.settings import SECONDS_PER_DAY, Settings
+from kkt_buffer.operations.status import SECONDS_PER_DAY
+from kkt_buffer.transaction import Transaction, Transactions
 
-BATCH = 100  # rows of one transaction: a few milliseconds of the write lock
+BATCH = 100  # rows per transaction: it holds the write lock for a few milliseconds
 
 
 @dataclass(frozen=True, slots=True)
 class PruneReport:
     """
-    How many rows `prune` deleted.
+    The numbers of rows that `prune` deleted.
 
-    `kept_receipts` are receipts whose retention is over but that another row refers to, or that hold the clock.
+    `kept_receipts` counts the receipts that were kept after their retention because another row refers to them.
     """
 
     receipts: int
@@ -28,21 +29,10 @@ class PruneReport:
     kept_receipts: int
 
 
-# Every foreign key of the database that points at receipts; other programs may have added some.
-REFERENCES = text(
-    """\
-SELECT m.name, f."from" AS origin, COALESCE(f."to", 'id') AS target
-FROM sqlite_master AS m, pragma_foreign_key_list(m.name) AS f
-WHERE m.type = 'table' AND f."table" = 'receipts' COLLATE NOCASE"""
-)
+# Served by idx_receipts_synced.
+_DELIVERED = "status = 'synced' AND synced_at <= :synced"
 
-# The receipt with the highest HLC is the memory of the clock.
-_NOT_LAST = "id <> (SELECT id FROM receipts ORDER BY hlc_local_time DESC, hlc_logical_counter DESC LIMIT 1)"
-
-# By idx_receipts_synced.
-_DELIVERED = f"status = 'synced' AND synced_at <= :synced AND {_NOT_LAST}"
-
-# Closed dead letters that do not tell why a receipt is failed: it is not, or a later one tells it.
+# Closed dead letters that no longer explain a status: the receipt is not failed, or it has a later dead letter.
 _HISTORY = f"""\
 DELETE FROM dlq WHERE id IN (
     SELECT letter.id FROM dlq AS letter JOIN receipts ON receipts.id = letter.original_receipt_id
@@ -51,105 +41,104 @@ DELETE FROM dlq WHERE id IN (
         WHERE later.original_receipt_id = letter.original_receipt_id AND later.rowid > letter.rowid))
     LIMIT {BATCH})"""
 
-# Failed receipts whose last dead letter was resolved. By the letters: they are few, and the undelivered may be many.
-_RESOLVED = f"""\
+# Failed receipts with all dead letters resolved. The query starts from dlq: it is small, receipts may be large.
+_RESOLVED = """\
 SELECT id FROM receipts
-WHERE id IN (SELECT original_receipt_id FROM dlq WHERE resolved_at <= :closed) AND status = 'failed' AND {_NOT_LAST}
+WHERE id IN (SELECT original_receipt_id FROM dlq WHERE resolved_at <= :closed) AND status = 'failed'
     AND NOT EXISTS (
         SELECT 1 FROM dlq
         WHERE original_receipt_id = receipts.id AND (resolved_at IS NULL OR resolved_at > :closed))"""
 
-# By number, which is the order of time. The guard of the table goes by the wall clock.
-_EVENTS = f"""\
+# In the order of id, which is the order of time. unixepoch(): the guard trigger uses the wall clock, not `now`.
+_EVENTS = text(
+    f"""\
 SELECT id FROM buffer_events WHERE timestamp <= :events AND timestamp <= unixepoch() - :events_age
 ORDER BY id LIMIT {BATCH}"""
+)
+
+# If the receipts with the greatest rowids are deleted, SQLite gives these rowids to new receipts. Lower `adopted_rows`,
+# so that it does not include them.
+_ADOPTED = text(
+    """\
+UPDATE config SET value = (SELECT COALESCE(MAX(rowid), 0) FROM receipts)
+WHERE key = 'adopted_rows' AND CAST(value AS INTEGER) > (SELECT COALESCE(MAX(rowid), 0) FROM receipts)"""
+)
+
+Parameters = Mapping[str, int]
 
 
-class Pruning(Settings):
-    """The operation that makes room."""
-
-    def prune(self) -> PruneReport:
-        """
-        Delete synced receipts, closed dead letters and events that are older than their retention.
-
-        What is undelivered, or has an open dead letter, is never deleted, nor is the receipt with the highest HLC. A
-        receipt that a row of any table refers to stays until that row is gone. A resolved receipt leaves with its
-        last dead letter. Works in short transactions, so that writers do not wait; inside `transaction()` it is one.
-        """
-        now = self._seconds()
-        numbers = self._numbers("retention_synced_days", "retention_dlq_days", "retention_events_days")
-        ages = {what: numbers[f"retention_{what}_days"] * SECONDS_PER_DAY for what in ("synced", "dlq", "events")}
-        cutoffs = {"synced": now - ages["synced"], "closed": now - ages["dlq"]}
-        others = self._unreferred(but="dlq")
-        letters = self._delete(_HISTORY, cutoffs)
-        resolved_letters, resolved = self._prune_resolved(f"{_RESOLVED} AND {others}", cutoffs)
-        free = f"{_DELIVERED} AND {self._unreferred()}"
-        delivered = self._delete(
-            f"DELETE FROM receipts WHERE id IN (SELECT id FROM receipts WHERE {free} LIMIT {BATCH})",
-            cutoffs,
-        )
-        with self._reading() as session:
-            over = "SELECT COUNT(*) FROM receipts WHERE status = 'synced' AND synced_at <= :synced"
-            kept = session.scalar(text(over), cutoffs) or 0
-        return PruneReport(
-            receipts=delivered + resolved,
-            dead_letters=letters + resolved_letters,
-            events=self._prune_events({"events": now - ages["events"], "events_age": ages["events"]}),
-            kept_receipts=kept,
-        )
-
-    def _unreferred(self, but: str = "") -> str:
-        """The condition that no row refers to the receipt, of tables other than `but`."""
-        with self._reading() as session:
-            references = session.execute(REFERENCES).all()
-        conditions = [
-            f"NOT EXISTS (SELECT 1 FROM {_quoted(name)} AS other"
-            f" WHERE other.{_quoted(origin)} = receipts.{_quoted(target)})"
-            for name, origin, target in references
-            if name != but
-        ]
-        return " AND ".join(conditions) or "TRUE"
-
-    def _delete(self, statement: str, parameters: Mapping[str, int]) -> int:
-        """Repeat a deletion of at most BATCH rows until it finds no more."""
-        deleted = 0
-        while True:
-            with self._writing() as session:
-                batch = session.connection().exec_driver_sql(statement, dict(parameters)).rowcount
-            deleted += batch
-            if batch < BATCH:
-                return deleted
-
-    def _prune_resolved(self, resolved: str, parameters: Mapping[str, int]) -> tuple[int, int]:
-        letters = receipts = 0
-        while True:
-            with self._writing() as session:
-                connection = session.connection()
-                found = connection.exec_driver_sql(f"{resolved} LIMIT {BATCH}", dict(parameters)).all()
-                for (receipt_id,) in found:
-                    letters += connection.exec_driver_sql(
-                        "DELETE FROM dlq WHERE original_receipt_id = ?", (receipt_id,)
-                    ).rowcount
-                    connection.exec_driver_sql("DELETE FROM receipts WHERE id = ?", (receipt_id,))
-            receipts += len(found)
-            if len(found) < BATCH:
-                return letters, receipts
-
-    def _prune_events(self, parameters: Mapping[str, int]) -> int:
-        """Look for old events outside the write lock, as no index knows their time; then delete them by number."""
-        deleted = 0
-        while True:
-            with self._reading() as session:
-                found = session.connection().exec_driver_sql(_EVENTS, dict(parameters)).all()
-            if found:
-                with self._writing() as session:
-                    session.connection().exec_driver_sql(
-                        "DELETE FROM buffer_events WHERE id = ?", [tuple(row) for row in found]
-                    )
-            deleted += len(found)
-            if len(found) < BATCH:
-                return deleted
+def prune(transactions: Transactions) -> PruneReport:
+    """Delete what is older than its retention, in short transactions, so that writers do not wait."""
+    with transactions.reading() as tx:
+        ages = {what: tx.number(f"retention_{what}_days") * SECONDS_PER_DAY for what in ("synced", "dlq", "events")}
+        now = tx.now
+        by_dlq_only, unreferenced = _unreferenced(tx, but="dlq"), _unreferenced(tx)
+    cutoffs = {"synced": now - ages["synced"], "closed": now - ages["dlq"]}
+    letters = _delete(transactions, _HISTORY, cutoffs)
+    resolved_letters, resolved = _prune_resolved(transactions, f"{_RESOLVED} AND {by_dlq_only} LIMIT {BATCH}", cutoffs)
+    free = f"SELECT id FROM receipts WHERE {_DELIVERED} AND {unreferenced} LIMIT {BATCH}"
+    delivered = _delete(transactions, f"DELETE FROM receipts WHERE id IN ({free})", cutoffs)
+    with transactions.reading() as tx:
+        kept = tx.connection.scalar(text(f"SELECT COUNT(*) FROM receipts WHERE {_DELIVERED}"), cutoffs) or 0
+    return PruneReport(
+        receipts=delivered + resolved,
+        dead_letters=letters + resolved_letters,
+        events=_prune_events(transactions, {"events": now - ages["events"], "events_age": ages["events"]}),
+        kept_receipts=kept,
+    )
 
 
-def _quoted(name: str) -> str:
-    return '"' + name.replace('"', '""') + '"'
+def _unreferenced(tx: Transaction, but: str = "") -> str:
+    """The SQL condition that no row of a table other than `but` refers to the receipt."""
+    quoted = tx.connection.dialect.identifier_preparer.quote_identifier
+    conditions = [
+        f"NOT EXISTS (SELECT 1 FROM {quoted(table)} AS other WHERE other.{quoted(column)} = receipts.{quoted(target)})"
+        for table, column, target in tx.backend.references(tx.connection)
+        if table != but
+    ]
+    return " AND ".join(conditions).replace(":", "\\:") or "TRUE"  # a colon would begin a parameter
+
+
+def _delete(transactions: Transactions, statement: str, parameters: Parameters) -> int:
+    """Repeat a deletion of at most BATCH rows until no rows are left."""
+    deleted = 0
+    while True:
+        with transactions.writing() as tx:
+            batch = tx.connection.execute(text(statement), parameters).rowcount
+            tx.connection.execute(_ADOPTED)
+        deleted += batch
+        if batch < BATCH:
+            return deleted
+
+
+def _prune_resolved(transactions: Transactions, resolved: str, parameters: Parameters) -> tuple[int, int]:
+    letters = receipts = 0
+    while True:
+        with transactions.writing() as tx:
+            found = tx.connection.execute(text(resolved), parameters).all()
+            for (receipt_id,) in found:
+                of_this = {"id": receipt_id}
+                letters += tx.connection.execute(
+                    text("DELETE FROM dlq WHERE original_receipt_id = :id"), of_this
+                ).rowcount
+                tx.connection.execute(text("DELETE FROM receipts WHERE id = :id"), of_this)
+            tx.connection.execute(_ADOPTED)
+        receipts += len(found)
+        if len(found) < BATCH:
+            return letters, receipts
+
+
+def _prune_events(transactions: Transactions, parameters: Parameters) -> int:
+    """Find old events without the write lock, because their time has no index; then delete them by id."""
+    deleted = 0
+    while True:
+        with transactions.reading() as tx:
+            found = tx.connection.scalars(_EVENTS, parameters).all()
+        if found:
+            with transactions.writing() as tx:
+                tx.connection.execute(
+                    text("DELETE FROM buffer_events WHERE id = :number"), [{"number": number} for number in found]
+                )
+        deleted += len(found)
+        if len(found) < BATCH:
+            return deleted

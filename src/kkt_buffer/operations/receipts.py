@@ -1,381 +1,281 @@
-"""Receipts: stored, read, and moved from status to status."""
+"""Receipts: store them, read them, and change their status."""
 
-import random
-import time
 import uuid
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any, cast
+from collections.abc import Sequence
+from typing import cast
 
-from sqlalchemy import Connection, Engine, Table, bindparam, insert, literal_column, null, select, text, update
+from sqlalchemy import Table, bindparam, insert, literal_column, null, select, text, update
 from sqlalchemy.exc import IntegrityError
 
-from kkt_buffer import arguments
-from kkt_buffer.direct import Driver
+from kkt_buffer.arguments import NewReceipt
 from kkt_buffer.errors import (
     BufferDamagedError,
     BufferFullError,
     DuplicateReceiptError,
-    InvalidConfigError,
     InvalidTransitionError,
     ReceiptNotFoundError,
 )
-from kkt_buffer.group_commit import Batch, GroupCommit, Member
-from kkt_buffer.hlc import HybridTimestamp, successor
 from kkt_buffer.models import (
-    HLC_ORDER,
     PENDING_ONLY,
     TRANSITIONS,
     DeadLetter,
     Receipt,
     ReceiptStatus,
     Resolution,
+    buffer_state,
+    digest_of,
 )
-from kkt_buffer.operations.status import Status, status_by
-from kkt_buffer.sqlite import refusals
+from kkt_buffer.transaction import NotTogetherError, Transaction
 
-_receipts = cast("Table", Receipt.__table__)
-_dlq = cast("Table", DeadLetter.__table__)
+receipts = cast("Table", Receipt.__table__)
+dlq = cast("Table", DeadLetter.__table__)
 
-# The hot statements, built once: building one costs more than running it. Literals in the terms that a partial index
-# must match, never bound parameters.
+# Terms that must match the condition of a partial index are literals, never bound parameters.
 
-# By idx_receipts_hlc.
-LAST_HLC = (
-    select(_receipts.c.hlc_local_time, _receipts.c.hlc_logical_counter)
-    .order_by(_receipts.c.hlc_local_time.desc(), _receipts.c.hlc_logical_counter.desc())
-    .limit(1)
-)
-
-# By idx_receipts_status.
+# Served by idx_receipts_status.
 PENDING = (
     select(Receipt)
     .where(text(PENDING_ONLY))
-    .order_by(text(HLC_ORDER), Receipt.hlc_logical_counter)
+    .order_by(Receipt.hlc_local_time, Receipt.hlc_logical_counter)
     .limit(bindparam("limit"))
 )
-
-ADD = text(
-    "INSERT INTO receipts (id, pos_id, created_at, hlc_local_time, hlc_logical_counter, fiscal_doc)"
-    " VALUES (:id, :pos_id, :created_at, :hlc_local_time, :hlc_logical_counter, :fiscal_doc)"
-)
-KNOWN = select(_receipts.c.pos_id, _receipts.c.fiscal_doc).where(_receipts.c.id == bindparam("receipt_id"))
 RECEIPT = select(Receipt).where(Receipt.id == bindparam("receipt_id"))
-STATUS_OF = select(_receipts.c.status).where(_receipts.c.id == bindparam("receipt_id"))
-
-# What a receipt has no more when it leaves a worker's hands.
-NO_LEASE = {"lease_token": null(), "lease_taken_at": null(), "lease_expires_at": null()}
-NOBODYS = {**NO_LEASE, "next_attempt_at": null()}
-
-_delivered = update(_receipts).values(
-    status=literal_column("'synced'"),
-    synced_at=bindparam("now"),
-    changed_at=bindparam("now"),
-    hlc_server_time=bindparam("server_time"),
-    **NOBODYS,
+KNOWN = select(receipts.c.pos_id, receipts.c.fiscal_doc, receipts.c.inserted_digest).where(
+    receipts.c.id == bindparam("receipt_id")
 )
-MARK_SYNCED = _delivered.where(text("id = :receipt_id AND status IN ('pending', 'syncing')"))
-MARK_FAILED_SYNCED = _delivered.where(text("id = :receipt_id AND status = 'failed'"))
+STATUS_OF = select(receipts.c.status).where(receipts.c.id == bindparam("receipt_id"))
+UNDELIVERED = select(buffer_state.c.pending + buffer_state.c.syncing)
 
-# The dead letter goes first: a receipt fails through it, and a guard sees to that.
-DEAD_LETTER = insert(_dlq).from_select(
+# Values that clear the lease columns, and all columns of a delivery in progress.
+NO_LEASE = {"lease_token": null(), "lease_taken_at": null(), "lease_expires_at": null()}
+CLEARED = {**NO_LEASE, "next_attempt_at": null()}
+
+_DELIVERED = """\
+UPDATE receipts SET
+    status = 'synced', synced_at = :now, changed_at = :now, hlc_server_time = :server_time, held_at = NULL,
+    lease_token = NULL, lease_taken_at = NULL, lease_expires_at = NULL, next_attempt_at = NULL
+WHERE id = :receipt_id AND"""
+MARK_SYNCED = f"{_DELIVERED} status IN ('pending', 'syncing')"
+MARK_FAILED_SYNCED = f"{_DELIVERED} status = 'failed'"
+
+COUNT_ATTEMPT = (
+    update(receipts)
+    .where(text("id = :receipt_id"))
+    .values(retry_count=receipts.c.retry_count + 1, last_error=bindparam("error"), changed_at=bindparam("now"))
+    .returning(receipts.c.retry_count)
+)
+
+# Inserted before the status changes: a trigger refuses a failed receipt without an open dead letter.
+DEAD_LETTER = insert(dlq).from_select(
     ["id", "original_receipt_id", "failed_at", "reason", "fiscal_doc", "retry_attempts", "last_error"],
     select(
         bindparam("letter_id"),
-        _receipts.c.id,
+        receipts.c.id,
         bindparam("now"),
         bindparam("why"),
-        _receipts.c.fiscal_doc,
-        _receipts.c.retry_count,
-        _receipts.c.last_error,
+        receipts.c.fiscal_doc,
+        receipts.c.retry_count,
+        receipts.c.last_error,
     ).where(text("id = :receipt_id AND status IN ('pending', 'syncing')")),
 )
 FAIL = (
-    update(_receipts)
+    update(receipts)
     .where(text("id = :receipt_id"))
-    .values(status=literal_column("'failed'"), changed_at=bindparam("now"), **NOBODYS)
+    .values(status=literal_column("'failed'"), changed_at=bindparam("now"), **CLEARED)
 )
 CLOSE_DEAD_LETTER = (
-    update(_dlq)
+    update(dlq)
     .where(text("original_receipt_id = :receipt_id AND resolved_at IS NULL"))
     .values(
         resolved_at=bindparam("now"),
-        resolved_by=bindparam("who"),
+        resolved_by=bindparam("actor"),
         resolution_reason=bindparam("why"),
         resolution=bindparam("how"),
     )
 )
+LEASE = (
+    update(receipts)
+    .where(text("id = :receipt_id"))
+    .values(
+        status=literal_column("'syncing'"),
+        lease_token=bindparam("token"),
+        lease_taken_at=bindparam("now"),
+        lease_expires_at=bindparam("expires"),
+    )
+)
+GIVE_UP_LEASE = update(receipts).where(text("id = :receipt_id")).values(status=literal_column("'pending'"), **NO_LEASE)
 
 
-class _Refused(Exception):  # noqa: N818 (never seen outside)
-    """The database refused a new receipt."""
+def insert_one(tx: Transaction, receipt: NewReceipt) -> str:
+    """Store a receipt; returns its id, also for an identical repeated insert if `exist_ok`."""
+    try:
+        _add(tx, [receipt])
+    except IntegrityError as refused:
+        if _is_replay(receipt, _stored(tx, receipt.id)):
+            return receipt.id
+        refuse_if_full(tx, 1)
+        raise tx.explain(refused) from refused
+    return receipt.id
 
 
-class _Insertion(Member):
-    """A receipt on its way into the buffer."""
+def insert_together(tx: Transaction, many: list[NewReceipt]) -> list[str]:
+    """Store receipts with one statement. Raises `NotTogetherError` if one of them is refused."""
+    try:
+        _add(tx, many)
+    except IntegrityError as error:
+        raise NotTogetherError from error
+    return [receipt.id for receipt in many]
 
-    def __init__(self, receipt: arguments.NewReceipt, *, exist_ok: bool) -> None:
-        super().__init__()
-        self.receipt = receipt
-        self.exist_ok = exist_ok
+
+def insert_unknown(tx: Transaction, many: list[NewReceipt]) -> list[str]:
+    """Store the receipts that are not replays. Raises for the first one that may not be stored."""
+    new = _new_only(tx, many)
+    refuse_if_full(tx, len(new))
+    if new:
+        _add(tx, new)
+    return [receipt.id for receipt in many]
 
 
-class Receipts(Status):
-    """The operations on receipts."""
-
-    def __init__(
-        self,
-        engine: Engine,
-        *,
-        now: Callable[[], float] = time.time,
-        jitter: Callable[[], float] = random.random,
-    ) -> None:
-        super().__init__(engine, now=now, jitter=jitter)
-        self._group: GroupCommit[_Insertion] = GroupCommit()
-
-    def insert_receipt(self, receipt_data: Mapping[str, Any], *, exist_ok: bool = False) -> str:
-        """
-        Store a receipt and return its id; when this returns, the receipt is on disk.
-
-        `receipt_data` has `pos_id` (a text), `fiscal_doc` (JSON text, kept byte for byte, or a mapping) and, if the
-        caller has one, `id` (a UUID that makes a repetition recognisable). With `exist_ok`, an identical repetition
-        returns the id.
-
-        Raises `BufferFullError` at capacity, `DuplicateReceiptError` for a known id.
-        """
-        receipt = arguments.new_receipt(receipt_data)
-        if self._is_writing:
-            return self._insert([receipt], exist_ok=exist_ok)[0]
-        self._group.add(_Insertion(receipt, exist_ok=exist_ok), self._commit)
-        return receipt.id
-
-    def insert_receipts(self, many: Iterable[Mapping[str, Any]], *, exist_ok: bool = False) -> list[str]:
-        """Store all of these receipts, in their order and with one commit, or none. Else like `insert_receipt`."""
-        if isinstance(many, Mapping) or not isinstance(many, Iterable):
-            raise TypeError(f"many: expected several receipts, got a {type(many).__name__}")
-        receipts = []
-        for position, data in enumerate(many):
-            try:
-                receipts.append(arguments.new_receipt(data))
-            except (TypeError, ValueError) as error:
-                error.add_note(f"in receipt {position} of the batch, counting from 0; nothing was stored")
-                raise
-        return self._insert(receipts, exist_ok=exist_ok)
-
-    def _insert(self, receipts: list[arguments.NewReceipt], *, exist_ok: bool) -> list[str]:
-        try:
-            with self._direct(write=True) as driver:
-                try:
-                    self._add(driver, receipts)
-                except IntegrityError as error:
-                    raise _Refused from error
-        except _Refused:
-            # Only now is it worth asking which and why.
-            with self._direct(write=True) as driver:
-                new = _unknown(driver, receipts, exist_ok=exist_ok)
-                refuse_if_full(driver, len(new))
-                self._add(driver, new)
-        return [receipt.id for receipt in receipts]
-
-    def _add(self, driver: Driver, receipts: list[arguments.NewReceipt]) -> None:
-        now = self._seconds()
-        hlc = _last_hlc(driver)
-        rows = []
-        for receipt in receipts:
-            hlc = successor(hlc, now)
-            rows.append(_row(receipt, hlc, now))
-        driver.execute(ADD, rows)
-
-    def _commit(self, batch: Batch[_Insertion]) -> None:
-        """Store single receipts together: one that is refused leaves the others alone."""
-        transaction = self._alone(write=True)
-        try:
-            with transaction as driver:
-                now = self._seconds()
-                last = _last_hlc(driver)
-                for insertion in batch:
-                    hlc = successor(last, now)
-                    try:
-                        driver.execute(ADD, _row(insertion.receipt, hlc, now))
-                    except IntegrityError as error:
-                        insertion.error = _reason(driver, insertion, error)
-                    else:
-                        last = hlc
-        finally:
-            batch.committed = transaction.committed
-
-    def get_pending_receipts(self, limit: int = 50) -> list[Receipt]:
-        """The pending receipts that come first in HLC order, at most `limit`."""
-        return self._load(PENDING, limit=arguments.whole_number("limit", limit, 1))
-
-    def get_receipt_by_id(self, receipt_id: str | uuid.UUID) -> Receipt | None:
-        """The receipt with this id, or None."""
-        found: list[Receipt] = self._load(RECEIPT, receipt_id=arguments.lookup_id(receipt_id))
-        return found[0] if found else None
-
-    def mark_synced(self, receipt_id: str | uuid.UUID, server_time: int) -> bool:
-        """
-        Record that the operator has the receipt, at its time `server_time` (Unix seconds); False if there is none.
-
-        A delivery is a fact: it is recorded whatever the status, and whoever reports it. The first `server_time`
-        stays. An open dead letter is resolved.
-        """
-        receipt_id = arguments.lookup_id(receipt_id)
-        now = self._seconds()
-        parameters = {
-            "receipt_id": receipt_id,
-            "server_time": arguments.whole_number("server_time", server_time, 0),
+def _add(tx: Transaction, many: Sequence[NewReceipt]) -> None:
+    now = tx.now
+    rows = [
+        {
+            "id": receipt.id,
+            "pos_id": receipt.pos_id,
+            "fiscal_doc": receipt.fiscal_doc,
+            "digest": digest_of(receipt.fiscal_doc),
+            "held_at": None,
             "now": now,
         }
-        with self._direct(write=True) as driver:
-            if driver.execute(MARK_SYNCED, parameters).rowcount:
-                return True
-            status = status_of(driver, receipt_id)
-            if status is ReceiptStatus.FAILED:
-                driver.execute(
-                    CLOSE_DEAD_LETTER,
-                    {
-                        "receipt_id": receipt_id,
-                        "now": now,
-                        "who": "delivery",
-                        "why": "the receipt was delivered",
-                        "how": Resolution.DELIVERED,
-                    },
-                )
-                driver.execute(MARK_FAILED_SYNCED, parameters)
-            return status is not None
-
-    def increment_retry_count(self, receipt_id: str | uuid.UUID, error: str) -> int:
-        """
-        Count a failed attempt, keep `error` as the last one, and return the new count.
-
-        Touches neither the status nor a lease, and never dead-letters. Raises `ReceiptNotFoundError`.
-        """
-        receipt_id = arguments.lookup_id(receipt_id)
-        error = arguments.note("error", error)
-        statement = (
-            update(_receipts)
-            .where(_receipts.c.id == receipt_id)
-            .values(retry_count=_receipts.c.retry_count + 1, last_error=error, changed_at=self._seconds())
-            .returning(_receipts.c.retry_count)
-        )
-        with self._writing() as session:
-            count: int | None = session.connection().execute(statement).scalar_one_or_none()
-        if count is None:
-            raise ReceiptNotFoundError(receipt_id)
-        return count
-
-    def move_to_dlq(self, receipt_id: str | uuid.UUID, reason: str) -> bool:
-        """
-        Give the receipt up: dead-letter it for an operator to look at. False if there is none; twice is once.
-
-        Raises `InvalidTransitionError` if it was delivered.
-        """
-        receipt_id = arguments.lookup_id(receipt_id)
-        why = arguments.note("reason", reason)
-        now = self._seconds()
-        with self._writing() as session:
-            connection = session.connection()
-            letter = {"receipt_id": receipt_id, "letter_id": str(uuid.uuid4()), "now": now, "why": why}
-            if connection.execute(DEAD_LETTER, letter).rowcount:
-                connection.execute(FAIL, {"receipt_id": receipt_id, "now": now})
-                return True
-            status = status_of(connection, receipt_id)
-            if status is ReceiptStatus.SYNCED:
-                raise InvalidTransitionError(receipt_id, status, ReceiptStatus.FAILED)
-            return status is not None
-
-    def update_receipt_status(self, receipt_id: str | uuid.UUID, status: str) -> bool:
-        """
-        Move the receipt to another status; False if there is none, True and no change if it has it already.
-
-        `syncing` takes a lease for `lease_seconds`, `pending` gives it up, `synced` is `mark_synced` at the present
-        time, `failed` is `move_to_dlq`. Raises `ValueError` for a status that does not exist, `InvalidTransitionError`
-        for a move that is not allowed.
-        """
-        receipt_id = arguments.lookup_id(receipt_id)
-        if not isinstance(status, str) or status not in set(ReceiptStatus):
-            raise ValueError(f"Invalid status: {status!r}; expected {', '.join(ReceiptStatus)}")
-        wanted = ReceiptStatus(status)
-        now = self._seconds()
-        with self._writing() as session:
-            connection = session.connection()
-            found = status_of(connection, receipt_id)
-            if found is None or found is wanted:
-                return found is not None
-            if wanted not in TRANSITIONS[found]:
-                raise InvalidTransitionError(receipt_id, found, wanted)
-            if wanted is ReceiptStatus.SYNCED:
-                return self.mark_synced(receipt_id, now)
-            if wanted is ReceiptStatus.FAILED:
-                return self.move_to_dlq(receipt_id, "status set to failed")
-            lease: dict[str, object] = {**NO_LEASE}
-            if wanted is ReceiptStatus.SYNCING:
-                lasts = self._numbers("lease_seconds")["lease_seconds"]
-                lease = {"lease_token": str(uuid.uuid4()), "lease_taken_at": now, "lease_expires_at": now + lasts}
-            connection.execute(update(_receipts).where(_receipts.c.id == receipt_id).values(status=wanted, **lease))
-            return True
+        for receipt in many
+    ]
+    stored = tx.run(tx.backend.insert, rows if len(rows) > 1 else rows[0]).rowcount
+    if stored != len(rows):
+        raise BufferDamagedError.found(tx.backend, f"{stored} of {len(rows)} receipts were stored")
 
 
-def status_of(connection: Connection | Driver, receipt_id: str) -> ReceiptStatus | None:
-    """The status of a receipt; None if there is none."""
-    row = connection.execute(STATUS_OF, {"receipt_id": receipt_id}).fetchone()
-    return None if row is None else ReceiptStatus(row[0])
+def _stored(tx: Transaction, receipt_id: str) -> tuple[str, str, str | None] | None:
+    row = tx.connection.execute(KNOWN, {"receipt_id": receipt_id}).one_or_none()
+    return None if row is None else (row[0], row[1], row[2])
 
 
-def refuse_if_full(driver: Driver, wanted: int) -> None:
-    """Raise `BufferFullError` unless there is room for so many more."""
-    status = status_by(driver)
-    undelivered = status.pending + status.syncing
-    if wanted and undelivered + wanted > status.capacity:
-        raise BufferFullError(undelivered, status.capacity, wanted)
+def _is_replay(receipt: NewReceipt, stored: tuple[str, str, str | None] | None) -> bool:
+    """Whether this is an allowed repeated insert. Raises `DuplicateReceiptError` if the id is known and it is not."""
+    if stored is None:
+        return False
+    pos_id, fiscal_doc, inserted_digest = stored
+    error = DuplicateReceiptError(
+        receipt.id,
+        same_pos_id=pos_id == receipt.pos_id,
+        # The document of a completed receipt differs from the inserted one: compare with the inserted digest.
+        same_document=fiscal_doc == receipt.fiscal_doc
+        if inserted_digest is None
+        else inserted_digest == digest_of(receipt.fiscal_doc),
+    )
+    if not (receipt.exist_ok and error.identical):
+        raise error
+    return True
 
 
-def _last_hlc(driver: Driver) -> HybridTimestamp | None:
-    last = driver.first(LAST_HLC, {})
-    if last and not all(isinstance(number, int) for number in last):
-        raise BufferDamagedError.found(driver.connection.database, f"the last timestamp is {last!r}")
-    return HybridTimestamp(*last) if last else None
-
-
-def _row(receipt: arguments.NewReceipt, hlc: HybridTimestamp, now: int) -> dict[str, object]:
-    return {
-        "id": receipt.id,
-        "pos_id": receipt.pos_id,
-        "created_at": now,
-        "hlc_local_time": hlc.local_time,
-        "hlc_logical_counter": hlc.logical_counter,
-        "fiscal_doc": receipt.fiscal_doc,
-    }
-
-
-def _reason(driver: Driver, insertion: _Insertion, refused: IntegrityError) -> Exception | None:
-    """Why a receipt was refused; None if it is a replay that may be."""
-    try:
-        if not _unknown(driver, [insertion.receipt], exist_ok=insertion.exist_ok):
-            return None
-        refuse_if_full(driver, 1)
-    except (BufferFullError, DuplicateReceiptError, InvalidConfigError) as error:
-        return error
-    return refusals.explanation(driver.connection.database, refused) or refused
-
-
-def _unknown(driver: Driver, receipts: list[arguments.NewReceipt], *, exist_ok: bool) -> list[arguments.NewReceipt]:
-    known: dict[str, tuple[str, str]] = {}
-    new = []
-    for receipt in receipts:
-        stored = driver.first(KNOWN, {"receipt_id": receipt.id})
-        if stored is not None:
-            known[receipt.id] = stored
-        if receipt.id in known:
-            pos_id, fiscal_doc = known[receipt.id]
+def _new_only(tx: Transaction, many: list[NewReceipt]) -> list[NewReceipt]:
+    """The receipts that are not in the buffer yet, each once."""
+    new: dict[str, NewReceipt] = {}
+    for receipt in many:
+        earlier = new.get(receipt.id)
+        if earlier is not None:
             error = DuplicateReceiptError(
                 receipt.id,
-                same_pos_id=pos_id == receipt.pos_id,
-                same_document=fiscal_doc == receipt.fiscal_doc,
+                same_pos_id=earlier.pos_id == receipt.pos_id,
+                same_document=earlier.fiscal_doc == receipt.fiscal_doc,
             )
-            if not (exist_ok and error.identical):
+            if not (receipt.exist_ok and error.identical):
                 raise error
-        else:
-            known[receipt.id] = (receipt.pos_id, receipt.fiscal_doc)
-            new.append(receipt)
-    return new
+        elif not _is_replay(receipt, _stored(tx, receipt.id)):
+            new[receipt.id] = receipt
+    return list(new.values())
+
+
+def refuse_if_full(tx: Transaction, wanted: int) -> None:
+    """Raise `BufferFullError` unless `wanted` more receipts fit."""
+    undelivered = tx.connection.scalar(UNDELIVERED) or 0
+    capacity = tx.number("buffer_capacity")
+    if wanted and undelivered + wanted > capacity:
+        raise BufferFullError(undelivered, capacity, wanted)
+
+
+def status_of(tx: Transaction, receipt_id: str) -> ReceiptStatus | None:
+    """The status of a receipt; None if there is no such receipt."""
+    return tx.connection.scalar(STATUS_OF, {"receipt_id": receipt_id})
+
+
+def mark_synced(tx: Transaction, delivery: tuple[str, int]) -> bool:
+    """Record that the OFD has accepted the receipt; False if there is no such receipt."""
+    receipt_id, server_time = delivery
+    parameters = {"receipt_id": receipt_id, "server_time": server_time, "now": tx.now}
+    if tx.run(MARK_SYNCED, parameters).rowcount:
+        return True
+    status = status_of(tx, receipt_id)
+    if status is ReceiptStatus.FAILED:
+        close_dead_letter(tx, receipt_id, "delivery", "the receipt was delivered", Resolution.DELIVERED)
+        tx.run(MARK_FAILED_SYNCED, parameters)
+    return status is not None
+
+
+def mark_synced_together(tx: Transaction, deliveries: list[tuple[str, int]]) -> list[bool]:
+    """Record deliveries with one statement. Raises `NotTogetherError` if a receipt is neither pending nor leased."""
+    rows = [{"receipt_id": receipt_id, "server_time": time, "now": tx.now} for receipt_id, time in deliveries]
+    if tx.run(MARK_SYNCED, rows).rowcount != len(rows):
+        raise NotTogetherError
+    return [True] * len(rows)
+
+
+def increment_retry_count(tx: Transaction, receipt_id: str, error: str) -> int:
+    """Count a failed attempt; returns the new count."""
+    attempt = {"receipt_id": receipt_id, "error": error, "now": tx.now}
+    count: int | None = tx.connection.execute(COUNT_ATTEMPT, attempt).scalar_one_or_none()
+    if count is None:
+        raise ReceiptNotFoundError(receipt_id)
+    return count
+
+
+def move_to_dlq(tx: Transaction, receipt_id: str, reason: str) -> bool:
+    """Dead-letter a receipt; False if there is no such receipt. Idempotent."""
+    letter = {"receipt_id": receipt_id, "letter_id": str(uuid.uuid4()), "now": tx.now, "why": reason}
+    if tx.connection.execute(DEAD_LETTER, letter).rowcount:
+        tx.connection.execute(FAIL, {"receipt_id": receipt_id, "now": tx.now})
+        return True
+    status = status_of(tx, receipt_id)
+    if status is ReceiptStatus.SYNCED:
+        raise InvalidTransitionError(receipt_id, status, ReceiptStatus.FAILED)
+    return status is not None
+
+
+def close_dead_letter(tx: Transaction, receipt_id: str, actor: str, reason: str, resolution: Resolution) -> bool:
+    """Close the open dead letter of a receipt; False if it has none."""
+    closing = {
+        "receipt_id": receipt_id,
+        "now": tx.now,
+        "actor": actor,
+        "why": reason,
+        "how": str(resolution),
+    }
+    return bool(tx.connection.execute(CLOSE_DEAD_LETTER, closing).rowcount)
+
+
+def update_status(tx: Transaction, receipt_id: str, wanted: ReceiptStatus) -> bool:
+    """Move a receipt to another status; False if there is no such receipt."""
+    found = status_of(tx, receipt_id)
+    if found is None or found is wanted:
+        return found is not None
+    if wanted not in TRANSITIONS[found]:
+        raise InvalidTransitionError(receipt_id, found, wanted)
+    if wanted is ReceiptStatus.SYNCED:
+        return mark_synced(tx, (receipt_id, tx.now))
+    if wanted is ReceiptStatus.FAILED:
+        return move_to_dlq(tx, receipt_id, "status set to failed")
+    if wanted is ReceiptStatus.PENDING:
+        tx.connection.execute(GIVE_UP_LEASE, {"receipt_id": receipt_id})
+    else:
+        lease = {"token": str(uuid.uuid4()), "now": tx.now, "expires": tx.now + tx.number("lease_seconds")}
+        tx.connection.execute(LEASE, {"receipt_id": receipt_id, **lease})
+    return True

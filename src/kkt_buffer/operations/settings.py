@@ -1,59 +1,32 @@
-"""Settings: the `config` table, typed and checked."""
+"""Settings: rows of the `config` table, checked by the rules in the `config` module."""
 
-from sqlalchemy import select
+from typing import cast
 
-from kkt_buffer import arguments
-from kkt_buffer.errors import InvalidConfigError
-from kkt_buffer.models import CONFIG_RULES, ConfigEntry
-from kkt_buffer.transaction import Transactions
+from sqlalchemy import Table, bindparam, insert, select, update
 
-SECONDS_PER_DAY = 86_400
+from kkt_buffer.config import CONFIG_RULES, number_of
+from kkt_buffer.models import ConfigEntry
+from kkt_buffer.transaction import Transaction
 
+_config = cast("Table", ConfigEntry.__table__)
 
-class Settings(Transactions):
-    """The operations on settings."""
-
-    def get_config(self, key: str) -> int | str | None:
-        """
-        A setting: a whole number for the keys that the buffer reads, the text for others, None if it is not there.
-
-        Raises `InvalidConfigError` if somebody has put nonsense where the buffer needs a number.
-        """
-        key = arguments.name("key", key)
-        with self._reading() as session:
-            value = session.scalar(select(ConfigEntry.value).where(ConfigEntry.key == key))
-        return number_of(key, value) if key in CONFIG_RULES else value
-
-    def set_config(self, key: str, value: int | str) -> None:
-        """
-        Change a setting. The keys that the buffer reads take a whole number within bounds, others a text.
-
-        Raises `ValueError` for a number out of bounds, or something that is none.
-        """
-        key = arguments.name("key", key)
-        rule = CONFIG_RULES.get(key)
-        if rule is None:
-            stored = arguments.name("value", value)
-        else:
-            number = rule.parse(value)
-            if number is None:
-                raise ValueError(f"{key}: expected {rule.expected}, got {value!r}")
-            stored = str(number)
-        with self._writing() as session:
-            session.merge(ConfigEntry(key=key, value=stored, updated_at=self._seconds()))
-            session.flush()
-
-    def _numbers(self, *keys: str) -> dict[str, int]:
-        """Several settings of the buffer's own with one query."""
-        with self._reading() as session:
-            stored = {row.key: row.value for row in session.execute(select(ConfigEntry.key, ConfigEntry.value))}
-        return {key: number_of(key, stored.get(key)) for key in keys}
+VALUE = select(ConfigEntry.value).where(ConfigEntry.key == bindparam("name"))
+CHANGE = (
+    update(_config)
+    .where(ConfigEntry.key == bindparam("name"))
+    .values(value=bindparam("new"), updated_at=bindparam("now"))
+)
 
 
-def number_of(key: str, value: str | None) -> int:
-    """The number that the stored text of a setting stands for; without a text, its default."""
-    rule = CONFIG_RULES[key]
-    number = rule.default if value is None else rule.parse(value)
-    if number is None:
-        raise InvalidConfigError(key, str(value), rule.expected)
-    return number
+def get_config(tx: Transaction, key: str) -> int | str | None:
+    """A setting: an int for the keys that the buffer reads, the text for other keys."""
+    value = tx.connection.scalar(VALUE, {"name": key})
+    return number_of(key, value) if key in CONFIG_RULES else value
+
+
+def set_config(tx: Transaction, key: str, value: str) -> None:
+    """Store a setting."""
+    row = {"key": key, "value": value, "updated_at": tx.now}
+    if not tx.connection.execute(CHANGE, {"name": key, "new": value, "now": tx.now}).rowcount:
+        tx.connection.execute(insert(_config), row)
+    tx.forget_settings()

@@ -1,1 +1,1 @@
-"""The embedded engine: one file, opened by any number of processes of one machine."""
+"""The SQLite backend: one file, used by any number of processes on one machine."""

@@ -1,30 +1,70 @@
 """
-Copies of a database in use, made by SQLite itself.
+The database file: creation, backup, and checks for damage.
 
-Never by opening the file: closing it again would cancel the locks that SQLite holds in this process.
+SQLite itself makes the copy. The file is never opened directly: closing it would cancel the locks that SQLite holds in
+this process (https://www.sqlite.org/howtocorrupt.html, section 2.2).
 """
 
 import contextlib
 import os
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
-from sqlalchemy import Engine
+from sqlalchemy import Connection, Engine, text
 
+from kkt_buffer.backend import READ_ONLY, Backend
+from kkt_buffer.errors import BufferDamagedError
 from kkt_buffer.progress import progress
-from kkt_buffer.sqlite.engine import READ_ONLY, driver_of, storage_errors, sync_folder
+from kkt_buffer.sqlite.connection import GuardedConnection, Identity
+from kkt_buffer.sqlite.errors import storage_errors
+from kkt_buffer.sqlite.gate import WriteGate
 
 if TYPE_CHECKING:
     import sqlite3
 
 PAGES_AT_ONCE = 1000
+AT_MOST = 100  # reported problems of one kind
 
 
-def backup(engine: Engine, path: str | os.PathLike[str]) -> None:
+def identity(path: Path) -> Identity | None:
+    """Device and inode of a file; None if there is none."""
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino
+
+
+def create(path: Path, gate: WriteGate) -> None:
+    """Create the file, readable by the owner only, and put its directory entry on disk."""
+    if path.exists() and path.stat().st_size:
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with gate.held():
+        with contextlib.suppress(FileExistsError):
+            # O_EXCL: opening and closing a file that SQLite has open would cancel SQLite's locks.
+            os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
+        if path.stat().st_size == 0:
+            for folder in path.parents:
+                sync_folder(folder)
+
+
+def sync_folder(folder: Path) -> None:
+    """Put the entries of a folder on disk, which fsync of a file does not do."""
+    with contextlib.suppress(PermissionError):  # a parent folder without read permission
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def backup(backend: Backend, engine: Engine, path: str | os.PathLike[str]) -> None:
     """
-    Copy the database as it is at this moment to `path`, readable for the owner alone, whoever writes meanwhile.
+    Copy a consistent snapshot of the database to `path`, readable by the owner only. Writers can continue.
 
-    What was at `path` is replaced when the copy is complete and on disk: a crash leaves the old file or the new one.
+    A file at `path` is replaced when the copy is complete and on disk: a crash leaves the old file or the new one.
 
     Raises `BufferStorageError` if the copy cannot be written; nothing was changed then. Raises `ValueError` if `path`
     is the database itself or one of the files that belong to it.
@@ -37,12 +77,12 @@ def backup(engine: Engine, path: str | os.PathLike[str]) -> None:
     if str(target) in {f"{engine.url.database}{suffix}" for suffix in ("", "-wal", "-shm", "-gate")}:
         raise ValueError(f"path: {target} belongs to the buffer itself; give another one. Nothing was copied.")
     unfinished = target.with_name(f".{target.name}.unfinished")
-    with storage_errors(f"the backup {target}", driver_of(engine)):
+    with storage_errors(f"the backup {target}", backend.driver):
         target.parent.mkdir(parents=True, exist_ok=True)
         unfinished.unlink(missing_ok=True)
         descriptor = os.open(unfinished, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         try:
-            _copy(engine, unfinished)
+            _copy(backend, engine, unfinished)
             os.fsync(descriptor)
             unfinished.replace(target)
         except BaseException:
@@ -53,15 +93,93 @@ def backup(engine: Engine, path: str | os.PathLike[str]) -> None:
         sync_folder(target.parent)
 
 
-def _copy(engine: Engine, path: Path) -> None:
+def _copy(backend: Backend, engine: Engine, path: Path) -> None:
     with engine.connect().execution_options(**{READ_ONLY: True}) as connection:
-        # One snapshot from the first page to the last: without it, each write of somebody else starts the copy anew.
+        # This read begins the snapshot. Without it, each write of another connection would restart the copy.
         connection.exec_driver_sql("SELECT COUNT(*) FROM sqlite_master")
         source = cast("sqlite3.Connection", connection.connection.driver_connection)
-        with contextlib.closing(driver_of(engine).connect(path, isolation_level=None)) as copy:
-            # It is no database yet, so it needs no journal of its own.
+        with contextlib.closing(backend.driver.connect(path, isolation_level=None)) as copy:
+            # An unfinished copy is never used, so it needs neither a journal nor a sync after each write.
             copy.execute("PRAGMA journal_mode = OFF")
             copy.execute("PRAGMA synchronous = OFF")
             pages = connection.exec_driver_sql("PRAGMA page_count").scalar_one()
-            with progress("backup, pages", pages) as tell:
-                source.backup(copy, pages=PAGES_AT_ONCE, progress=lambda _status, left, total: tell(total - left))
+            with progress("backup, pages", pages) as report:
+                source.backup(copy, pages=PAGES_AT_ONCE, progress=lambda _status, left, total: report(total - left))
+
+
+@contextlib.contextmanager
+def lenient_text(connection: GuardedConnection) -> Iterator[None]:
+    """Read invalid UTF-8 too, decoded with backslash escapes."""
+    before = connection.text_factory
+    connection.text_factory = lambda raw: raw.decode("utf-8", "backslashreplace")
+    try:
+        yield
+    finally:
+        connection.text_factory = before
+
+
+def _pages(connection: Connection) -> list[str]:
+    try:
+        found = list(connection.scalars(text(f"PRAGMA integrity_check({AT_MOST})")))
+    except BufferDamagedError as error:
+        # integrity_check stops at an unreadable page; quick_check continues and names the page.
+        found = [*connection.scalars(text(f"PRAGMA quick_check({AT_MOST})")), str(error)]
+    return [line for line in found if line != "ok"]
+
+
+def _references(connection: Connection) -> list[str]:
+    return [
+        f"row {row.rowid} of {row.table} refers to a row of {row.parent} that is not there"
+        for row in connection.execute(text("PRAGMA foreign_key_check"))
+    ]
+
+
+def _texts(connection: Connection) -> list[str]:
+    problems = []
+    columns = ("id", "pos_id", "fiscal_doc", "last_error")
+    for receipt_id, *values in connection.execute(_TEXTS):
+        for column, value in zip(columns, (receipt_id, *values), strict=True):
+            try:
+                (value or b"").decode()
+            except UnicodeDecodeError as error:
+                problems.append(f"{column} of receipt {receipt_id.decode(errors='backslashreplace')}: {error}")
+    return problems
+
+
+_TEXTS = text(
+    "SELECT CAST(id AS BLOB), CAST(pos_id AS BLOB), CAST(fiscal_doc AS BLOB), CAST(last_error AS BLOB) FROM receipts"
+)
+# The rowid gives the order of commits. Receipts adopted from the sqlite3 version need not be in order.
+_ORDER = text(
+    """\
+SELECT 'receipt ' || id || ' has a timestamp that is not above the one before it' FROM (
+    SELECT rowid AS number, id, hlc_local_time AS time, hlc_logical_counter AS counter,
+        LAG(hlc_local_time) OVER (ORDER BY rowid) AS time_before,
+        LAG(hlc_logical_counter) OVER (ORDER BY rowid) AS counter_before
+    FROM receipts)
+WHERE (time, counter) <= (time_before, counter_before)
+    AND number > COALESCE((SELECT CAST(value AS INTEGER) FROM config WHERE key = 'adopted_rows'), 0)"""
+)
+_COUNTS = text(
+    """\
+SELECT name || ' are counted as ' || counted || ', and are ' || found FROM (
+    SELECT 'pending' AS name, pending AS counted,
+        (SELECT COUNT(*) FROM receipts WHERE status = 'pending') AS found FROM buffer_state
+    UNION ALL SELECT 'syncing', syncing, (SELECT COUNT(*) FROM receipts WHERE status = 'syncing') FROM buffer_state
+    UNION ALL SELECT 'synced', synced, (SELECT COUNT(*) FROM receipts WHERE status = 'synced') FROM buffer_state
+    UNION ALL SELECT 'failed', failed, (SELECT COUNT(*) FROM receipts WHERE status = 'failed') FROM buffer_state
+    UNION ALL SELECT 'open dead letters', open_dead_letters,
+        (SELECT COUNT(*) FROM dlq WHERE resolved_at IS NULL) FROM buffer_state)
+WHERE counted <> found
+UNION ALL SELECT 'the row of counts is missing' WHERE NOT EXISTS (SELECT 1 FROM buffer_state)
+UNION ALL SELECT 'the last timestamp is below that of receipt ' || receipts.id FROM receipts, buffer_state AS state
+WHERE (receipts.hlc_local_time, receipts.hlc_logical_counter) > (state.hlc_local_time, state.hlc_logical_counter)"""
+)
+
+CHECKS: Mapping[str, Callable[[Connection], list[str]]] = {
+    "pages and indexes": _pages,
+    "references": _references,
+    "texts": _texts,
+    "counts": lambda connection: list(connection.scalars(_COUNTS)),
+    "order of timestamps": lambda connection: list(connection.scalars(_ORDER).fetchmany(AT_MOST)),
+}

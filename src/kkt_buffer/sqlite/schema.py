@@ -1,43 +1,21 @@
 """
-What the models cannot say: counters, triggers and the status view, as plain SQL per engine.
+The triggers and the status view of SQLite, as plain SQL, because models cannot declare them.
 
-Each fact about a receipt is written to `buffer_events` by one trigger, whoever changed the row, with the time that
-the row carries. Guards refuse what would break an invariant. This is what the migrations must arrive at; they hold
-their own copies, and a test compares the two.
+One trigger per fact writes it to `buffer_events`, whichever program changed the row, with the time stored in the row.
+`trg_state_*` maintain `buffer_state`. `trg_guard_*` refuse changes that would break an invariant. The migrations have
+their own copies of these texts; a test compares the two.
 """
 
 from collections.abc import Mapping
 
-from sqlalchemy import Column, Float, Integer, Table, Text, column, table
+from kkt_buffer.config import CONFIG_RULES
 
-from kkt_buffer.models import Base
-
-# One row per status, and one for open dead letters, so that a count costs the same with a million receipts.
-buffer_counts = Table(
-    "buffer_counts",
-    Base.metadata,
-    Column("name", Text, primary_key=True),
-    Column("value", Integer, nullable=False),
-)
-
-# A lightweight table: a view registered in Base.metadata would be taken for a table by autogenerate.
-buffer_status = table(
-    "v_buffer_status",
-    column("total_receipts", Integer),
-    column("pending", Integer),
-    column("syncing", Integer),
-    column("synced", Integer),
-    column("failed", Integer),
-    column("dlq_size", Integer),
-    column("capacity", Integer),
-    column("percent_full", Float),
-)
-
-# What RAISE says when a receipt is one too many; the repository knows the refusal by it.
-BUFFER_FULL = "Buffer full"
+# Used if the setting is not stored.
+_CAPACITY = CONFIG_RULES["buffer_capacity"].default
+_RETENTION = CONFIG_RULES["retention_events_days"].default
 
 SQLITE_VIEWS: Mapping[str, str] = {
-    "v_buffer_status": """\
+    "v_buffer_status": f"""\
 CREATE VIEW v_buffer_status AS
 SELECT
     pending + syncing + synced + failed AS total_receipts,
@@ -45,13 +23,9 @@ SELECT
     ROUND(100.0 * (pending + syncing) / MAX(capacity, 1), 2) AS percent_full
 FROM (
     SELECT
-        COALESCE(MAX(CASE name WHEN 'pending' THEN value END), 0) AS pending,
-        COALESCE(MAX(CASE name WHEN 'syncing' THEN value END), 0) AS syncing,
-        COALESCE(MAX(CASE name WHEN 'synced' THEN value END), 0) AS synced,
-        COALESCE(MAX(CASE name WHEN 'failed' THEN value END), 0) AS failed,
-        COALESCE(MAX(CASE name WHEN 'open_dead_letters' THEN value END), 0) AS dlq_size,
-        COALESCE((SELECT CAST(value AS INTEGER) FROM config WHERE key = 'buffer_capacity'), 200) AS capacity
-    FROM buffer_counts
+        pending, syncing, synced, failed, open_dead_letters AS dlq_size,
+        COALESCE((SELECT CAST(value AS INTEGER) FROM config WHERE key = 'buffer_capacity'), {_CAPACITY}) AS capacity
+    FROM buffer_state
 )""",
 }
 
@@ -103,51 +77,103 @@ BEGIN
     VALUES ('receipt_resolved', NEW.original_receipt_id, NEW.resolved_at,
             json_object('actor', NEW.resolved_by, 'reason', NEW.resolution_reason));
 END""",
-    # Counts.
-    "trg_count_receipt_added": """\
-CREATE TRIGGER trg_count_receipt_added AFTER INSERT ON receipts
+    "trg_receipt_completed": """\
+CREATE TRIGGER trg_receipt_completed AFTER UPDATE OF held_at ON receipts
+WHEN OLD.held_at IS NOT NULL AND NEW.held_at IS NULL AND NEW.status = 'pending'
 BEGIN
-    UPDATE buffer_counts SET value = value + 1 WHERE name = NEW.status;
+    INSERT INTO buffer_events (event_type, receipt_id, timestamp, metadata)
+    VALUES ('receipt_completed', NEW.id, COALESCE(NEW.changed_at, unixepoch()),
+            CASE WHEN NEW.digest IS NOT NULL THEN json_object('digest', NEW.digest) END);
 END""",
-    "trg_count_receipt_moved": """\
-CREATE TRIGGER trg_count_receipt_moved AFTER UPDATE OF status ON receipts
+    # The state.
+    "trg_state_receipt_added": """\
+CREATE TRIGGER trg_state_receipt_added AFTER INSERT ON receipts
+BEGIN
+    UPDATE buffer_state SET
+        pending = pending + (NEW.status = 'pending'),
+        syncing = syncing + (NEW.status = 'syncing'),
+        synced = synced + (NEW.status = 'synced'),
+        failed = failed + (NEW.status = 'failed'),
+        hlc_local_time = MAX(hlc_local_time, NEW.hlc_local_time),
+        hlc_logical_counter = CASE
+            WHEN (NEW.hlc_local_time, NEW.hlc_logical_counter) > (hlc_local_time, hlc_logical_counter)
+            THEN NEW.hlc_logical_counter ELSE hlc_logical_counter END,
+        last_synced_at = CASE
+            WHEN NEW.status = 'synced' THEN MAX(COALESCE(last_synced_at, NEW.synced_at), NEW.synced_at)
+            ELSE last_synced_at END;
+END""",
+    "trg_state_receipt_moved": """\
+CREATE TRIGGER trg_state_receipt_moved AFTER UPDATE OF status ON receipts
 WHEN NEW.status <> OLD.status
 BEGIN
-    UPDATE buffer_counts SET value = value - 1 WHERE name = OLD.status;
-    UPDATE buffer_counts SET value = value + 1 WHERE name = NEW.status;
+    UPDATE buffer_state SET
+        pending = pending + (NEW.status = 'pending') - (OLD.status = 'pending'),
+        syncing = syncing + (NEW.status = 'syncing') - (OLD.status = 'syncing'),
+        synced = synced + (NEW.status = 'synced') - (OLD.status = 'synced'),
+        failed = failed + (NEW.status = 'failed') - (OLD.status = 'failed'),
+        last_synced_at = CASE
+            WHEN NEW.status = 'synced' THEN MAX(COALESCE(last_synced_at, NEW.synced_at), NEW.synced_at)
+            ELSE last_synced_at END;
 END""",
-    "trg_count_receipt_removed": """\
-CREATE TRIGGER trg_count_receipt_removed AFTER DELETE ON receipts
+    "trg_state_receipt_removed": """\
+CREATE TRIGGER trg_state_receipt_removed AFTER DELETE ON receipts
 BEGIN
-    UPDATE buffer_counts SET value = value - 1 WHERE name = OLD.status;
+    UPDATE buffer_state SET
+        pending = pending - (OLD.status = 'pending'),
+        syncing = syncing - (OLD.status = 'syncing'),
+        synced = synced - (OLD.status = 'synced'),
+        failed = failed - (OLD.status = 'failed');
 END""",
-    "trg_count_dead_letter_added": """\
-CREATE TRIGGER trg_count_dead_letter_added AFTER INSERT ON dlq
+    "trg_state_dead_letter_added": """\
+CREATE TRIGGER trg_state_dead_letter_added AFTER INSERT ON dlq
 WHEN NEW.resolved_at IS NULL
 BEGIN
-    UPDATE buffer_counts SET value = value + 1 WHERE name = 'open_dead_letters';
+    UPDATE buffer_state SET open_dead_letters = open_dead_letters + 1;
 END""",
-    "trg_count_dead_letter_moved": """\
-CREATE TRIGGER trg_count_dead_letter_moved AFTER UPDATE OF resolved_at ON dlq
+    "trg_state_dead_letter_moved": """\
+CREATE TRIGGER trg_state_dead_letter_moved AFTER UPDATE OF resolved_at ON dlq
 WHEN (NEW.resolved_at IS NULL) <> (OLD.resolved_at IS NULL)
 BEGIN
-    UPDATE buffer_counts SET value = value + CASE WHEN NEW.resolved_at IS NULL THEN 1 ELSE -1 END
-    WHERE name = 'open_dead_letters';
+    UPDATE buffer_state SET
+        open_dead_letters = open_dead_letters + CASE WHEN NEW.resolved_at IS NULL THEN 1 ELSE -1 END;
 END""",
-    "trg_count_dead_letter_removed": """\
-CREATE TRIGGER trg_count_dead_letter_removed AFTER DELETE ON dlq
+    "trg_state_dead_letter_removed": """\
+CREATE TRIGGER trg_state_dead_letter_removed AFTER DELETE ON dlq
 WHEN OLD.resolved_at IS NULL
 BEGIN
-    UPDATE buffer_counts SET value = value - 1 WHERE name = 'open_dead_letters';
+    UPDATE buffer_state SET open_dead_letters = open_dead_letters - 1;
 END""",
-    # Guards.
-    "trg_guard_capacity": """\
+    # Guards. Without the row of buffer_state the comparison is NULL; the insert must be refused then too.
+    "trg_guard_capacity": f"""\
 CREATE TRIGGER trg_guard_capacity BEFORE INSERT ON receipts
 WHEN NEW.status IN ('pending', 'syncing')
-    AND (SELECT SUM(value) FROM buffer_counts WHERE name IN ('pending', 'syncing'))
-        >= COALESCE((SELECT CAST(value AS INTEGER) FROM config WHERE key = 'buffer_capacity'), 200)
+    AND ((SELECT pending + syncing FROM buffer_state) < COALESCE(
+        (SELECT CAST(value AS INTEGER) FROM config WHERE key = 'buffer_capacity'), {_CAPACITY}))
+    IS NOT TRUE
 BEGIN
-    SELECT RAISE(ABORT, 'Buffer full');
+    SELECT CASE WHEN EXISTS (SELECT 1 FROM buffer_state) THEN RAISE(ABORT, 'Buffer full')
+        ELSE RAISE(ABORT, 'buffer_state has no row') END;
+END""",
+    "trg_guard_state": """\
+CREATE TRIGGER trg_guard_state BEFORE DELETE ON buffer_state
+BEGIN
+    SELECT RAISE(ABORT, 'the row of buffer_state cannot be deleted');
+END""",
+    "trg_guard_acknowledged": """\
+CREATE TRIGGER trg_guard_acknowledged BEFORE UPDATE OF
+    id, pos_id, created_at, hlc_local_time, hlc_logical_counter, fiscal_doc, digest, inserted_digest ON receipts
+WHEN NEW.id IS NOT OLD.id OR NEW.pos_id IS NOT OLD.pos_id OR NEW.created_at IS NOT OLD.created_at
+    OR NEW.hlc_local_time IS NOT OLD.hlc_local_time OR NEW.hlc_logical_counter IS NOT OLD.hlc_logical_counter
+    OR (OLD.held_at IS NULL AND (NEW.fiscal_doc IS NOT OLD.fiscal_doc OR NEW.digest IS NOT OLD.digest
+        OR NEW.inserted_digest IS NOT OLD.inserted_digest))
+BEGIN
+    SELECT RAISE(ABORT, 'an acknowledged receipt does not change');
+END""",
+    "trg_guard_held": """\
+CREATE TRIGGER trg_guard_held BEFORE UPDATE OF held_at ON receipts
+WHEN NEW.held_at IS NOT NULL AND NEW.held_at IS NOT OLD.held_at
+BEGIN
+    SELECT RAISE(ABORT, 'held_at is set when a receipt is stored, never later');
 END""",
     "trg_guard_undelivered": """\
 CREATE TRIGGER trg_guard_undelivered BEFORE DELETE ON receipts
@@ -181,10 +207,10 @@ CREATE TRIGGER trg_guard_event_changed BEFORE UPDATE ON buffer_events
 BEGIN
     SELECT RAISE(ABORT, 'buffer_events is append-only');
 END""",
-    "trg_guard_event_removed": """\
+    "trg_guard_event_removed": f"""\
 CREATE TRIGGER trg_guard_event_removed BEFORE DELETE ON buffer_events
 WHEN OLD.timestamp > unixepoch() - 86400 * COALESCE(
-    (SELECT CAST(value AS INTEGER) FROM config WHERE key = 'retention_events_days'), 90)
+    (SELECT CAST(value AS INTEGER) FROM config WHERE key = 'retention_events_days'), {_RETENTION})
 BEGIN
     SELECT RAISE(ABORT, 'an event cannot be deleted before retention_events_days have passed');
 END""",

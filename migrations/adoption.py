@@ -1,15 +1,14 @@
 """
-Taking over a file of the hand-written `sqlite3` module that came before this package: every row kept, and those that
-break an invariant of ours repaired.
+Adopt a file of the predecessor, a hand-written `sqlite3` module: keep every row, and repair rows that break an
+invariant.
 
-It is a part of migration 0001 and, like a migration, history: it speaks of that schema, not of today's models.
+This is part of revision 0001 and uses the schema of that revision, not the current models.
 """
 
 import functools
 import glob
 import json
 import logging
-import re
 import time
 import uuid
 from collections import Counter
@@ -20,26 +19,27 @@ from typing import TYPE_CHECKING, Any, cast
 
 from sqlalchemy import Connection, event, inspect
 
+from kkt_buffer.arguments import UUID_TEXT
+from kkt_buffer.backend import backend_of
 from kkt_buffer.errors import SchemaError
 from kkt_buffer.progress import progress
-from kkt_buffer.sqlite.engine import driver_of
-from kkt_buffer.sqlite.file import backup
+from kkt_buffer.sqlite.ddl import REFERENCES, first_word, quoted, table_clauses
 
 if TYPE_CHECKING:
     import sqlite3
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("kkt_buffer.migrations.adoption")  # the module is loaded by path, so __name__ is not useful
 
-# The predecessor's settings, and what they are where its config has none, or nonsense.
+# The predecessor's settings, with the default for a value that is missing or invalid.
 SETTINGS = {
     "buffer_capacity": 200,
     "circuit_breaker_threshold": 5,
     "circuit_breaker_timeout": 60,
     "max_retry_attempts": 20,
 }
-BY = "adoption"  # who resolves a dead letter here
+BY = "adoption"  # resolved_by of the dead letters that are closed here
 
-# The predecessor's columns; the first one is the key. Receipts come first: the others speak of their ids.
+# The predecessor's columns; the first one is the key. Receipts come first: the other tables refer to their ids.
 COLUMNS = {
     "receipts": (
         "id",
@@ -68,17 +68,15 @@ COLUMNS = {
     "buffer_events": ("id", "event_type", "receipt_id", "timestamp", "metadata"),
     "config": ("key", "value", "updated_at"),
 }
-ADDED = {"dlq": ("resolution_reason",)}  # the columns of 0001 that a repair fills
+ADDED = {"dlq": ("resolution_reason",)}  # columns of 0001 that the predecessor does not have and a repair fills
 TRIGGERS = ("trg_receipt_added", "trg_receipt_synced")
 VIEW = "v_buffer_status"
-
-UUID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 
 Row = dict[str, Any]
 
 
-class _Mended(str):
-    """A text whose bytes were no UTF-8."""
+class _Repaired(str):
+    """A text decoded from invalid UTF-8, with backslash escapes."""
 
     __slots__ = ()
 
@@ -87,11 +85,11 @@ def _text(raw: bytes) -> str:
     try:
         return raw.decode()
     except UnicodeDecodeError:
-        return _Mended(raw.decode("utf-8", "backslashreplace"))
+        return _Repaired(raw.decode("utf-8", "backslashreplace"))
 
 
 def is_predecessor(connection: Connection) -> bool:
-    """Whether the tables are the predecessor's; asked where there is no version table of ours."""
+    """Whether the tables are the predecessor's. Only for a database that this package never migrated."""
     inspector = inspect(connection)
     if not inspector.has_table("receipts"):
         return False
@@ -101,10 +99,10 @@ def is_predecessor(connection: Connection) -> bool:
 
 class Predecessor:
     """
-    What the predecessor left in a database; where that is nothing, every method does nothing.
+    The predecessor's tables in a database. If there are none, every method does nothing.
 
-    To be called in this order, in one transaction with foreign keys off and `legacy_alter_table` on: `set_aside`, then
-    our tables are made; `take_over`, then our triggers are made; `put_back`.
+    Call in one transaction, with foreign keys off and `legacy_alter_table` on, in this order: `set_aside`, create the
+    new tables, `adopt`, create the new triggers, `put_back`.
     """
 
     def __init__(self, connection: Connection) -> None:
@@ -119,10 +117,10 @@ class Predecessor:
             if missing:
                 raise SchemaError(
                     f"the table {table} is not that of the sqlite3 version: it has no column {min(missing)}. "
-                    "Nothing was touched. Give it another name, or put the column back, and upgrade again."
+                    "Nothing was changed. Rename the table, or add the column, and upgrade again."
                 )
         self._connection = connection
-        self._triggers: list[str] = []  # the shop's own
+        self._triggers: list[str] = []  # of other programs
         self._new_ids: dict[object, str] = {}
         self._now = int(time.time())
         self._events: list[tuple[str | None, int, str, str]] = []
@@ -130,24 +128,26 @@ class Predecessor:
         self._repairs: Counter[str] = Counter()
 
     def set_aside(self) -> None:
-        """Back the file up; then give its tables other names, and drop what stands on them."""
+        """Back up the file; then rename its tables, and drop their indexes, triggers and view."""
         if not self._tables:
             return
         path = Path(self._engine.url.database or ":memory:")
         if path.name != ":memory:":
             self._back_up(path)
         marks = ", ".join("?" * len(self._tables))
-        standing = self._db.execute(
-            "SELECT type, name, sql FROM sqlite_master"  # noqa: S608 (question marks)
+        dependent = self._db.execute(
+            "SELECT type, name, sql FROM sqlite_master"
             f" WHERE type IN ('index', 'trigger') AND sql IS NOT NULL AND tbl_name IN ({marks})",
             self._tables,
         ).fetchall()
-        for kind, name, sql in standing:
+        for kind, name, sql in dependent:
             if kind == "trigger" and name not in TRIGGERS:
                 self._triggers.append(sql)
             elif kind == "index" and "UNIQUE" in sql.upper():
-                logger.warning("dropped the index %s, which is not ours and may stand in the way: %s", name, sql)
-            self._db.execute(f"DROP {kind} {_quoted(name)}")
+                logger.warning(
+                    "dropped the unique index %s of another program, which could refuse receipts: %s", name, sql
+                )
+            self._db.execute(f"DROP {kind} {quoted(name)}")
         self._db.execute(f"DROP VIEW IF EXISTS {VIEW}")
         for table in self._tables:
             self._db.execute(f"ALTER TABLE {table} RENAME TO old_{table}")
@@ -156,30 +156,30 @@ class Predecessor:
         for unfinished in path.parent.glob(f".{glob.escape(path.name)}.before-adoption-*.unfinished"):
             unfinished.unlink()
         target = path.with_name(f"{path.name}.before-adoption-{datetime.now(UTC):%Y%m%d-%H%M%S}")
-        # Nobody can write meanwhile: this transaction holds the write lock.
-        backup(self._engine, target)
-        # If all of this is taken back, the file is what it was, and each new attempt would leave one more copy.
+        # No other process can write meanwhile: this transaction holds the write lock.
+        backend_of(self._engine).backup(self._engine, target)
+        # After a rollback the file is unchanged, and each new attempt would leave one more copy.
         event.listen(self._connection, "rollback", lambda _connection: target.unlink(missing_ok=True))
-        logger.warning("taking over the buffer of the sqlite3 version; as it was, it is kept in %s", target)
+        logger.warning("adopting the buffer of the sqlite3 version; a backup of the original is kept in %s", target)
 
-    def take_over(self) -> None:
-        """Copy every row into our tables, repaired where it must be, with an event and a line in the log for each."""
+    def adopt(self) -> None:
+        """Copy every row into the new tables. Each repair writes an event and a log line."""
         if not self._tables:
             return
-        read_as = self._db.text_factory
+        text_factory_before = self._db.text_factory
         self._db.text_factory = _text
-        mended = {
+        repaired = {
             "receipts": self._receipts,
-            "dlq": self._letters,
-            "buffer_events": self._events_of_old,
+            "dlq": self._dead_letters,
+            "buffer_events": self._old_events,
             "config": self._settings,
         }
         for table in self._tables:
-            self._copy(table, mended[table](self._rows(table)))
+            self._copy(table, repaired[table](self._rows(table)))
         self._rename_references()
         self._compare_with_capacity()
-        self._db.text_factory = read_as
-        # The ids of the events go on where they were, even if the latest events are gone.
+        self._db.text_factory = text_factory_before
+        # New events continue the old ids, even if the latest events were deleted.
         self._db.execute("DELETE FROM sqlite_sequence WHERE name = 'buffer_events'")
         self._db.execute("UPDATE sqlite_sequence SET name = 'buffer_events' WHERE name = 'old_buffer_events'")
         self._db.executemany(
@@ -189,28 +189,28 @@ class Predecessor:
         )
         for table in self._tables:
             self._db.execute(f"DROP TABLE old_{table}")
-        # Up to here timestamps need not be in order.
+        # For check_integrity: the timestamps of these receipts need not be in order.
         self._db.execute(
             "INSERT OR REPLACE INTO config SELECT 'adopted_rows', COALESCE(MAX(rowid), 0), ? FROM receipts",
             (self._now,),
         )
         kept = ", ".join(f"{count} rows of {table}" for table, count in self._copied.items())
         repairs = "; ".join(f"{what} ({count})" for what, count in self._repairs.items())
-        logger.warning("took over %s; repaired: %s", kept, repairs or "nothing")
+        logger.warning("adopted %s; repaired: %s", kept, repairs or "nothing")
 
     def put_back(self) -> None:
-        """Make the triggers anew that the shop had on these tables."""
+        """Create the triggers of other programs on these tables again."""
         for sql in self._triggers:
             self._db.execute(sql)
 
     def _rows(self, table: str) -> Iterator[Row]:
-        """The rows in the order in which they were made, with their rowid, which tells that order."""
+        """The rows with their rowid, in the order of insertion."""
         key = COLUMNS[table][0]
-        (total,) = self._db.execute(f"SELECT COUNT(*) FROM old_{table}").fetchone()  # noqa: S608 (a name of ours)
-        cursor = self._db.execute(f"SELECT rowid, * FROM old_{table} ORDER BY rowid")  # noqa: S608 (the same)
+        (total,) = self._db.execute(f"SELECT COUNT(*) FROM old_{table}").fetchone()
+        cursor = self._db.execute(f"SELECT rowid, * FROM old_{table} ORDER BY rowid")
         columns = [column[0] for column in cursor.description]
         columns[0] = "rowid"
-        with progress(f"taking over {table}", total) as tell:
+        with progress(f"adopting {table}", total) as report:
             for done, values in enumerate(cursor, start=1):
                 row = dict(zip(columns, values, strict=True))
                 if row[key] is None:  # SQLite lets a primary key be null
@@ -220,7 +220,7 @@ class Predecessor:
                     )
                 yield row
                 self._copied[table] = done
-                tell(done)
+                report(done)
 
     def _copy(self, table: str, rows: Iterator[Row]) -> None:
         found = self._columns(f"old_{table}")
@@ -229,40 +229,36 @@ class Predecessor:
                 self._keep_column(table, name, found[name])
         stored = [name for name, (_, generated) in found.items() if not generated]
         columns = ["rowid", *stored, *ADDED.get(table, ())]
-        names, marks = ", ".join(map(_quoted, columns)), ", ".join("?" * len(columns))
+        names, marks = ", ".join(map(quoted, columns)), ", ".join("?" * len(columns))
         self._db.executemany(
-            f"INSERT INTO {table} ({names}) VALUES ({marks})",  # noqa: S608 (quoted names)
+            f"INSERT INTO {table} ({names}) VALUES ({marks})",
             ([row[column] for column in columns] for row in rows),
         )
 
     def _columns(self, table: str) -> dict[str, tuple[str, bool]]:
-        """Each column with its type, and whether it is computed from others."""
+        """Each column with its type, and whether it is a generated column."""
         return {column[1]: (column[2], column[6] != 0) for column in self._db.execute(f"PRAGMA table_xinfo({table})")}
 
     def _keep_column(self, table: str, name: str, kind: tuple[str, bool]) -> None:
-        """Add a column of the shop's own to our table, as it was defined where SQLite can do that."""
+        """Add a column of another program to the new table, with its full definition if SQLite allows it."""
         (sql,) = self._db.execute("SELECT sql FROM sqlite_master WHERE name = ?", (f"old_{table}",)).fetchone()
-        clauses = {_first_word(clause): clause for clause in _clauses(sql)}
+        clauses = {first_word(clause): clause for clause in table_clauses(sql)}
         try:
             self._db.execute(f"ALTER TABLE {table} ADD COLUMN {clauses[name.lower()]}")
-        except (KeyError, driver_of(self._engine).OperationalError) as error:
+        except (KeyError, backend_of(self._engine).driver.OperationalError) as error:
             if "duplicate column" in str(error) or kind[1]:
                 raise
-            self._db.execute(f"ALTER TABLE {table} ADD COLUMN {_quoted(name)} {kind[0]}")
-        logger.warning("kept the column %s of %s, which is not ours", name, table)
+            self._db.execute(f"ALTER TABLE {table} ADD COLUMN {quoted(name)} {kind[0]}")
+        logger.warning("kept the column %s of %s, which another program has added", name, table)
 
     def _rename_references(self) -> None:
-        """Ids that had to change are followed by the tables of others that refer to them by a foreign key."""
+        """Apply changed ids to the tables of other programs that refer to them by a foreign key."""
         if not self._new_ids:
             return
-        references = self._db.execute(
-            'SELECT m.name, f."from" FROM sqlite_master AS m, pragma_foreign_key_list(m.name) AS f'
-            " WHERE m.type = 'table' AND f.\"table\" = 'receipts' COLLATE NOCASE"
-        ).fetchall()
-        for table, column in references:
+        for table, column, _ in self._db.execute(REFERENCES).fetchall():
             if table not in COLUMNS and table.removeprefix("old_") not in COLUMNS:
                 self._db.executemany(
-                    f"UPDATE {_quoted(table)} SET {_quoted(column)} = ? WHERE {_quoted(column)} = ?",  # noqa: S608 (quoted)
+                    f"UPDATE {quoted(table)} SET {quoted(column)} = ? WHERE {quoted(column)} = ?",
                     [(new, old) for old, new in self._new_ids.items()],
                 )
 
@@ -275,20 +271,20 @@ class Predecessor:
         dead = set()
         if "dlq" in self._tables:
             dead = {row[0] for row in self._db.execute("SELECT original_receipt_id FROM old_dlq")}
-            dead |= {self._mended_id(receipt_id) for receipt_id in dead}
+            dead |= {self._repaired_id(receipt_id) for receipt_id in dead}
         latest = (-1, -1)
         for row in rows:
-            row["id"] = self._mend_id(row["id"])
+            row["id"] = self._repair_id(row["id"])
             note = functools.partial(self._repaired, row["id"])
-            # One time stands in for the other: the 30 days of a receipt run from when it was made.
-            made = _whole(row["created_at"], _whole(row["hlc_local_time"], self._now))
+            # If one of the two times is invalid, the other replaces it: the 30-day deadline is counted from it.
+            made = _whole_number(row["created_at"], _whole_number(row["hlc_local_time"], self._now))
             numbers = {"created_at": made, "hlc_local_time": made, "hlc_logical_counter": 0}
             numbers |= {"hlc_server_time": None, "retry_count": 0, "synced_at": None}
-            _mend_values(row, numbers, ("pos_id", "fiscal_doc", "last_error"), note)
+            _repair_values(row, numbers, ("pos_id", "fiscal_doc", "last_error"), note)
             if row["retry_count"] is None:
                 row["retry_count"] = 0
                 note("retry_count null", "0")
-            self._mend_status(row, dead, note)
+            self._repair_status(row, dead, note)
             if not _is_json(row["fiscal_doc"]):
                 note("a document that is not JSON", "kept as text")
             stamp = row["hlc_local_time"], row["hlc_logical_counter"]
@@ -297,26 +293,26 @@ class Predecessor:
             latest = max(latest, stamp)
             yield row
 
-    def _mend_id(self, given: object) -> str:
-        """The id as operations look for it: a text, and a UUID in lower-case letters."""
+    def _repair_id(self, given: object) -> str:
+        """The id in the form that operations look up: text, and lower case if it is a UUID."""
         wanted = _text(given) if isinstance(given, bytes) else str(given)
-        if UUID.fullmatch(wanted.lower()):
+        if UUID_TEXT.fullmatch(wanted.lower()):
             wanted = wanted.lower()
-        if wanted == given and not isinstance(given, _Mended):
+        if wanted == given and not isinstance(given, _Repaired):
             return wanted
         if self._db.execute("SELECT 1 FROM old_receipts WHERE id = ?", (str(wanted),)).fetchone():
             wanted = str(uuid.uuid4())
         self._new_ids[given] = wanted
-        self._repaired(wanted, "an id that cannot be looked for", "another", f"{given!r} → {wanted}")
+        self._repaired(wanted, "an id that cannot be looked up", "another", f"{given!r} → {wanted}")
         return wanted
 
     @staticmethod
-    def _mend_status(row: Row, dead: set[str], note: Callable[..., None]) -> None:
+    def _repair_status(row: Row, dead: set[str], note: Callable[..., None]) -> None:
         if row["status"] == "synced":
             for column, other in (("synced_at", "hlc_server_time"), ("hlc_server_time", "synced_at")):
                 if row[column] is None:
                     row[column] = row["created_at"] if row[other] is None else row[other]
-                    note(f"synced without {column}", "taken from what is known", row[column])
+                    note(f"synced without {column}", "set from another time of the receipt", row[column])
             return
         for column in ("synced_at", "hlc_server_time"):
             if row[column] is not None:
@@ -324,13 +320,13 @@ class Predecessor:
                 row[column] = None
         if row["status"] == "syncing":
             row["status"] = "pending"
-            note("syncing, and nobody works on it", "pending")
+            note("syncing without a lease", "pending")
         elif row["status"] == "failed" and row["id"] not in dead:
-            # As after a requeue: with fresh attempts.
+            # As after a requeue: the attempts start from 0.
             row["status"], row["retry_count"] = "pending", 0
             note("failed without a dead letter", "pending")
 
-    def _letters(self, rows: Iterator[Row]) -> Iterator[Row]:
+    def _dead_letters(self, rows: Iterator[Row]) -> Iterator[Row]:
         opened = self._db.execute(
             "SELECT original_receipt_id, rowid FROM old_dlq WHERE resolved_at IS NULL ORDER BY failed_at, rowid"
         )
@@ -338,9 +334,9 @@ class Predecessor:
         numbers = {"failed_at": self._now, "retry_attempts": 0, "resolved_at": self._now}
         for row in rows:
             is_newest = newest.get(row["original_receipt_id"]) == row["rowid"]
-            receipt_id = row["original_receipt_id"] = self._mended_id(row["original_receipt_id"])
+            receipt_id = row["original_receipt_id"] = self._repaired_id(row["original_receipt_id"])
             note = functools.partial(self._repaired, receipt_id)
-            _mend_values(row, numbers, ("reason", "fiscal_doc", "last_error", "resolved_by"), note)
+            _repair_values(row, numbers, ("reason", "fiscal_doc", "last_error", "resolved_by"), note)
             row["resolution_reason"] = None
             if row["resolved_at"] is None:
                 row["resolved_by"] = None
@@ -350,7 +346,7 @@ class Predecessor:
                     note(f"an open dead letter, but {why}", f"resolved by {BY}")
             elif row["resolved_by"] is None:
                 row["resolved_by"] = BY
-                note("a dead letter resolved by nobody", f"resolved by {BY}")
+                note("a resolved dead letter without resolved_by", f"resolved by {BY}")
             yield row
 
     def _why_closed(self, receipt_id: str, *, is_newest: bool) -> str | None:
@@ -361,29 +357,29 @@ class Predecessor:
             return f"its receipt is {status[0]}"
         return None if is_newest else "there is a newer one"
 
-    def _mended_id(self, given: object) -> Any:  # noqa: ANN401 (whatever stands there)
+    def _repaired_id(self, given: object) -> Any:  # noqa: ANN401 (SQLite stores any type)
         if given in self._new_ids:
             return self._new_ids[given]
         wanted = _text(given) if isinstance(given, bytes) else given
         lowered = wanted.lower() if isinstance(wanted, str) else wanted
-        return lowered if isinstance(lowered, str) and UUID.fullmatch(lowered) else wanted
+        return lowered if isinstance(lowered, str) and UUID_TEXT.fullmatch(lowered) else wanted
 
-    def _events_of_old(self, rows: Iterator[Row]) -> Iterator[Row]:
+    def _old_events(self, rows: Iterator[Row]) -> Iterator[Row]:
         for row in rows:
             note = functools.partial(self._repaired, None)
-            _mend_values(row, {"timestamp": self._now}, ("event_type", "receipt_id", "metadata"), note)
+            _repair_values(row, {"timestamp": self._now}, ("event_type", "receipt_id", "metadata"), note)
             if row["receipt_id"] is not None:
-                row["receipt_id"] = self._mended_id(row["receipt_id"])
+                row["receipt_id"] = self._repaired_id(row["receipt_id"])
             yield row
 
     def _settings(self, rows: Iterator[Row]) -> Iterator[Row]:
         for row in rows:
             note = functools.partial(self._repaired, None)
-            _mend_values(row, {"updated_at": self._now}, ("key", "value"), note)
+            _repair_values(row, {"updated_at": self._now}, ("key", "value"), note)
             value = row["value"]
             if row["key"] in SETTINGS and not (value.isascii() and value.isdigit() and int(value) > 0):
-                row["value"] = str(max(_whole(value, SETTINGS[row["key"]]) or 0, 1))
-                note(f"{row['key']} is no whole number", "made one", f"{value!r} → {row['value']}")
+                row["value"] = str(max(_whole_number(value, SETTINGS[row["key"]]) or 0, 1))
+                note(f"{row['key']} is not a whole number", "replaced", f"{value!r} → {row['value']}")
             yield row
 
     def _compare_with_capacity(self) -> None:
@@ -394,27 +390,27 @@ class Predecessor:
             self._repaired(None, "more receipts than buffer_capacity", "all kept", f"{undelivered} > {capacity}")
 
 
-def _mend_values(
+def _repair_values(
     row: Row, numbers: Mapping[str, int | None], texts: tuple[str, ...], note: Callable[..., None]
 ) -> None:
-    """SQLite stores anything in any column; these are to be read as whole numbers (else the one given) and as texts."""
-    for column, otherwise in numbers.items():
+    """Convert `numbers` to int (or the given default) and `texts` to text: SQLite stores any type in any column."""
+    for column, default in numbers.items():
         value = row[column]
         if value is not None and not isinstance(value, int):
-            row[column] = _whole(value, otherwise)
-            note(f"{column} is no whole number", "made one", f"{value!r} → {row[column]!r}")
+            row[column] = _whole_number(value, default)
+            note(f"{column} is not a whole number", "replaced", f"{value!r} → {row[column]!r}")
     for column in texts:
         value = row[column]
         if isinstance(value, bytes):
             value = _text(value)
             row[column] = value
-            note(f"{column} is a BLOB", "made a text")
-        if isinstance(value, _Mended):
-            note(f"{column} is no UTF-8", "its stray bytes are written as \\x…")
+            note(f"{column} is a BLOB", "converted to text")
+        if isinstance(value, _Repaired):
+            note(f"{column} is not UTF-8", "its invalid bytes are written as \\x…")
 
 
-def _whole(value: object, otherwise: int | None) -> int | None:
-    """The whole number that is meant: a number, its text, or a date, which SQLite's own functions write in UTC."""
+def _whole_number(value: object, default: int | None) -> int | None:
+    """An int from a number, its text, or a date; a date without a time zone is UTC, as SQLite's functions write it."""
     if isinstance(value, int):
         return value
     text = _text(value) if isinstance(value, bytes) else str(value)
@@ -424,35 +420,9 @@ def _whole(value: object, otherwise: int | None) -> int | None:
         try:
             moment = datetime.fromisoformat(text)
         except ValueError:
-            return otherwise
+            return default
         number = int((moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp())
-    return number if abs(number) < 2**63 else otherwise
-
-
-_TOKENS = re.compile(
-    r"""'(?:[^']|'')*' | "(?:[^"]|"")*" | `[^`]*` | \[[^]]*\] | --[^\n]* | /\*.*?\*/ | [(),] | [^'"`[(),/-]+ | .""",
-    re.DOTALL | re.VERBOSE,
-)
-
-
-def _clauses(sql: str) -> list[str]:
-    """The definitions of columns and constraints in the text of a table."""
-    found, depth = [""], 0
-    for piece in _TOKENS.findall(sql[sql.index("(") + 1 : sql.rindex(")")]):
-        depth += {"(": 1, ")": -1}.get(piece, 0)
-        if piece == "," and not depth:
-            found.append("")
-        elif not piece.startswith(("--", "/*")):
-            found[-1] += piece
-    return [clause.strip() for clause in found]
-
-
-def _first_word(clause: str) -> str:
-    """The name of the column that a clause defines, in lower-case letters."""
-    if clause[:1] in {'"', "`", "["}:
-        end = {'"': '"', "`": "`", "[": "]"}[clause[0]]
-        return clause[1 : clause.index(end, 1)].lower()
-    return clause.split(maxsplit=1)[0].lower()
+    return number if abs(number) < 2**63 else default
 
 
 def _is_json(text: str) -> bool:
@@ -461,7 +431,3 @@ def _is_json(text: str) -> bool:
     except (ValueError, RecursionError):
         return False
     return True
-
-
-def _quoted(name: str) -> str:
-    return '"' + name.replace('"', '""') + '"'

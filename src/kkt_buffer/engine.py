@@ -1,0 +1,44 @@
+"""`create_buffer_engine`: open an engine on a buffer."""
+
+import os
+import sys
+from typing import Any
+
+from sqlalchemy import URL, Engine
+
+from kkt_buffer.errors import BufferStorageError
+
+if sys.platform != "win32":  # pragma: no branch (no test runs there); Windows has no fcntl
+    from kkt_buffer.sqlite import engine as sqlite
+
+LOCK_TIMEOUT_SECONDS = 10.0
+
+
+def create_buffer_engine(
+    path_or_url: str | os.PathLike[str] | URL,
+    *,
+    read_only: bool = False,
+    busy_timeout: float = LOCK_TIMEOUT_SECONDS,
+    **engine_options: Any,  # noqa: ANN401 (passed on to create_engine)
+) -> Engine:
+    """
+    Open an engine on a buffer: a path, an SQLite URL, or `":memory:"`.
+
+    A missing file is created, with its folders, readable by the owner only; its schema is not (see
+    `kkt_buffer.upgrade`). An in-memory buffer is shared by all threads of this process; `dispose()` deletes it. With
+    `read_only`, the file must exist, and every write is refused. `busy_timeout` is the number of seconds that a writer
+    waits for the write lock. `cache_size` limits the page cache of each connection, as SQLite's PRAGMA takes it
+    (default -64000: 64 MB). Other options go to `sqlalchemy.create_engine`.
+
+    The engine may be used after a fork, unless a connection was in use at that moment: then every use of it in the
+    child raises `BufferStorageError`.
+
+    Raises `BufferStorageError` if the path cannot be used or SQLite is too old, `BufferDamagedError` if the file is
+    not an SQLite database, `ValueError` for a URL of another kind.
+
+    >>> engine = create_buffer_engine(":memory:")
+    >>> engine.dispose()
+    """
+    if sys.platform == "win32":
+        raise BufferStorageError("kkt-buffer runs on Linux and macOS; Windows has no flock. Nothing was opened.")
+    return sqlite.create(path_or_url, read_only=read_only, busy_timeout=busy_timeout, **engine_options)

@@ -1,0 +1,290 @@
+"""The commands: what they print, what they refuse, and their exit status."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+from builders import NOON, a_receipt, another_program, everything
+
+from kkt_buffer import ReceiptStatus, create_buffer_engine, demo
+from kkt_buffer.cli import main
+from kkt_buffer.migrate import revisions
+
+HEAD = revisions()[-1]
+DAY = 86_400
+
+
+def stored_tables(path):
+    with another_program(path) as connection:
+        return [name for (name,) in connection.execute("SELECT name FROM sqlite_master")]
+
+
+@pytest.fixture
+def used(file_engine, file_repository, path):
+    """A buffer on disk with one receipt of each status, that nobody has open."""
+    for status in ReceiptStatus:
+        a_receipt(file_repository, status)
+    file_engine.dispose()
+    return path
+
+
+@pytest.fixture
+def without_schema(tmp_path):
+    """A database that is as ours should be, but has no tables."""
+    path = tmp_path / "bare.db"
+    create_buffer_engine(path).dispose()
+    return path
+
+
+@pytest.fixture
+def text_file(tmp_path):
+    path = tmp_path / "notes.txt"
+    path.write_text("Not a database, but somebody's notes.\n" * 100)
+    return path
+
+
+@pytest.fixture
+def of_another_program(tmp_path):
+    """A database with a table that is called like ours, and is not."""
+    path = tmp_path / "shop.db"
+    with another_program(path) as connection:
+        connection.execute("CREATE TABLE receipts (number INTEGER PRIMARY KEY, total REAL)")
+        connection.execute("INSERT INTO receipts VALUES (1, 64.9)")
+    return path
+
+
+@pytest.fixture
+def moscow(monkeypatch):
+    """The local time of the tests: three hours ahead of UTC."""
+    monkeypatch.setenv("TZ", "MSK-3")
+    time.tzset()
+    yield
+    monkeypatch.undo()
+    time.tzset()
+
+
+class TestUpgrade:
+    def test_new(self, tmp_path, capsys):
+        """The file is made, with the folders that it needs."""
+        path = tmp_path / "shop" / "till 1" / "buffer.db"
+        assert 0 == main(["upgrade", str(path)])
+        assert (f"{path}: schema {HEAD} (was none)\n", "") == capsys.readouterr()
+        assert 0 == main(["status", str(path)])
+
+    def test_again(self, used, capsys):
+        """A second time changes nothing, and says which schema was there."""
+        before = everything(used)
+        assert 0 == main(["upgrade", str(used)])
+        assert (f"{used}: schema {HEAD} (was {HEAD})\n", "") == capsys.readouterr()
+        assert before == everything(used)
+
+    def test_old(self, tmp_path, capsys, pytestconfig):
+        """A buffer of an earlier release says what it was, too."""
+        path = tmp_path / "buffer.db"
+        alembic = [sys.executable, "-m", "alembic", "-x", f"db={path}", "upgrade", "0001"]
+        subprocess.run(alembic, cwd=pytestconfig.rootpath, check=True, capture_output=True)
+        assert 0 == main(["upgrade", str(path)])
+        assert (f"{path}: schema {HEAD} (was 0001)\n", "") == capsys.readouterr()
+
+    def test_program(self, tmp_path):
+        """`python -m kkt_buffer` is the same command line as `kkt-buffer`, with the same exit status."""
+        command = [sys.executable, "-m", "kkt_buffer", "upgrade"]
+        done = subprocess.run([*command, "buffer.db"], cwd=tmp_path, capture_output=True, text=True, check=False)
+        assert (0, f"buffer.db: schema {HEAD} (was none)\n") == (done.returncode, done.stdout)
+        done = subprocess.run([*command, "."], cwd=tmp_path, capture_output=True, text=True, check=False)
+        assert (1, "") == (done.returncode, done.stdout)
+        assert done.stderr.splitlines()[-1].startswith("error: ")
+
+
+class TestStatus:
+    def test_table(self, used, capsys, moscow):
+        """Times are shown as the wall clock of the shop shows them."""
+        assert 0 == main(["status", str(used)])
+        expected = f"""\
+buffer             | {used}
+schema             | {HEAD}
+pending            | 1
+syncing            | 1
+synced             | 1
+failed             | 1  (open dead letters: 1)
+total              | 4
+full               | 1.00 %  (2 of 200)
+oldest undelivered | 2026-03-01 15:00:00 +0300
+deliver before     | 2026-03-31 15:00:00 +0300
+"""
+        assert (expected, "") == capsys.readouterr()
+
+    def test_empty_table(self, path, capsys):
+        assert 0 == main(["status", str(path)])
+        lines = capsys.readouterr().out.splitlines()
+        assert ["oldest undelivered | nothing waits", "deliver before     | nothing waits"] == lines[-2:]
+
+    def test_json(self, used, capsys):
+        """For programs: one JSON object, times as Unix seconds."""
+        assert 0 == main(["status", str(used), "--json"])
+        expected = {
+            "path": str(used),
+            "schema": HEAD,
+            "total_receipts": 4,
+            "pending": 1,
+            "syncing": 1,
+            "synced": 1,
+            "failed": 1,
+            "dlq_size": 1,
+            "capacity": 200,
+            "percent_full": 1.0,
+            "held": 0,
+            "expired_leases": 1,
+            "oldest_undelivered_at": NOON,
+            "deadline_at": NOON + 30 * DAY,
+            "last_synced_at": NOON,
+            "last_outage_at": None,
+        }
+        assert expected == json.loads(capsys.readouterr().out)
+
+    def test_empty_json(self, path, capsys):
+        assert 0 == main(["status", "--json", str(path)])
+        status = json.loads(capsys.readouterr().out)
+        assert (None, None) == (status["oldest_undelivered_at"], status["deadline_at"])
+
+    @pytest.mark.parametrize("options", [[], ["--json"]])
+    def test_changes_nothing(self, used, options, capsys):
+        before = used.read_bytes()
+        assert 0 == main(["status", str(used), *options])
+        assert before == used.read_bytes()
+
+
+class TestErrors:
+    @pytest.fixture
+    def refused(self, capsys):
+        """Run a command that must fail, and return the one line that it says of it."""
+
+        def run(*argv):
+            assert 1 == main([str(argument) for argument in argv])
+            [line] = capsys.readouterr().err.splitlines()
+            assert line.startswith("error: ")
+            return line
+
+        return run
+
+    def test_missing(self, tmp_path, refused):
+        """Looking at a buffer that is not there does not make it."""
+        path = tmp_path / "shop" / "buffer.db"
+        assert "No such file or directory" in refused("status", path)
+        assert [] == list(tmp_path.iterdir())
+
+    @pytest.mark.parametrize("command", ["status", "upgrade", "demo"])
+    def test_folder(self, command, tmp_path, refused):
+        assert f"{tmp_path} is a folder" in refused(command, tmp_path)
+        assert [] == list(tmp_path.iterdir())
+
+    @pytest.mark.parametrize("command", ["status", "upgrade", "demo"])
+    def test_no_database(self, command, text_file, refused):
+        """A file that is something else is left as it is, to the byte."""
+        before = text_file.read_bytes()
+        assert "the file is not an SQLite database" in refused(command, text_file)
+        assert before == text_file.read_bytes()
+
+    def test_no_schema(self, without_schema, refused):
+        """The message says how to get one."""
+        assert f"no schema where this release needs {HEAD}" in refused("status", without_schema)
+        assert [] == stored_tables(without_schema)
+
+    @pytest.mark.parametrize("command", ["status", "upgrade", "demo"])
+    def test_newer(self, command, used, refused):
+        """What a newer release made is not for this one to touch."""
+        with another_program(used) as connection:
+            connection.execute("UPDATE kkt_buffer_version SET version_num = '9999'")
+        before = everything(used)
+        assert "schema 9999, made by kkt-buffer 1.0.0; this is" in refused(command, used)
+        assert before == everything(used)
+
+    def test_no_wal(self, of_another_program, refused):
+        """A database that is not kept as a buffer is, is none; it is left as it is, to the byte."""
+        before = of_another_program.read_bytes()
+        line = refused("status", of_another_program)
+        assert f"{of_another_program} is not a buffer: its journal mode is 'delete'. Nothing was changed." in line
+        assert before == of_another_program.read_bytes()
+
+    @pytest.mark.parametrize("command", ["upgrade", "demo"])
+    def test_of_another_program(self, command, of_another_program, refused):
+        """Tables of somebody else that are called like ours are neither adopted nor changed."""
+        before = everything(of_another_program)
+        line = refused(command, of_another_program)
+        assert f"the upgrade to schema {HEAD} failed and was rolled back; the database is as it was." in line
+        assert "table receipts already exists" in line
+        assert before == everything(of_another_program)
+
+    def test_nonsense_in_config(self, used, refused):
+        with another_program(used) as connection:
+            connection.execute("UPDATE config SET value = 'many' WHERE key = 'buffer_capacity'")
+        assert "config buffer_capacity is 'many'" in refused("status", used)
+
+    @pytest.mark.parametrize(
+        "path", ["", "postgresql://shop/buffer", ":memory:"], ids=["empty", "another database", "memory"]
+    )
+    def test_bad_path(self, path, refused):
+        assert refused("status", path)
+
+    def test_memory(self, refused):
+        """The demo's processes would each have a buffer of their own: said before anything is played."""
+        assert "error: path: the demo needs a file, because several processes open it" == refused("demo", ":memory:")
+
+    def test_real_receipts(self, used, refused):
+        """The demo delivers to nobody, so it keeps away from receipts that somebody needs."""
+        before = everything(used)
+        assert "this buffer holds 4 receipts that are not the demo's" in refused("demo", used)
+        assert before == everything(used)
+
+    def test_no_room(self, file_engine, file_repository, path, refused):
+        """A buffer without room for a shift is told of at once, and stays as it is."""
+        file_repository.set_config("buffer_capacity", demo.RECEIPTS_PER_SHIFT)
+        a_receipt(file_repository, pos_id=demo.TILL)
+        file_engine.dispose()
+        before = everything(path)
+        expected = "error: Buffer full: 1 of 60 receipts are waiting for delivery, so 60 more cannot be taken."
+        assert refused("demo", path).startswith(expected)
+        assert before == everything(path)
+
+    def test_broken_demo(self, path, monkeypatch, refused):
+        """A demo that does not prove what it should is an error like any other."""
+
+        def broken(path):
+            raise RuntimeError("1 acknowledged receipts are not in the buffer: ['lost']")
+
+        monkeypatch.setattr(demo, "run", broken)
+        assert "error: 1 acknowledged receipts are not in the buffer: ['lost']" == refused("demo", path)
+
+    def test_reader_gone(self, path):
+        """Whoever reads what we say may stop before the end, as `head` does: no word of it, no traceback."""
+        reading, writing = os.pipe()
+        os.close(reading)
+        with open(writing, "wb") as nowhere:
+            status = [sys.executable, "-m", "kkt_buffer", "status", str(path)]
+            done = subprocess.run(status, stdout=nowhere, stderr=subprocess.PIPE, text=True, check=False)
+        assert (1, "") == (done.returncode, done.stderr)
+
+    def test_interrupted(self, path, monkeypatch, capsys):
+        """Control-C is no error of ours; the exit status is the one that shells give it."""
+
+        def interrupt(path):
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(demo, "run", interrupt)
+        assert 130 == main(["demo", str(path)])
+        assert ("", "interrupted; what was acknowledged is safe\n") == capsys.readouterr()
+
+    @pytest.mark.parametrize(
+        "argv", [[], ["deliver"], ["status"], ["upgrade"], ["status", "buffer.db", "--xml"], ["demo", "a.db", "b.db"]]
+    )
+    def test_not_understood(self, argv, capsys):
+        """A command line that makes no sense is told apart from one that failed."""
+        with pytest.raises(SystemExit) as caught:
+            main(argv)
+        assert 2 == caught.value.code
+        out, err = capsys.readouterr()
+        assert "" == out
+        assert err.startswith("usage: kkt-buffer")

@@ -1,0 +1,53 @@
+"""What the models say of their rows."""
+
+import pytest
+from builders import a_receipt
+from sqlalchemy import text
+from sqlalchemy.dialects import postgresql
+from sqlalchemy.schema import CreateIndex
+
+from kkt_buffer import Receipt, metadata
+from kkt_buffer.models import digest_of
+
+INDEXES = {str(index.name): index for table in metadata.tables.values() for index in table.indexes}
+
+
+class TestIntact:
+    # The digest of the empty JSON object, from another program (`printf '{}' | sha256sum`).
+    DIGEST = "44136fa355b3678a1146ad16f7e8649e94fb4fc21fe77e8310c060f61caaff8a"
+
+    @pytest.mark.parametrize(
+        ("document", "digest", "is_intact"),
+        [("{}", DIGEST, True), ("{ }", DIGEST, False), ("{}", None, True), ("{}", "", False)],
+    )
+    def test_digest(self, document, digest, is_intact):
+        """By the digest of the UTF-8 bytes; a receipt without one counts as intact."""
+        assert is_intact is Receipt(fiscal_doc=document, digest=digest).is_intact
+
+    def test_cyrillic(self):
+        document = '{"user": "Ромашка"}'
+        assert digest_of(document) == digest_of(document.encode())
+        assert Receipt(fiscal_doc=document, digest=digest_of(document)).is_intact
+
+    def test_to_dict(self, repository):
+        """The columns of the first schema, and no others."""
+        columns = (
+            "id pos_id created_at hlc_local_time hlc_logical_counter hlc_server_time fiscal_doc status retry_count"
+        )
+        assert [*columns.split(), "last_error", "synced_at"] == list(a_receipt(repository).to_dict())
+
+
+class TestMetadata:
+    def test_tables(self, engine):
+        """Every table of a buffer is in it, the version table too."""
+        with engine.connect() as connection:
+            found = connection.scalars(text("SELECT name FROM sqlite_master WHERE type = 'table'")).all()
+        assert {name for name in found if not name.startswith("sqlite_")} == set(metadata.tables)
+
+    @pytest.mark.parametrize("name", INDEXES)
+    def test_partial_everywhere(self, name):
+        """An index that is partial on SQLite is the same on PostgreSQL."""
+        index = INDEXES[name]
+        where = index.dialect_options["sqlite"]["where"]
+        there = str(CreateIndex(index).compile(dialect=postgresql.dialect()))
+        assert ("" if where is None else str(where)) == there.partition(" WHERE ")[2]
