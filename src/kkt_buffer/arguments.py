@@ -14,7 +14,7 @@ from decimal import Decimal
 from typing import Any, NamedTuple, NoReturn
 
 from kkt_buffer.config import CONFIG_RULES
-from kkt_buffer.models import EventType, ReceiptStatus
+from kkt_buffer.models import EventType, ReceiptStatus, digest_of
 
 MAX_INTEGER = 2**63 - 1  # the greatest value of an INTEGER column
 MAX_NOTE_LENGTH = 2000  # characters of an error, a reason or a name; the rest is cut
@@ -31,6 +31,7 @@ class NewReceipt(NamedTuple):
     id: str
     pos_id: str
     fiscal_doc: str
+    digest: str
     exist_ok: bool = False
 
 
@@ -44,11 +45,12 @@ def new_receipt(data: Mapping[str, Any], *, exist_ok: bool = False) -> NewReceip
     unknown = [key for key in data if key not in {"id", "pos_id", "fiscal_doc"}]
     if unknown:
         raise ValueError(f"receipt_data: unknown field {unknown[0]!r}; expected pos_id, fiscal_doc and, if known, id")
-    given = data.get("id")
+    given, fiscal_doc = data.get("id"), document(data["fiscal_doc"])
     return NewReceipt(
         id=str(uuid.uuid4()) if given is None else receipt_id(given),
         pos_id=name("pos_id", data["pos_id"]),
-        fiscal_doc=document(data["fiscal_doc"]),
+        fiscal_doc=fiscal_doc,
+        digest=digest_of(fiscal_doc),  # here, not behind the write lock: it lets other threads run meanwhile
         exist_ok=exist_ok,
     )
 

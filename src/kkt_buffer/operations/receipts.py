@@ -23,7 +23,6 @@ from kkt_buffer.models import (
     ReceiptStatus,
     Resolution,
     buffer_state,
-    digest_of,
 )
 from kkt_buffer.transaction import NotTogetherError, Transaction
 
@@ -143,7 +142,7 @@ def _add(tx: Transaction, many: Sequence[NewReceipt]) -> None:
             "id": receipt.id,
             "pos_id": receipt.pos_id,
             "fiscal_doc": receipt.fiscal_doc,
-            "digest": digest_of(receipt.fiscal_doc),
+            "digest": receipt.digest,
             "held_at": None,
             "now": now,
         }
@@ -170,7 +169,7 @@ def _is_replay(receipt: NewReceipt, stored: tuple[str, str, str | None] | None) 
         # The document of a completed receipt differs from the inserted one: compare with the inserted digest.
         same_document=fiscal_doc == receipt.fiscal_doc
         if inserted_digest is None
-        else inserted_digest == digest_of(receipt.fiscal_doc),
+        else inserted_digest == receipt.digest,
     )
     if not (receipt.exist_ok and error.identical):
         raise error
