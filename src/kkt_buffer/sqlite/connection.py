@@ -70,7 +70,7 @@ class GuardedConnection(sqlite3.Connection if TYPE_CHECKING else object):  # typ
                     self.query_only = not write
                 self.execute("BEGIN IMMEDIATE" if write else "BEGIN")
         except BaseException:
-            self.finish()
+            self.rollback()  # an exception may have come right after BEGIN
             raise
         self.is_begun, self.began = True, time.monotonic()
 
@@ -85,10 +85,8 @@ class GuardedConnection(sqlite3.Connection if TYPE_CHECKING else object):  # typ
     def rollback(self) -> None:
         """Roll back, and release the gate."""
         if self.pid == os.getpid():
-            try:
-                super().rollback()
-            finally:
-                self.finish()
+            super().rollback()
+            self.finish()  # not in a finally: the gate stays held as long as the transaction is open
 
     def close(self) -> None:
         """
