@@ -25,6 +25,8 @@ READ_ONLY = "kkt_buffer_read_only"
 OPERATION = "kkt_buffer_operation"
 
 
+AT_MOST = 100  # reported problems of one kind
+
 Parameters = dict[str, Any] | Sequence[dict[str, Any]]
 
 

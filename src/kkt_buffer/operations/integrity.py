@@ -6,12 +6,11 @@ from dataclasses import dataclass
 from sqlalchemy import CheckConstraint, Connection, select, text
 from sqlalchemy.exc import SQLAlchemyError
 
+from kkt_buffer.backend import AT_MOST
 from kkt_buffer.config import CONFIG_RULES
 from kkt_buffer.errors import InvalidConfigError, ReceiptBufferError
 from kkt_buffer.models import ConfigEntry, metadata
 from kkt_buffer.transaction import Transactions
-
-AT_MOST = 100  # reported problems of one kind
 
 
 @dataclass(frozen=True, slots=True)

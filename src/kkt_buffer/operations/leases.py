@@ -15,7 +15,7 @@ from sqlalchemy import bindparam, literal_column, select, text, update
 
 from kkt_buffer.errors import LeaseLostError, ReceiptNotFoundError
 from kkt_buffer.models import PENDING_ONLY, SYNCING_ONLY, Receipt, ReceiptStatus
-from kkt_buffer.operations.receipts import NO_LEASE, move_to_dlq, receipts, status_of
+from kkt_buffer.operations.receipts import LEASED, NO_LEASE, move_to_dlq, receipts, status_of
 from kkt_buffer.transaction import Transaction
 
 # A lease is over when it has expired, or when it was taken in the future: then the clock was set back, and the lease
@@ -35,14 +35,8 @@ _due = (
     .order_by(receipts.c.hlc_local_time, receipts.c.hlc_logical_counter)
     .limit(bindparam("limit"))
 )
-_leased = update(receipts).values(
-    status=literal_column("'syncing'"),
-    lease_token=bindparam("token"),
-    lease_taken_at=bindparam("now"),
-    lease_expires_at=bindparam("expires"),
-)
-CLAIM = _leased.where(receipts.c.id.in_(_due))
-CLAIM_OF_POS = _leased.where(receipts.c.id.in_(_due.where(text("pos_id = :pos"))))
+CLAIM = LEASED.where(receipts.c.id.in_(_due))
+CLAIM_OF_POS = LEASED.where(receipts.c.id.in_(_due.where(text("pos_id = :pos"))))
 
 # Served by idx_receipts_lease.
 CLAIMED = select(Receipt).where(text(SYNCING_ONLY + " AND lease_token = :token"))

@@ -92,16 +92,13 @@ CLOSE_DEAD_LETTER = (
         resolution=bindparam("how"),
     )
 )
-LEASE = (
-    update(receipts)
-    .where(text("id = :receipt_id"))
-    .values(
-        status=literal_column("'syncing'"),
-        lease_token=bindparam("token"),
-        lease_taken_at=bindparam("now"),
-        lease_expires_at=bindparam("expires"),
-    )
+LEASED = update(receipts).values(
+    status=literal_column("'syncing'"),
+    lease_token=bindparam("token"),
+    lease_taken_at=bindparam("now"),
+    lease_expires_at=bindparam("expires"),
 )
+LEASE = LEASED.where(text("id = :receipt_id"))
 GIVE_UP_LEASE = update(receipts).where(text("id = :receipt_id")).values(status=literal_column("'pending'"), **NO_LEASE)
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, cast
 
 from sqlalchemy import Connection, Engine, text
 
-from kkt_buffer.backend import READ_ONLY, Backend
+from kkt_buffer.backend import AT_MOST, READ_ONLY, Backend
 from kkt_buffer.errors import BufferDamagedError
 from kkt_buffer.progress import progress
 from kkt_buffer.sqlite.connection import GuardedConnection, Identity
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     import sqlite3
 
 PAGES_AT_ONCE = 1000
-AT_MOST = 100  # reported problems of one kind
 
 
 def identity(path: Path) -> Identity | None:
