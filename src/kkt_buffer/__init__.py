@@ -5,7 +5,7 @@ A receipt that the buffer acknowledged is never lost, never duplicated and never
 `ReceiptRepository`; `kkt_buffer.buffer` has them as functions over one default buffer.
 """
 
-from kkt_buffer.delivery import DeliveryReport, Outcome, deliver_pending
+from kkt_buffer.delivery import DeliveryReport, Outcome, Send, deliver_pending
 from kkt_buffer.engine import create_buffer_engine
 from kkt_buffer.errors import (
     AcknowledgedReceiptError,
@@ -71,6 +71,7 @@ __all__ = [
     "ReceiptStatus",
     "Resolution",
     "SchemaError",
+    "Send",
     "check",
     "create_buffer_engine",
     "current",

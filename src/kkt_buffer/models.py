@@ -57,10 +57,14 @@ class Resolution(StrEnum):
     RESOLVED = "resolved"
 
 
+FACT_PREFIX = "receipt_"
+
+
 class EventType(StrEnum):
     """
-    The types of the rows in `buffer_events`. Those that begin with `receipt_` are facts. Only triggers write them,
-    except `receipt_repaired`: the migration that adopts a file of the `sqlite3` version writes it.
+    The types of the rows in `buffer_events` that this package writes. Those that begin with `receipt_` are facts. Only
+    triggers write them, except `receipt_repaired`: the migration that adopts a file of the `sqlite3` version writes it.
+    A service may add types of its own.
     """
 
     RECEIPT_ADDED = "receipt_added"
@@ -80,7 +84,7 @@ class EventType(StrEnum):
     @property
     def is_fact(self) -> bool:
         """Whether only a trigger may write it."""
-        return self.startswith("receipt_")
+        return self.startswith(FACT_PREFIX)
 
 
 class JsonText(TypeDecorator[Any]):
