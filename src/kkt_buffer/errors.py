@@ -171,8 +171,10 @@ class DeliveryUnavailable(ReceiptBufferError):  # noqa: N818 (named for the stat
     `retry_after` is the number of seconds for which the OFD asks not to be called again, if it does.
     """
 
-    def __init__(self, *args: object, retry_after: float | None = None) -> None:
-        super().__init__(*args)
+    retry_after: float | None = None
+
+    def __init__(self, message: object = "", *, retry_after: float | None = None) -> None:
+        super().__init__(message)
         if not isinstance(retry_after, int | float | None):
             raise TypeError(f"retry_after: expected seconds as a number, got {retry_after!r}")
         self.retry_after = retry_after

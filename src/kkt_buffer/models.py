@@ -57,7 +57,7 @@ class Resolution(StrEnum):
     RESOLVED = "resolved"
 
 
-FACT_PREFIX = "receipt_"
+FACT_PREFIX = "receipt_"  # of the types that only triggers write
 
 
 class EventType(StrEnum):
@@ -80,11 +80,6 @@ class EventType(StrEnum):
     SYNC_STARTED = "sync_started"
     SYNC_COMPLETED = "sync_completed"
     SYNC_FAILED = "sync_failed"
-
-    @property
-    def is_fact(self) -> bool:
-        """Whether only a trigger may write it."""
-        return self.startswith(FACT_PREFIX)
 
 
 class JsonText(TypeDecorator[Any]):
