@@ -38,6 +38,7 @@ from kkt_buffer.models import (
     metadata,
 )
 from kkt_buffer.repository import BufferStatus, IntegrityReport, PruneReport, ReceiptRepository
+from kkt_buffer.worker import DeliveryWorker, WorkerStatus
 
 __all__ = [
     "AcknowledgedReceiptError",
@@ -53,6 +54,7 @@ __all__ = [
     "DeliveryRejected",
     "DeliveryReport",
     "DeliveryUnavailable",
+    "DeliveryWorker",
     "DuplicateReceiptError",
     "EventType",
     "HybridLogicalClock",
@@ -72,6 +74,7 @@ __all__ = [
     "Resolution",
     "SchemaError",
     "Send",
+    "WorkerStatus",
     "check",
     "create_buffer_engine",
     "current",

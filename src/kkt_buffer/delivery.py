@@ -36,6 +36,16 @@ Send: TypeAlias = Callable[[Receipt], int]
 OUTAGE = (DeliveryUnavailable, ConnectionError, TimeoutError)
 
 
+def check_sender(send: Send, outage: tuple[type[Exception], ...]) -> None:
+    """Raise `TypeError` if these are no arguments for `deliver_pending`."""
+    if not callable(send) or inspect.iscoroutinefunction(send):
+        raise TypeError(f"send: expected a plain function of a receipt, got {send!r}; nothing was claimed")
+    if not isinstance(outage, tuple) or not all(
+        isinstance(kind, type) and issubclass(kind, Exception) for kind in outage
+    ):
+        raise TypeError(f"outage: expected a tuple of exception classes, got {outage!r}; nothing was claimed")
+
+
 class Outcome(StrEnum):
     """The outcome of a claimed receipt."""
 
@@ -104,12 +114,7 @@ def deliver_pending(
 
     Raises `ReceiptBufferError` inside `transaction()`, where an outcome cannot be committed at once.
     """
-    if not callable(send) or inspect.iscoroutinefunction(send):
-        raise TypeError(f"send: expected a plain function of a receipt, got {send!r}; nothing was claimed")
-    if not isinstance(outage, tuple) or not all(
-        isinstance(kind, type) and issubclass(kind, Exception) for kind in outage
-    ):
-        raise TypeError(f"outage: expected a tuple of exception classes, got {outage!r}; nothing was claimed")
+    check_sender(send, outage)
     if not (should_stop is None or callable(should_stop)):
         raise TypeError(f"should_stop: expected a function without arguments, got {should_stop!r}; nothing was claimed")
     limit = arguments.whole_number("limit", limit, 1)

@@ -2,6 +2,7 @@
 
 import threading
 from collections.abc import Callable, Sequence
+from contextvars import copy_context
 
 from kkt_buffer.models import Receipt
 
@@ -24,7 +25,10 @@ class Lanes:
         """Work in this thread and in up to `concurrency` - 1 others; the first error is raised once all have ended."""
         number = min(concurrency, len({receipt.pos_id for receipt in self._waiting}))
         # Daemons: neither an interrupted call nor the end of the program waits for the other threads.
-        threads = [threading.Thread(target=self._work_aside, name=f"lane {n}", daemon=True) for n in range(1, number)]
+        threads = [
+            threading.Thread(target=copy_context().run, args=[self._work_aside], name=f"lane {n}", daemon=True)
+            for n in range(1, number)
+        ]
         for thread in threads:
             thread.start()
         try:
