@@ -14,7 +14,7 @@ from decimal import Decimal
 from typing import Any, NamedTuple, NoReturn
 
 from kkt_buffer.config import CONFIG_RULES
-from kkt_buffer.models import EventType, ReceiptStatus, digest_of
+from kkt_buffer.models import EventType, Receipt, ReceiptStatus, digest_of
 
 MAX_INTEGER = 2**63 - 1  # the greatest value of an INTEGER column
 MAX_NOTE_LENGTH = 2000  # characters of an error, a reason or a name; the rest is cut
@@ -115,6 +115,16 @@ def status(value: object) -> ReceiptStatus:
     if not isinstance(value, str) or value not in set(ReceiptStatus):
         raise ValueError(f"Invalid status: {value!r}; expected {', '.join(ReceiptStatus)}")
     return ReceiptStatus(value)
+
+
+def position(after: object, status: ReceiptStatus) -> None:
+    """The last receipt of the page before, or None."""
+    if after is None:
+        return
+    if not isinstance(after, Receipt):
+        raise TypeError(f"after: expected the last receipt of the page before, got {_kind(after)}")
+    if after.status is not status:
+        raise ValueError(f"after: expected a {status} receipt, the last of the page before; got a {after.status} one")
 
 
 def event_type(value: object) -> str:

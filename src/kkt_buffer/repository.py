@@ -160,6 +160,26 @@ class ReceiptRepository:
             found: list[Receipt] = tx.load(receipts.RECEIPT, receipt_id=receipt_id)
         return found[0] if found else None
 
+    def list_receipts(
+        self, *, status: str, pos_id: str | None = None, after: Receipt | None = None, limit: int = 100
+    ) -> list[Receipt]:
+        """
+        One page of the receipts of one status, at most `limit`; of one till if `pos_id` is given.
+
+        They are in HLC order, synced ones in the order of their delivery. The next page comes with `after`, the last
+        receipt of this page. A receipt whose status changes between two pages is on the pages of its new status.
+
+        >>> first, second = repository.insert_receipts({"pos_id": "till-1", "fiscal_doc": "{}"} for _ in range(2))
+        >>> page = repository.list_receipts(status="pending", limit=1)
+        >>> [receipt.id == second for receipt in repository.list_receipts(status="pending", after=page[-1])]
+        [True]
+        """
+        wanted, limit = arguments.status(status), arguments.whole_number("limit", limit, 1)
+        pos_id = None if pos_id is None else arguments.name("pos_id", pos_id)
+        arguments.position(after, wanted)
+        with self._reading() as tx:
+            return receipts.list_receipts(tx, wanted, pos_id, after, limit)
+
     def mark_synced(self, receipt_id: str | uuid.UUID, server_time: int) -> bool:
         """
         Record that the OFD has accepted the receipt at `server_time` (the OFD's clock, Unix seconds).
