@@ -211,8 +211,9 @@ def new_fields(value: object) -> dict[str, str]:
     if not value:
         # A print that failed has no fields. It must not release the receipt.
         raise ValueError("fields: expected the fields that the fiscal drive returned for this document, got none")
+    encoded = {key: _storable("fields", _encoded(inner, "fields")) for key, inner in value.items()}
     _refuse_other_keys(value, field="fields")
-    return {_storable("fields", key): _storable("fields", _encoded(inner, "fields")) for key, inner in value.items()}
+    return {_storable("fields", key): inner for key, inner in encoded.items()}
 
 
 def details(value: object) -> dict[str, Any] | None:
