@@ -229,7 +229,7 @@ class TestDeadLetters:
         assert [] == repository.claim_pending()
 
     def test_completed(self, repository):
-        """It takes the fields, and its dead letter too; it goes on waiting for an operator, and is due once requeued."""
+        """It takes the fields, its dead letter too; it waits for an operator, and is due once requeued."""
         receipt_id = hold(repository)
         repository.move_to_dlq(receipt_id, "no answer of the register")
         repository.update_receipt_fiscal_doc(receipt_id, SIGN)
