@@ -145,10 +145,9 @@ class Database(Backend):
                 raise BufferStorageError(f"{path} is a folder; give the path of a file in it. Nothing was opened.")
             if path.exists() and not path.is_file():
                 raise BufferStorageError(f"{path} is a device or a pipe, not a file. Nothing was opened.")
-            if read_only:
-                path.stat()
-            else:
+            if not read_only:
                 file.create(path, self.gate)
+            file.refuse_second_name(path)
         self.identity = file.identity(path)
 
     def __str__(self) -> str:
