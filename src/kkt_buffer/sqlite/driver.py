@@ -39,11 +39,23 @@ def load_driver(choice: Driver | ModuleType | None, *, writing: bool) -> ModuleT
             f"SQLite {driver.sqlite_version} is too old, {'.'.join(map(str, SQLITE_MINIMUM))} is needed. "
             "Nothing was opened. Install kkt-buffer[sqlite], which brings its own."
         )
-    if writing and has_wal_reset_bug(driver):
-        _warn_once(f"SQLite {driver.sqlite_version} {WAL_RESET_BUG}")
-    if writing and not is_same_library(driver, sqlite3):
-        _warn_once(f"the buffer is used through {driver.__name__} (SQLite {driver.sqlite_version}). {ONE_LIBRARY}")
+    if writing:
+        for warning in _warnings(driver) - _said:
+            logger.warning(warning)
+            _said.add(warning)
     return driver
+
+
+_said: set[str] = set()  # in this process
+
+
+def _warnings(driver: ModuleType) -> set[str]:
+    warnings = set()
+    if has_wal_reset_bug(driver):
+        warnings.add(f"SQLite {driver.sqlite_version} {WAL_RESET_BUG}")
+    if not is_same_library(driver, sqlite3):
+        warnings.add(f"the buffer is used through {driver.__name__} (SQLite {driver.sqlite_version}). {ONE_LIBRARY}")
+    return warnings
 
 
 def _chosen(choice: Driver | ModuleType | None) -> ModuleType:
@@ -71,17 +83,9 @@ def has_wal_reset_bug(driver: ModuleType) -> bool:
     return not fixed
 
 
-_warned: set[str] = set()
-
-
-def _warn_once(message: str) -> None:
-    if message not in _warned:
-        _warned.add(message)
-        logger.warning(message)
-
-
 def known_bugs(engine: Engine) -> str:
-    """The version of the SQLite in use, and its known bug if it has one."""
+    """The version of the SQLite in use, and its known bug if it has one. It is then not written to the log too."""
     driver = backend_of(engine).driver
+    _said.update(_warnings(driver))
     affected = has_wal_reset_bug(driver)
     return f"{driver.sqlite_version} {WAL_RESET_BUG if affected else 'no known bug that concerns a buffer'}"
