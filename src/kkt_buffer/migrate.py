@@ -140,8 +140,8 @@ def stage(engine: Engine) -> str:
     found = current(engine)
     if found is not None:
         return found
-    from alembic.util import load_python_file  # noqa: PLC0415 (rarely needed)
-
+    with _silent_alembic():
+        from alembic.util import load_python_file  # noqa: PLC0415 (rarely needed)
     is_predecessor = load_python_file(SCRIPTS, "adoption.py").is_predecessor
     with engine.connect().execution_options(**{READ_ONLY: True}) as connection:
         return "the sqlite3 version" if is_predecessor(connection) else "none"
