@@ -106,21 +106,29 @@ class TestStatus:
         expected = f"""\
 buffer             | {used}
 schema             | {HEAD}
-pending            | 1
-syncing            | 1
+pending            | 1  (held, not printed yet: 0)
+syncing            | 1  (expired leases: 1)
 synced             | 1
 failed             | 1  (open dead letters: 1)
 total              | 4
 full               | 1.00 %  (2 of 200)
 oldest undelivered | 2026-03-01 15:00:00 +0300
 deliver before     | 2026-03-31 15:00:00 +0300
+last delivery      | 2026-03-01 15:00:00 +0300
+last outage        | none on record
 """
         assert (expected, "") == capsys.readouterr()
 
     def test_empty_table(self, path, capsys):
         assert 0 == main(["status", str(path)])
         lines = capsys.readouterr().out.splitlines()
-        assert ["oldest undelivered | nothing waits", "deliver before     | nothing waits"] == lines[-2:]
+        expected = [
+            "oldest undelivered | nothing waits",
+            "deliver before     | nothing waits",
+            "last delivery      | none yet",
+            "last outage        | none on record",
+        ]
+        assert expected == lines[-4:]
 
     def test_json(self, used, capsys):
         """For programs: one JSON object, times as Unix seconds."""

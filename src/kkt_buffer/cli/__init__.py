@@ -1,24 +1,25 @@
 """
 The command line, `kkt-buffer COMMAND`: a file for each kind of command, and what they share in `target` and `text`.
 
-Exit status: 0 for success; 1 for an error (one line on stderr), a receipt that was not found, or problems that `verify`
-found; 2 for wrong usage; 130 after Control-C. `check` has the statuses of a Nagios plugin.
+Exit status: 0 for success; 1 for an error (one line on stderr), a receipt that was not found, or a damaged buffer; 2
+for wrong usage; 3 if `verify` found a buffer that differs from what this release makes but is not damaged; 130 after
+Control-C. `check` has the statuses of a Nagios plugin.
 """
 
-import argparse
 import os
 import sys
 from collections.abc import Sequence
 
 from kkt_buffer.cli import act, keep, look, monitor, play
+from kkt_buffer.cli.target import Parser
 from kkt_buffer.errors import ReceiptBufferError
 
 _EPILOG = """\
 Every command takes --db PATH. Without it, the buffer is $BUFFER_DB_PATH, else data/buffer.db.
 `kkt-buffer COMMAND --help` explains a command.
 
-exit status: 0 success; 1 error, receipt not found, or problems found by verify; 2 wrong usage; 130 Control-C.
-`check` has its own: 0 OK, 1 WARNING, 2 CRITICAL, 3 UNKNOWN."""
+exit status: 0 success; 1 error, receipt not found, or damage; 2 wrong usage; 3 verify found something that differs
+but nothing to restore; 130 Control-C. `check` has its own: 0 OK, 1 WARNING, 2 CRITICAL, 3 UNKNOWN."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -26,7 +27,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     # A character that the terminal cannot show must not stop a command.
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
-    arguments = _parser().parse_args(argv)
+    arguments, unknown = _parser().parse_known_args(argv)
+    if unknown:
+        arguments.parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     try:
         status: int = arguments.run(arguments) or 0
         sys.stdout.flush()
@@ -43,13 +46,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     return status
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="kkt-buffer",
-        description="The offline buffer of fiscal receipts.",
-        epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+def _parser() -> Parser:
+    parser = Parser(prog="kkt-buffer", description="The offline buffer of fiscal receipts.", epilog=_EPILOG)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for kind in (look, act, keep, monitor, play):
         kind.add(commands)

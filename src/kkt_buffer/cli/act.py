@@ -26,8 +26,8 @@ def add(commands: "Commands") -> None:
         "requeue",
         _requeue,
         "send dead letters again\n\n"
-        "Use it when the cause is mended. Each receipt is pending again, keeps its place in the order and its deadline.\n"
-        "If the buffer has not room for all, the oldest come first and the rest stay dead letters.",
+        "Use it when the cause is mended. Each receipt is pending again; it keeps its place in the order, and its\n"
+        "deadline. If the buffer has no room for all of them, the rest stay dead letters.",
         path=False,
     )
     which = command.add_argument_group("which").add_mutually_exclusive_group()
@@ -58,9 +58,7 @@ def add(commands: "Commands") -> None:
     command.add_argument("ids", nargs="+", metavar="ID", help="the id of a receipt, as `held` prints it")
     _add_who(command)
 
-    command = add_command(
-        commands, "config", _config, "show the settings, show one, or change one", path=False
-    )
+    command = add_command(commands, "config", _config, "show the settings, show one, or change one", path=False)
     command.add_argument("key", nargs="?", metavar="KEY", help="for example buffer_capacity")
     command.add_argument("value", nargs="?", metavar="VALUE", help="the new value")
 

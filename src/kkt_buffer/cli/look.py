@@ -31,7 +31,7 @@ def add(commands: "Commands") -> None:
         commands,
         "status",
         _status,
-        "show how full the buffer is, and until when the OFD must have its receipts\n\n"
+        "show how full the buffer is\n\n"
         "Full means that the till refuses to sell. Receipts that are pending, being sent or held are what fills it.",
     )
     command.add_argument("--json", action="store_true", help="print it as JSON, times as Unix seconds")
@@ -52,7 +52,7 @@ def add(commands: "Commands") -> None:
     _add_reveal(command)
 
     command = add_command(
-        commands, "show", _show, "show one receipt: its state, its document, and what happened to it", path=False
+        commands, "show", _show, "show one receipt, and what happened to it", path=False
     )
     command.add_argument("id", metavar="ID", help="the id of the receipt, as `list` prints it")
     command.add_argument("--full", action="store_true", help="show all of a long document")
@@ -62,8 +62,8 @@ def add(commands: "Commands") -> None:
         commands,
         "dead-letters",
         _dead_letters,
-        "list receipts that will not be sent again before somebody decides\n\n"
-        "`requeue` sends them again, `resolve` closes them without sending.",
+        "list receipts that somebody must decide about\n\n"
+        "They are not sent again by themselves. `requeue` sends them again, `resolve` closes them without sending.",
     )
     command.add_argument("--error", metavar="TEXT", help="only those with this text in their reason or last error")
 
@@ -71,9 +71,9 @@ def add(commands: "Commands") -> None:
         commands,
         "held",
         _held,
-        "list receipts that were stored but not printed yet, as far as the buffer knows\n\n"
-        "After a crash, ask the fiscal drive about each: the till completes what was printed, `discard` closes what was\n"
-        "not.",
+        "list receipts that are not printed yet\n\n"
+        "As far as the buffer knows: after a crash, ask the fiscal drive about each. The till completes what was\n"
+        "printed, `discard` closes what was not.",
     )
 
     command = add_command(commands, "events", _events, "list the last events, the newest at the end")
@@ -88,12 +88,7 @@ def _add_reveal(command: argparse.ArgumentParser) -> None:
 # The status.
 
 
-def status_of(repository: ReceiptRepository, path: str, schema: str | None) -> dict[str, Any]:
-    """The state of a buffer as plain values."""
-    return {"path": path, "schema": schema, **asdict(repository.get_buffer_status())}
-
-
-def status_lines(repository: ReceiptRepository, path: str, schema: str | None) -> list[str]:
+def _status_lines(repository: ReceiptRepository, path: str, schema: str | None) -> list[str]:
     """The state of a buffer for people."""
     status = repository.get_buffer_status()
     undelivered = status.pending + status.syncing
@@ -101,22 +96,20 @@ def status_lines(repository: ReceiptRepository, path: str, schema: str | None) -
     full = f"{status.percent_full:.2f} %  ({undelivered} of {status.capacity})"
     if text.is_terminal():
         full = text.styled(text.bar(status.percent_full), _style_of(status)) + f"  {full}"
-    pending = f"{status.pending}" + (f"  (held, not printed yet: {status.held})" if status.held else "")
-    syncing = f"{status.syncing}" + (f"  (leases over: {status.expired_leases})" if status.expired_leases else "")
-    synced = f"{status.synced}" + (f"  (last: {_when(status.last_synced_at)})" if status.last_synced_at else "")
     failed = f"{status.failed}  (open dead letters: {status.dlq_size})"
     table = {
         "buffer": text.printable(path),
         "schema": str(schema),
         "full": full,
-        "pending": pending,
-        "syncing": syncing,
-        "synced": synced,
+        "pending": f"{status.pending}  (held, not printed yet: {status.held})",
+        "syncing": f"{status.syncing}  (expired leases: {status.expired_leases})",
+        "synced": f"{status.synced}",
         "failed": text.styled(failed, "yellow") if status.dlq_size else failed,
         "total": f"{status.total_receipts}",
-        "last outage": _when(status.last_outage_at) or "none on record",
         "oldest undelivered": _when(status.oldest_undelivered_at) or "nothing waits",
         "deliver before": _when(status.deadline_at) or "nothing waits",
+        "last delivery": _when(status.last_synced_at) or "none yet",
+        "last outage": _when(status.last_outage_at) or "none on record",
     }
     if status.deadline_at is not None and status.deadline_at - time.time() < 10 * SECONDS_PER_DAY:
         table["deliver before"] = text.styled(table["deliver before"], "red")
@@ -142,13 +135,20 @@ def _when(seconds: int | None) -> str:
 
 
 def _status(arguments: argparse.Namespace) -> None:
-    path = path_of(arguments)
+    if arguments.json:
+        path = path_of(arguments)
+        with engine_for(path) as engine:
+            status = {"path": path, "schema": current(engine), **asdict(ReceiptRepository(engine).get_buffer_status())}
+        print(json.dumps(status, ensure_ascii=False))
+    else:
+        print_status(path_of(arguments))
+
+
+def print_status(path: str) -> None:
+    """Print the state of a buffer for people."""
     with engine_for(path) as engine:
-        repository = ReceiptRepository(engine)
-        if arguments.json:
-            print(json.dumps(status_of(repository, path, current(engine)), ensure_ascii=False))
-        else:
-            print(*status_lines(repository, path, current(engine)), sep="\n")
+        lines = _status_lines(ReceiptRepository(engine), path, current(engine))
+    print(*lines, sep="\n")
 
 
 def _watch(arguments: argparse.Namespace) -> None:
@@ -160,7 +160,7 @@ def _watch(arguments: argparse.Namespace) -> None:
         drawn = 0
         try:
             while True:
-                lines = [*status_lines(repository, path, schema), "", *event_lines(repository.get_events(5)[::-1])]
+                lines = [*_status_lines(repository, path, schema), "", *_event_lines(repository.get_events(5)[::-1])]
                 if not text.is_terminal():
                     lines = [text.local_time(int(time.time())), *lines, ""]
                 else:
@@ -243,7 +243,7 @@ def _show(arguments: argparse.Namespace) -> None:
     print(text.styled("\ndocument", "bold"))
     print(*_document_lines(receipt, full=arguments.full, reveal=arguments.reveal), sep="\n")
     print(text.styled("\nwhat happened", "bold"))
-    print(*event_lines(events, about=False), sep="\n")
+    print(*_event_lines(events, about=False), sep="\n")
 
 
 def _facts(receipt: Receipt, days: int) -> dict[str, str]:
@@ -307,7 +307,7 @@ def matching(repository: ReceiptRepository, error: str | None) -> list[DeadLette
 # Events.
 
 
-def event_lines(events: list[BufferEvent], *, about: bool = True) -> list[str]:
+def _event_lines(events: list[BufferEvent], *, about: bool = True) -> list[str]:
     """What happened, one line for each event; with `about`, the receipt is named, else the details are."""
     lines = []
     for event in events:
@@ -321,14 +321,14 @@ def event_lines(events: list[BufferEvent], *, about: bool = True) -> list[str]:
 def _events(arguments: argparse.Namespace) -> None:
     with repository_for(arguments) as repository:
         events = repository.get_events(arguments.limit)[::-1]
-        print(*event_lines(events), sep="\n", flush=True)
+        print(*_event_lines(events), sep="\n", flush=True)
         try:
             while arguments.follow:
                 time.sleep(1)
                 last = events[-1].id if events else 0
                 if new := list(_after(repository, last)):
                     events = new
-                    print(*event_lines(new), sep="\n", flush=True)
+                    print(*_event_lines(new), sep="\n", flush=True)
         except KeyboardInterrupt:  # the way to end it
             return
 

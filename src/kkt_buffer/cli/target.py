@@ -4,7 +4,7 @@ import argparse
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from sqlalchemy import Engine
 
@@ -14,19 +14,27 @@ from kkt_buffer.migrate import require
 from kkt_buffer.repository import ReceiptRepository
 
 if TYPE_CHECKING:
-    Commands = argparse._SubParsersAction[argparse.ArgumentParser]
+    Commands = argparse._SubParsersAction["Parser"]  # noqa: SLF001 (the type has no public name)
 
 Run = Callable[[argparse.Namespace], int | None]
 
 
-def add_command(commands: "Commands", name: str, run: Run, text: str, *, path: bool = True) -> argparse.ArgumentParser:
+class Parser(argparse.ArgumentParser):
+    """A parser that keeps the lines of its texts, and whose exit status for wrong usage can be set."""
+
+    usage_status = 2
+
+    def __init__(self, **options: Any) -> None:  # noqa: ANN401 (argparse's own options)
+        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, **options)
+
+    def exit(self, status: int = 0, message: str | None = None) -> NoReturn:
+        """Exit; with `usage_status` instead of argparse's 2."""
+        super().exit(self.usage_status if status else 0, message)
+
+
+def add_command(commands: "Commands", name: str, run: Run, text: str, *, path: bool = True) -> Parser:
     """Add a command with `--db`, and with PATH as an argument if it has no arguments of its own."""
-    parser = commands.add_parser(
-        name,
-        help=text.split("\n", 1)[0],
-        description=text,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = commands.add_parser(name, help=text.split("\n", 1)[0], description=text)
     parser.add_argument("--db", metavar="PATH", help=f"the buffer; else ${PATH_VARIABLE}, else {DEFAULT_PATH}")
     if path:
         parser.add_argument("path", nargs="?", metavar="PATH", help="the buffer, like --db PATH")

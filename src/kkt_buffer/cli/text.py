@@ -52,9 +52,16 @@ def styled(text: str, style: str) -> str:
 def printable(text: object) -> str:
     """The text without control characters: what a document or an error contains must not command the terminal."""
     return "".join(
-        character.encode("unicode_escape").decode() if unicodedata.category(character) in {"Cc", "Cf", "Cs"} else character
+        character.encode("unicode_escape").decode()
+        if unicodedata.category(character) in {"Cc", "Cf", "Cs"}
+        else character
         for character in str(text)
     )
+
+
+def printable_lines(lines: Iterable[object]) -> str:
+    """Several texts, each on a line of its own, without other control characters."""
+    return "\n".join(map(printable, lines))
 
 
 def cut(text: str, length: int) -> str:
