@@ -5,12 +5,13 @@ It is a module beside the package because pytest imports it in every run of ever
 before coverage is measured: it must not import the package (and SQLAlchemy) until a test asks for a buffer.
 """
 
-from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import pytest
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from kkt_buffer import ReceiptRepository
     from kkt_buffer.testing import Clock
 
@@ -26,8 +27,8 @@ def kkt_clock() -> "Clock":
 @pytest.fixture
 def kkt_buffer(kkt_clock: "Clock") -> "Iterator[ReceiptRepository]":
     """An empty buffer in memory, with the schema of this release. Its time is that of `kkt_clock`."""
+    from kkt_buffer import ReceiptRepository  # noqa: PLC0415 (see above)
     from kkt_buffer.testing import memory_engine  # noqa: PLC0415 (see above)
-    from kkt_buffer import ReceiptRepository  # noqa: PLC0415
 
     engine = memory_engine()
     yield ReceiptRepository(engine, now=kkt_clock)

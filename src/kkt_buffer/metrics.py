@@ -73,15 +73,18 @@ FIGURES = (
 )
 
 
+def is_circuit_open(repository: ReceiptRepository) -> bool:
+    """Whether the last event of a circuit breaker says that it was opened."""
+    opened, closed = (
+        repository.get_events(1, event_type=kind) for kind in (EventType.CIRCUIT_OPENED, EventType.CIRCUIT_CLOSED)
+    )
+    return bool(opened) and (not closed or opened[0].id > closed[0].id)
+
+
 def figures(repository: ReceiptRepository, now: Callable[[], float] = time.time) -> Iterator[tuple[Figure, float]]:
     """The present values. One read transaction, which locks nobody."""
     with repository.reading():
-        status = repository.get_buffer_status()
-        opened, closed = (
-            repository.get_events(1, event_type=kind) for kind in (EventType.CIRCUIT_OPENED, EventType.CIRCUIT_CLOSED)
-        )
-    is_open = bool(opened) and (not closed or opened[0].id > closed[0].id)
-    moment = Moment(status, is_open, now())
+        moment = Moment(repository.get_buffer_status(), is_circuit_open(repository), now())
     for figure in FIGURES:
         value = figure.value(moment)
         if value is not None:

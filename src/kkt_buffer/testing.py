@@ -4,23 +4,26 @@ Helpers for the tests of a service: a clock, a buffer in memory, an OFD that fai
 With pytest, the fixtures `kkt_buffer` (a repository) and `kkt_clock` are there by themselves.
 """
 
+import atexit
 import contextlib
 import json
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 from sqlalchemy import Engine
 
-from kkt_buffer.backend import backend_of
 from kkt_buffer.delivery import DeliveryReport, Outcome, Send, deliver_pending
 from kkt_buffer.engine import create_buffer_engine
 from kkt_buffer.errors import DeliveryRejected, DeliveryUnavailable
 from kkt_buffer.migrate import upgrade
 from kkt_buffer.models import Receipt
 from kkt_buffer.repository import ReceiptRepository
+
+if TYPE_CHECKING:
+    import sqlite3
 
 NOON = 1_772_366_400  # 2026-03-01 12:00 UTC
 
@@ -39,6 +42,7 @@ class Clock:
     seconds: float = NOON
 
     def __call__(self) -> float:
+        """The present time."""
         return self.seconds
 
     def advance(self, seconds: float) -> None:
@@ -56,26 +60,23 @@ def memory_engine() -> Engine:
     >>> engine.dispose()
     """
     engine = create_buffer_engine(":memory:")
-    driver = backend_of(engine).driver
-    with contextlib.closing(driver.connect(":memory:")) as template, contextlib.closing(engine.raw_connection()) as copy:
-        template.deserialize(_template())
-        template.backup(copy.driver_connection)
+    with (
+        contextlib.closing(_template().raw_connection()) as template,
+        contextlib.closing(engine.raw_connection()) as copy,
+    ):
+        cast("sqlite3.Connection", template.driver_connection).backup(
+            cast("sqlite3.Connection", copy.driver_connection)
+        )
     return engine
 
 
 @cache
-def _template() -> bytes:
-    """A buffer that was just made by the migrations, as the bytes of its file."""
+def _template() -> Engine:
+    """A buffer in memory that was made by the migrations and is never used but to be copied."""
     engine = create_buffer_engine(":memory:")
-    try:
-        upgrade(engine)
-        driver = backend_of(engine).driver
-        with contextlib.closing(driver.connect(":memory:")) as copy, contextlib.closing(engine.raw_connection()) as made:
-            made.driver_connection.backup(copy)
-            content: bytes = copy.serialize()
-            return content
-    finally:
-        engine.dispose()
+    atexit.register(engine.dispose)
+    upgrade(engine)
+    return engine
 
 
 class FakeOFD:
@@ -113,6 +114,7 @@ class FakeOFD:
         self.received: list[Receipt] = []
 
     def __call__(self, receipt: Receipt) -> int:
+        """Accept the receipt and return the time of the OFD, or raise."""
         if self.delay:
             time.sleep(self.delay)
         if self.offline:
@@ -162,6 +164,10 @@ def assert_buffered(
     elif fiscal_doc is not None:
         expected["fiscal_doc"], found["fiscal_doc"] = json.loads(json.dumps(fiscal_doc)), receipt.document
     if expected != found:
-        different = ", ".join(f"{name} is {found[name]!r}, expected {expected[name]!r}" for name in expected if expected[name] != found[name])
+        different = ", ".join(
+            f"{name} is {found[name]!r}, expected {expected[name]!r}"
+            for name in expected
+            if expected[name] != found[name]
+        )
         raise AssertionError(f"receipt {receipt_id}: {different}")
     return receipt

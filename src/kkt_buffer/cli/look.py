@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from kkt_buffer.cli import text
 from kkt_buffer.cli.target import add_command, engine_for, path_of, repository_for
 from kkt_buffer.errors import InvalidDocumentError, ReceiptNotFoundError
+from kkt_buffer.metrics import is_circuit_open
 from kkt_buffer.migrate import current
 from kkt_buffer.models import BufferEvent, DeadLetter, Receipt, ReceiptStatus
 from kkt_buffer.operations.status import SECONDS_PER_DAY, BufferStatus
@@ -51,9 +52,7 @@ def add(commands: "Commands") -> None:
     command.add_argument("--json", action="store_true", help="one JSON object per line, with the document")
     _add_reveal(command)
 
-    command = add_command(
-        commands, "show", _show, "show one receipt, and what happened to it", path=False
-    )
+    command = add_command(commands, "show", _show, "show one receipt, and what happened to it", path=False)
     command.add_argument("id", metavar="ID", help="the id of the receipt, as `list` prints it")
     command.add_argument("--full", action="store_true", help="show all of a long document")
     _add_reveal(command)
@@ -90,9 +89,9 @@ def _add_reveal(command: argparse.ArgumentParser) -> None:
 
 def _status_lines(repository: ReceiptRepository, path: str, schema: str | None) -> list[str]:
     """The state of a buffer for people."""
-    status = repository.get_buffer_status()
+    with repository.reading():
+        status, is_open = repository.get_buffer_status(), is_circuit_open(repository)
     undelivered = status.pending + status.syncing
-    is_full = undelivered >= status.capacity
     full = f"{status.percent_full:.2f} %  ({undelivered} of {status.capacity})"
     if text.is_terminal():
         full = text.styled(text.bar(status.percent_full), _style_of(status)) + f"  {full}"
@@ -110,19 +109,19 @@ def _status_lines(repository: ReceiptRepository, path: str, schema: str | None) 
         "deliver before": _when(status.deadline_at) or "nothing waits",
         "last delivery": _when(status.last_synced_at) or "none yet",
         "last outage": _when(status.last_outage_at) or "none on record",
+        "circuit breaker": text.styled("OPEN: the OFD is down, and only probed", "yellow") if is_open else "closed",
     }
     if status.deadline_at is not None and status.deadline_at - time.time() < 10 * SECONDS_PER_DAY:
         table["deliver before"] = text.styled(table["deliver before"], "red")
-    lines = text.rows(table)
-    if is_full:
-        lines += [
-            "",
-            text.styled(f" {REFUSING} ", "alarm"),
-            "The buffer is full. Everything in it is safe; new receipts are refused until there is room.",
-            "Look at `kkt-buffer events` for why nothing is delivered. To go on selling meanwhile:",
+    cry = []
+    if undelivered >= status.capacity:
+        advice = (
+            "The buffer is full. Everything in it is safe; new receipts are refused until there is room. "
+            "`kkt-buffer events` tells why nothing is delivered. To go on selling meanwhile:",
             f"kkt-buffer config --db {text.printable(path)} buffer_capacity {2 * status.capacity}",
-        ]
-    return lines
+        )
+        cry = [text.styled(f" {REFUSING} ", "alarm"), *(part for line in advice for part in text.wrapped(line, 0)), ""]
+    return [*cry, *text.rows(table)]
 
 
 def _style_of(status: BufferStatus) -> str:
@@ -161,12 +160,13 @@ def _watch(arguments: argparse.Namespace) -> None:
         try:
             while True:
                 lines = [*_status_lines(repository, path, schema), "", *_event_lines(repository.get_events(5)[::-1])]
-                if not text.is_terminal():
-                    lines = [text.local_time(int(time.time())), *lines, ""]
-                else:
+                if text.is_terminal():
+                    lines = lines[: text.height() - 1]
                     if drawn:
                         sys.stdout.write(f"\x1b[{drawn}F\x1b[J")  # back to the first line, and clear what follows
                     drawn = len(lines)
+                else:
+                    lines = [text.local_time(int(time.time())), *lines, ""]
                 print(*lines, sep="\n", flush=True)
                 time.sleep(arguments.every)
         except KeyboardInterrupt:  # the way to end it
@@ -220,7 +220,7 @@ def _print_receipts(receipts: list[Receipt]) -> None:
 
 
 def _indented(remark: str) -> str:
-    return text.fit("    " + text.printable(remark))
+    return "\n".join(text.wrapped(text.printable(remark), 4))
 
 
 def _as_dict(receipt: Receipt, *, reveal: bool) -> dict[str, Any]:
@@ -240,9 +240,9 @@ def _show(arguments: argparse.Namespace) -> None:
         events = repository.get_events(ALL, receipt_id=receipt.id)[::-1]
         days = int(repository.get_config("ofd_deadline_days") or 0)
     print(*text.rows(_facts(receipt, days)), sep="\n")
-    print(text.styled("\ndocument", "bold"))
+    print("\n" + text.styled("document", "bold"))
     print(*_document_lines(receipt, full=arguments.full, reveal=arguments.reveal), sep="\n")
-    print(text.styled("\nwhat happened", "bold"))
+    print("\n" + text.styled("what happened", "bold"))
     print(*_event_lines(events, about=False), sep="\n")
 
 
@@ -286,10 +286,8 @@ def _dead_letters(arguments: argparse.Namespace) -> None:
     with repository_for(arguments) as repository:
         found = matching(repository, arguments.error)
     for letter in found:
-        print(
-            text.styled(text.printable(letter.original_receipt_id), "bold"),
-            f"  {text.local_time(letter.failed_at)[:16]}  {letter.retry_attempts} attempts",
-        )
+        since = f"since {text.local_time(letter.failed_at)[:16]}, after {letter.retry_attempts} failed attempts"
+        print(f"{text.styled(text.printable(letter.original_receipt_id), 'bold')}  {since}")
         print(_indented(letter.reason))
     print(f"{len(found)} open dead letters" if found else "no open dead letters")
 
@@ -308,13 +306,16 @@ def matching(repository: ReceiptRepository, error: str | None) -> list[DeadLette
 
 
 def _event_lines(events: list[BufferEvent], *, about: bool = True) -> list[str]:
-    """What happened, one line for each event; with `about`, the receipt is named, else the details are."""
+    """What happened, oldest first. With `about`, the receipt is named; else the details are told."""
     lines = []
     for event in events:
         kind = event.event_type.removeprefix("receipt_").replace("_", " ")
         details = event.details if isinstance(event.details, dict) else {}
-        told = event.receipt_id or "" if about else ", ".join(f"{key}: {value}" for key, value in details.items())
-        lines.append(text.fit(f"{text.local_time(event.timestamp)[:19]}  {kind:<{KIND_WIDTH}}  {text.printable(told)}"))
+        told = ", ".join(f"{key}: {value}" for key, value in details.items())
+        if about and event.receipt_id is not None:
+            told = event.receipt_id
+        start = f"{text.local_time(event.timestamp)[:19]}  {kind:<{KIND_WIDTH}}  "
+        lines += text.wrapped((start + text.printable(told)).rstrip(), len(start), 0)
     return lines
 
 

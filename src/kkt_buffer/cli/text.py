@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import sys
+import textwrap
 import time
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
@@ -31,8 +32,9 @@ PERSONAL_KEYS = (
 )
 MASK = "***"
 
+MINIMUM = 20  # columns of a text in a narrow terminal
 FOLD_AFTER = 3  # elements of a list in a folded document
-BAR_WIDTH = 40
+BAR_WIDTH = 30
 
 _STYLES = {"bold": 1, "dim": 2, "red": 31, "green": 32, "yellow": 33, "alarm": "1;37;41"}
 
@@ -47,6 +49,11 @@ def styled(text: str, style: str) -> str:
     if not is_terminal() or os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb":
         return text
     return f"\x1b[{_STYLES[style]}m{text}\x1b[0m"
+
+
+def height() -> int:
+    """The lines of the terminal."""
+    return shutil.get_terminal_size((80, 24)).lines
 
 
 def printable(text: object) -> str:
@@ -69,19 +76,29 @@ def cut(text: str, length: int) -> str:
     return text if len(text) <= length else text[: max(length - 1, 0)] + "…"
 
 
-def fit(line: str) -> str:
-    """The line, cut to the width of the terminal; whole in a file or a pipe."""
-    return cut(line, shutil.get_terminal_size((80, 24)).columns) if is_terminal() else line
+def wrapped(line: str, indent: int, first: int | None = None) -> list[str]:
+    """
+    The line, broken to the width of the terminal and indented; in one piece in a file or a pipe.
+
+    `first` is the indent of the first line, if that is another one.
+    """
+    start, rest = " " * (indent if first is None else first), " " * indent
+    if not is_terminal() or "\x1b" in line:
+        return [start + line]
+    columns = max(shutil.get_terminal_size((80, 24)).columns, indent + MINIMUM)
+    return textwrap.wrap(line, columns, initial_indent=start, subsequent_indent=rest, break_on_hyphens=False) or [start]
 
 
 def rows(table: Mapping[str, str]) -> list[str]:
     """The lines of a table with a name in front of each value; a value may have several lines."""
     name_width = max(map(len, table))
-    return [
-        f"{name if first else '':<{name_width}} | {line}"
-        for name, value in table.items()
-        for first, line in zip((True, *(False for _ in value)), value.split("\n"), strict=False)
-    ]
+    lines = []
+    for name, value in table.items():
+        parts = [part for line in value.split("\n") for part in wrapped(line, name_width + 3)]
+        lines += [
+            f"{'' if number else name:<{name_width}} | {part[name_width + 3 :]}" for number, part in enumerate(parts)
+        ]
+    return lines
 
 
 def columns(header: Sequence[str], lines: Iterable[Sequence[object]]) -> list[str]:
