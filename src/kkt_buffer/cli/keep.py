@@ -155,18 +155,14 @@ def _compared(engine: Engine) -> tuple[tuple[str, ...], bool]:
 
 def _export(arguments: argparse.Namespace) -> int:
     problems = []
-    engine = create_buffer_engine(path_of(arguments), read_only=True)
-    try:
-        for found in salvage(engine):
-            if isinstance(found, Lost):
-                problems += [f"receipt {receipt_id} could not be read" for receipt_id in found.ids]
-                problems += [found.problem] if found.problem else []
-                continue
-            print(json.dumps(found, ensure_ascii=False, default=_as_text))
-            if not is_intact(str(found["fiscal_doc"]), found.get("digest")):
-                problems.append(f"receipt {found['id']} was changed: its document does not match its digest")
-    finally:
-        engine.dispose()
+    for found in salvage(path_of(arguments)):
+        if isinstance(found, Lost):
+            problems += [f"receipt {receipt_id} could not be read" for receipt_id in found.ids]
+            problems += [found.problem] if found.problem else []
+            continue
+        print(json.dumps(found, ensure_ascii=False, default=_as_text))
+        if not is_intact(str(found["fiscal_doc"]), found.get("digest")):
+            problems.append(f"receipt {found['id']} was changed: its document does not match its digest")
     for problem in problems:
         print(f"error: {text.printable(problem)}", file=sys.stderr)
     return 1 if problems else 0

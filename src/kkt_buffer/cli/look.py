@@ -116,7 +116,7 @@ def _status_lines(repository: ReceiptRepository, path: str, schema: str | None) 
     cry = []
     if undelivered >= status.capacity:
         advice = (
-            "The buffer is full. Everything in it is safe; new receipts are refused until there is room. "
+            "The buffer is full. Everything in it is safe; new receipts are refused until there is room.",
             "`kkt-buffer events` tells why nothing is delivered. To go on selling meanwhile:",
             f"kkt-buffer config --db {text.printable(path)} buffer_capacity {2 * status.capacity}",
         )
