@@ -337,7 +337,7 @@ class TestKills:
         with contextlib.ExitStack() as stack:
             shop = Shop(stack, path, tmp_path, 1, fault)
             with pytest.raises(AssertionError, match=found):
-                for _ in range(10):
+                for _ in range(60):
                     shop.play()
                     shop.check()
             print(f"{fault}: found in round {shop.rounds}")
