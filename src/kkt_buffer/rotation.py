@@ -53,3 +53,5 @@ def _check(copy: Path) -> IntegrityReport:
         return ReceiptRepository(engine).check_integrity()
     finally:
         engine.dispose()
+        for suffix in ("-wal", "-shm"):  # a reader of SQLite leaves them behind, empty
+            Path(f"{copy}{suffix}").unlink(missing_ok=True)

@@ -3,9 +3,9 @@
 import argparse
 import json
 import sys
-import time
 from collections.abc import Iterator
 from dataclasses import asdict
+from time import sleep, time
 from typing import TYPE_CHECKING, Any
 
 from kkt_buffer.cli import text
@@ -111,7 +111,7 @@ def _status_lines(repository: ReceiptRepository, path: str, schema: str | None) 
         "last outage": _when(status.last_outage_at) or "none on record",
         "circuit breaker": text.styled("OPEN: the OFD is down, and only probed", "yellow") if is_open else "closed",
     }
-    if status.deadline_at is not None and status.deadline_at - time.time() < 10 * SECONDS_PER_DAY:
+    if status.deadline_at is not None and status.deadline_at - time() < 10 * SECONDS_PER_DAY:
         table["deliver before"] = text.styled(table["deliver before"], "red")
     cry = []
     if undelivered >= status.capacity:
@@ -152,23 +152,22 @@ def print_status(path: str) -> None:
 
 def _watch(arguments: argparse.Namespace) -> None:
     path = path_of(arguments)
-    if arguments.every <= 0:
+    if not arguments.every > 0:
         raise ValueError("--every: expected a number of seconds above 0")
     with engine_for(path) as engine:
         repository, schema = ReceiptRepository(engine), current(engine)
-        drawn = 0
+        back = ""
         try:
             while True:
                 lines = [*_status_lines(repository, path, schema), "", *_event_lines(repository.get_events(5)[::-1])]
                 if text.is_terminal():
                     lines = lines[: text.height() - 1]
-                    if drawn:
-                        sys.stdout.write(f"\x1b[{drawn}F\x1b[J")  # back to the first line, and clear what follows
-                    drawn = len(lines)
                 else:
-                    lines = [text.local_time(int(time.time())), *lines, ""]
-                print(*lines, sep="\n", flush=True)
-                time.sleep(arguments.every)
+                    lines = [text.local_time(int(time())), *lines, ""]
+                print(back + "\n".join(lines), flush=True)
+                if text.is_terminal():
+                    back = f"\x1b[{len(lines)}F\x1b[J"  # to the first line, and clear what follows
+                sleep(arguments.every)
         except KeyboardInterrupt:  # the way to end it
             return
 
@@ -322,10 +321,10 @@ def _event_lines(events: list[BufferEvent], *, about: bool = True) -> list[str]:
 def _events(arguments: argparse.Namespace) -> None:
     with repository_for(arguments) as repository:
         events = repository.get_events(arguments.limit)[::-1]
-        print(*_event_lines(events), sep="\n", flush=True)
+        print("\n".join(_event_lines(events)) or "no events", flush=True)
         try:
             while arguments.follow:
-                time.sleep(1)
+                sleep(1)
                 last = events[-1].id if events else 0
                 if new := list(_after(repository, last)):
                     events = new

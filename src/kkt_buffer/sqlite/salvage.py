@@ -41,9 +41,12 @@ def salvage(path_or_url: str | os.PathLike[str]) -> Iterator[dict[str, Any] | Lo
     """
     The columns of each receipt that can be read, in the order in which they were stored; at last, what is lost.
 
-    Raises `BufferDamagedError` if not even the table is found, `BufferStorageError` if the file cannot be opened.
+    Raises `BufferDamagedError` if not even the table is found, `BufferStorageError` if the file cannot be opened,
+    `ValueError` for a buffer in memory.
     """
     path = file_of(path_or_url)
+    if path is None:
+        raise ValueError("path_or_url: export needs a file, and a buffer in memory has none")
     driver = load_driver(None, writing=False)
     # Not an engine: that refuses a damaged file.
     with (
