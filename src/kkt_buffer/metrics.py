@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, NamedTuple
 
 from kkt_buffer.delivery import DeliveryReport, Outcome
-from kkt_buffer.models import EventType
 from kkt_buffer.operations.status import BufferStatus
 from kkt_buffer.repository import ReceiptRepository
 
@@ -25,7 +24,6 @@ class Moment(NamedTuple):
     """What the figures are made of. `now` is in Unix seconds."""
 
     status: BufferStatus
-    is_circuit_open: bool
     now: float
 
 
@@ -62,7 +60,7 @@ FIGURES = (
     Figure(
         "kkt_circuit_breaker_state",
         "0: closed, receipts are sent. 1: open, the OFD is only probed.",
-        lambda moment: int(moment.is_circuit_open),
+        lambda moment: int(moment.status.circuit_opened_at is not None),
     ),
     Figure("kkt_oldest_undelivered_seconds", "Age of the oldest receipt that the OFD does not have; 0: none.", _age),
     Figure(
@@ -73,18 +71,9 @@ FIGURES = (
 )
 
 
-def is_circuit_open(repository: ReceiptRepository) -> bool:
-    """Whether the last event of a circuit breaker says that it was opened."""
-    opened, closed = (
-        repository.get_events(1, event_type=kind) for kind in (EventType.CIRCUIT_OPENED, EventType.CIRCUIT_CLOSED)
-    )
-    return bool(opened) and (not closed or opened[0].id > closed[0].id)
-
-
 def figures(repository: ReceiptRepository, now: Callable[[], float] = time.time) -> Iterator[tuple[Figure, float]]:
     """The present values. One read transaction, which locks nobody."""
-    with repository.reading():
-        moment = Moment(repository.get_buffer_status(), is_circuit_open(repository), now())
+    moment = Moment(repository.get_buffer_status(), now())
     for figure in FIGURES:
         value = figure.value(moment)
         if value is not None:

@@ -67,8 +67,14 @@ circuit breaker    | closed
             "deadline_at": NOON + 30 * DAY,
             "last_synced_at": NOON,
             "last_outage_at": None,
+            "circuit_opened_at": None,
         }
         assert expected == json.loads(done("status", used, "--json"))
+
+    def test_circuit(self, file_engine, file_repository, path, done, moscow):
+        file_repository.log_event("circuit_opened")
+        file_engine.dispose()
+        assert done("status", path).splitlines()[-1].startswith("circuit breaker    | OPEN since 2026-03-01 15:00:00")
 
     @pytest.mark.parametrize("options", [[], ["--json"]])
     def test_changes_nothing(self, used, options, done):
@@ -271,7 +277,16 @@ what happened
             "cashier": {"name": "Сидорова"},
             "buyerAddress": None,
         }
-        words = "+79001234567 Иванова 123456789047 Петров 500100732259 Москва 7707083893 Сидорова".split()
+        words = [
+            "+79001234567",
+            "Иванова",
+            "123456789047",
+            "Петров",
+            "500100732259",
+            "Москва",
+            "7707083893",
+            "Сидорова",
+        ]
         receipt = a_receipt(file_repository, fiscal_doc={**secrets, "operatorTransferName": "a firm", "user": "ООО"})
         file_engine.dispose()
         shown = done("show", receipt.id, "--db", path)

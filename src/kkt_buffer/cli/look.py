@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 from kkt_buffer.cli import text
 from kkt_buffer.cli.target import add_command, engine_for, path_of, repository_for
 from kkt_buffer.errors import InvalidDocumentError, ReceiptNotFoundError
-from kkt_buffer.metrics import is_circuit_open
 from kkt_buffer.migrate import current
 from kkt_buffer.models import BufferEvent, DeadLetter, Receipt, ReceiptStatus
 from kkt_buffer.operations.status import SECONDS_PER_DAY, BufferStatus
@@ -89,8 +88,7 @@ def _add_reveal(command: argparse.ArgumentParser) -> None:
 
 def _status_lines(repository: ReceiptRepository, path: str, schema: str | None) -> list[str]:
     """The state of a buffer for people."""
-    with repository.reading():
-        status, is_open = repository.get_buffer_status(), is_circuit_open(repository)
+    status = repository.get_buffer_status()
     undelivered = status.pending + status.syncing
     full = f"{status.percent_full:.2f} %  ({undelivered} of {status.capacity})"
     if text.is_terminal():
@@ -109,7 +107,9 @@ def _status_lines(repository: ReceiptRepository, path: str, schema: str | None) 
         "deliver before": _when(status.deadline_at) or "nothing waits",
         "last delivery": _when(status.last_synced_at) or "none yet",
         "last outage": _when(status.last_outage_at) or "none on record",
-        "circuit breaker": text.styled("OPEN: the OFD is down, and only probed", "yellow") if is_open else "closed",
+        "circuit breaker": text.styled(f"OPEN since {_when(status.circuit_opened_at)}", "yellow")
+        if status.circuit_opened_at is not None
+        else "closed",
     }
     if status.deadline_at is not None and status.deadline_at - time() < 10 * SECONDS_PER_DAY:
         table["deliver before"] = text.styled(table["deliver before"], "red")
@@ -162,11 +162,10 @@ def _watch(arguments: argparse.Namespace) -> None:
                 lines = [*_status_lines(repository, path, schema), "", *_event_lines(repository.get_events(5)[::-1])]
                 if text.is_terminal():
                     lines = lines[: text.height() - 1]
-                else:
-                    lines = [text.local_time(int(time())), *lines, ""]
-                print(back + "\n".join(lines), flush=True)
-                if text.is_terminal():
+                    print(back + "\n".join(lines), flush=True)
                     back = f"\x1b[{len(lines)}F\x1b[J"  # to the first line, and clear what follows
+                else:
+                    print(text.local_time(int(time())), *lines, "", sep="\n", flush=True)
                 sleep(arguments.every)
         except KeyboardInterrupt:  # the way to end it
             return
