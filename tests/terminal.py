@@ -4,6 +4,7 @@ import contextlib
 import fcntl
 import os
 import pty
+import re
 import signal
 import struct
 import subprocess
@@ -44,3 +45,8 @@ def in_terminal(
         os.close(ours)
         status = program.wait(60)
     return Ended(status, out.decode().replace("\r\n", "\n"))
+
+
+def without_distances(text):
+    """The text without how long ago or ahead a time is, which depends on the day of the test."""
+    return re.sub(r"  \((in )?\d+ (d|h|min|s)( ago)?\)", "", text)

@@ -38,6 +38,15 @@ class NewReceipt(NamedTuple):
     hold: bool = False
 
 
+class Page(NamedTuple):
+    """Which receipts `list_receipts` returns."""
+
+    status: ReceiptStatus
+    pos_id: str | None
+    after: Receipt | None
+    limit: int
+
+
 def new_receipt(data: Mapping[str, Any], *, exist_ok: bool = False, hold: bool = False) -> NewReceipt:
     """Check the mapping that `insert_receipt` takes."""
     if not isinstance(data, Mapping):
@@ -126,14 +135,15 @@ def status(value: object) -> ReceiptStatus:
     return ReceiptStatus(value)
 
 
-def position(after: object, status: ReceiptStatus) -> None:
-    """The last receipt of the page before, or None."""
-    if after is None:
-        return
-    if not isinstance(after, Receipt):
+def page(status_name: object, pos_id: object, after: object, limit: object) -> Page:
+    """What `list_receipts` takes."""
+    wanted = status(status_name)
+    if after is not None and not isinstance(after, Receipt):
         raise TypeError(f"after: expected the last receipt of the page before, got {_kind(after)}")
-    if after.status is not status:
-        raise ValueError(f"after: expected a {status} receipt, the last of the page before; got a {after.status} one")
+    if after is not None and after.status is not wanted:
+        raise ValueError(f"after: expected a {wanted} receipt, the last of the page before; got a {after.status} one")
+    till = None if pos_id is None else name("pos_id", pos_id)
+    return Page(wanted, till, after, whole_number("limit", limit, 1))
 
 
 def event_type(value: object) -> str:

@@ -169,19 +169,14 @@ class ReceiptRepository:
         """
         One page of the receipts of one status, at most `limit`; of one till if `pos_id` is given.
 
-        They are in HLC order, synced ones in the order of their delivery. The next page comes with `after`, the last
-        receipt of this page. A receipt whose status changes between two pages is on the pages of its new status.
+        In HLC order, synced ones in the order of their delivery. `after` is the last receipt of the page before.
 
-        >>> first, second = repository.insert_receipts({"pos_id": "till-1", "fiscal_doc": "{}"} for _ in range(2))
-        >>> page = repository.list_receipts(status="pending", limit=1)
-        >>> [receipt.id == second for receipt in repository.list_receipts(status="pending", after=page[-1])]
-        [True]
+        >>> repository.list_receipts(status="failed", limit=10)
+        []
         """
-        wanted, limit = arguments.status(status), arguments.whole_number("limit", limit, 1)
-        pos_id = None if pos_id is None else arguments.name("pos_id", pos_id)
-        arguments.position(after, wanted)
+        page = arguments.page(status, pos_id, after, limit)
         with self._reading() as tx:
-            return receipts.list_receipts(tx, wanted, pos_id, after, limit)
+            return receipts.list_receipts(tx, page)
 
     def mark_synced(self, receipt_id: str | uuid.UUID, server_time: int) -> bool:
         """

@@ -6,13 +6,10 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sqlalchemy import Engine
-
 from kkt_buffer.cli import text
 from kkt_buffer.cli.target import add_command, engine_for, path_of, repository_for
 from kkt_buffer.documents import is_intact
 from kkt_buffer.engine import create_buffer_engine
-from kkt_buffer.errors import ReceiptBufferError
 from kkt_buffer.migrate import current, differences, stage, upgrade
 from kkt_buffer.repository import ReceiptRepository
 from kkt_buffer.rotation import KEEP, back_up, backups
@@ -105,9 +102,9 @@ def _backup(arguments: argparse.Namespace) -> int:
             repository, folder, name=path.stem, keep=KEEP if arguments.keep is None else arguments.keep
         )
     print(f"{copy}: complete, and on disk ({len(backups(folder, name=path.stem))} copies in {folder})")
-    if report.is_sound:
+    if not report.is_damaged:
         return 0
-    print(f"error: the copy has the problems of the buffer: {report}. No older copy was deleted.", file=sys.stderr)
+    print(f"error: the copy is damaged as the buffer is: {report}. No older copy was deleted.", file=sys.stderr)
     return 1
 
 
@@ -118,9 +115,9 @@ def _verify(arguments: argparse.Namespace) -> int:
         rows["SQLite"] = known_bugs(engine)
         repository = ReceiptRepository(engine)
         report = repository.check_integrity()
-        schema, is_damaged = _compared(engine)
-        is_damaged = is_damaged or report.is_damaged
-        findings = {"schema": schema, **report.findings}
+        schema = differences(engine)
+        is_damaged = report.is_damaged or any(difference.is_damage for difference in schema)
+        findings = {"schema": tuple(map(str, schema)), **report.findings}
         rows |= {what: text.printable_lines(problems) or "ok" for what, problems in findings.items()}
         is_whole = not any(findings.values())
         if is_whole:
@@ -142,15 +139,6 @@ def _verify(arguments: argparse.Namespace) -> int:
         "undo what was changed by hand, correct a setting; timestamps out of order stay. Nothing was changed."
     )
     return DIFFERS
-
-
-def _compared(engine: Engine) -> tuple[tuple[str, ...], bool]:
-    """How the schema differs, and whether that is damage."""
-    try:
-        found = differences(engine)
-    except ReceiptBufferError as error:
-        return (str(error),), True
-    return tuple(map(str, found)), any(difference.is_damage for difference in found)
 
 
 def _export(arguments: argparse.Namespace) -> int:

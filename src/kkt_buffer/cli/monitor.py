@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from kkt_buffer.cli.look import REFUSING
 from kkt_buffer.cli.target import add_command, repository_for
-from kkt_buffer.errors import BufferBusyError, BufferStorageError, ReceiptBufferError
+from kkt_buffer.errors import BufferStorageError, ReceiptBufferError
 from kkt_buffer.metrics import as_text
 from kkt_buffer.operations.status import SECONDS_PER_DAY, BufferStatus
 
@@ -27,7 +27,7 @@ def add(commands: "Commands") -> None:
         "CRITICAL (2): the buffer is missing, damaged or cannot be read, is full to -c percent, or its oldest receipt\n"
         "must be delivered within --days days.\n"
         "WARNING (1): it is full to -w percent, or there are dead letters, which somebody must decide about.\n"
-        "UNKNOWN (3): wrong usage, a busy file, another schema, an invalid setting.  OK (0): everything else.",
+        "UNKNOWN (3): wrong usage, another schema, an invalid setting. OK (0): everything else.",
     )
     command.usage_status = UNKNOWN  # 2 would be CRITICAL
     command.add_argument("-w", type=float, default=80.0, metavar="PERCENT", help="default: %(default)g")
@@ -49,8 +49,8 @@ def _check(arguments: argparse.Namespace) -> int:
         with repository_for(arguments) as repository:
             status = repository.get_buffer_status()
     except (ReceiptBufferError, ValueError, RuntimeError) as error:
-        is_broken = isinstance(error, BufferStorageError) and not isinstance(error, BufferBusyError)
-        state, line = CRITICAL if is_broken else UNKNOWN, " ".join(str(error).replace("|", "/").split())
+        state = CRITICAL if isinstance(error, BufferStorageError) else UNKNOWN
+        line = " ".join(str(error).replace("|", "/").split())
     else:
         state, line = _judge(status, arguments.w, arguments.c, arguments.days)
     print(f"KKT {NAMES[state]} - {line}")

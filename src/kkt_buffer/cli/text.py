@@ -124,21 +124,17 @@ def bar(percent: float) -> str:
     return filled * count + empty * (BAR_WIDTH - count)
 
 
-def local_time(seconds: int | None) -> str:
+def local_time(seconds: int) -> str:
     """A time as the wall clock of the shop shows it."""
-    if seconds is None:
-        return "-"
     try:
         return datetime.fromtimestamp(seconds, UTC).astimezone().strftime("%Y-%m-%d %H:%M:%S %z")
     except (ValueError, OverflowError, OSError):
         return f"{seconds} (no valid time)"
 
 
-def distance(seconds: int | None, now: float | None = None) -> str:
+def distance(seconds: int) -> str:
     """How far a time is from now: "3 h ago", "in 29 d"."""
-    if seconds is None:
-        return ""
-    difference = seconds - (time.time() if now is None else now)
+    difference = seconds - time.time()
     amount = abs(difference)
     for unit, size in (("d", 86_400), ("h", 3600), ("min", 60)):
         if amount >= 2 * size:

@@ -8,7 +8,7 @@ from typing import cast
 from sqlalchemy import Select, Table, bindparam, insert, literal_column, null, select, text, update
 from sqlalchemy.exc import IntegrityError
 
-from kkt_buffer.arguments import NewReceipt
+from kkt_buffer.arguments import NewReceipt, Page
 from kkt_buffer.errors import (
     BufferDamagedError,
     BufferFullError,
@@ -138,10 +138,9 @@ def _page_key(status: ReceiptStatus) -> tuple[str, ...]:
     return _BY_DELIVERY if status is ReceiptStatus.SYNCED else _BY_HLC
 
 
-def list_receipts(
-    tx: Transaction, status: ReceiptStatus, pos_id: str | None, after: Receipt | None, limit: int
-) -> list[Receipt]:
+def list_receipts(tx: Transaction, page: Page) -> list[Receipt]:
     """One page of the receipts of one status: those after the last receipt of the page before."""
+    status, pos_id, after, limit = page
     position = {} if after is None else {name: getattr(after, name) for name in _page_key(status)}
     if pos_id is not None:
         position["pos_id"] = pos_id
