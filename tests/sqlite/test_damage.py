@@ -100,7 +100,8 @@ class TestCheckIntegrity:
         damage(
             used,
             "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < 150) INSERT INTO receipts"
-            " (id, pos_id, created_at, hlc_local_time, hlc_logical_counter, fiscal_doc, status)"
-            " SELECT i, 't', 1, 1, i, '{}', 'failed' FROM n",
+            " (id, pos_id, created_at, hlc_local_time, hlc_logical_counter, fiscal_doc, status, digest)"
+            " SELECT i, 't', 1, 1, i, '{}', 'failed', 'x' FROM n",
         )
-        assert len(report(used).findings["dead letters"]) == 100
+        found = report(used).findings
+        assert (100, 100) == (len(found["dead letters"]), len(found["documents"]))
