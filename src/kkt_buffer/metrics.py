@@ -6,7 +6,7 @@ The figures of a buffer for Prometheus.
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
 from kkt_buffer.delivery import DeliveryReport, Outcome
@@ -113,10 +113,9 @@ class BufferCollector:
         self._now = now
         self._outcomes = Counter[Outcome]()
 
-    def __call__(self, delivered: DeliveryReport | Mapping[str, Outcome]) -> None:
-        """Count the outcomes of a report."""
-        outcomes = delivered.outcomes if isinstance(delivered, DeliveryReport) else delivered
-        self._outcomes.update(outcomes.values())
+    def __call__(self, delivered: DeliveryReport | Outcome) -> None:
+        """Count the outcomes of a report, or one outcome."""
+        self._outcomes.update(delivered.outcomes.values() if isinstance(delivered, DeliveryReport) else [delivered])
 
     def describe(self) -> Iterator["Metric"]:
         """The metrics without values: registering does not read the buffer."""
