@@ -37,7 +37,7 @@ from kkt_buffer.models import (
     Resolution,
     metadata,
 )
-from kkt_buffer.repository import BufferStatus, IntegrityReport, PruneReport, ReceiptRepository
+from kkt_buffer.repository import BufferStatus, IntegrityReport, PruneReport, ReceiptData, ReceiptRepository
 
 __all__ = [
     "AcknowledgedReceiptError",
@@ -66,6 +66,7 @@ __all__ = [
     "PruneReport",
     "Receipt",
     "ReceiptBufferError",
+    "ReceiptData",
     "ReceiptNotFoundError",
     "ReceiptRepository",
     "ReceiptStatus",
