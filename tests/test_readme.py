@@ -4,6 +4,7 @@ import re
 import sys
 from pathlib import Path
 
+import predecessor
 from builders import run_python
 
 from kkt_buffer import ReceiptRepository, errors
@@ -44,6 +45,29 @@ with TestClient(app) as client:
         assert len(BLOCKS) >= 4
         printed = run_python("\n".join([*BLOCKS, use]), cwd=tmp_path).stdout
         assert printed.splitlines()[-2:] == ["3", "3"]
+
+    def test_cash(self, tmp_path):
+        """The recipe for cash sessions, on a file of the sqlite3 version: both rows, or none."""
+        (tmp_path / "data").mkdir()
+        predecessor.make(tmp_path / "data" / "buffer.db", 1)
+        [recipe] = [block for block in BLOCKS if "cash_transactions" in block]
+        use = """
+from sqlalchemy.exc import IntegrityError
+
+with buffer.transaction() as session:
+    session.execute(text("INSERT INTO pos_sessions VALUES ('till-1', 5)"))
+before = buffer.get_buffer_status().total_receipts
+sell("till-1", "{}", 100)
+try:
+    sell("till-2", "{}", 100)  # has no session
+except IntegrityError:
+    pass
+with buffer.transaction() as session:
+    print(buffer.get_buffer_status().total_receipts - before)
+    print(session.scalar(text("SELECT SUM(amount) FROM cash_transactions WHERE amount = 100")))
+"""
+        printed = run_python("\n".join([BLOCKS[0], recipe, use]), cwd=tmp_path).stdout.splitlines()
+        assert ["1", "100"] == printed[-2:]
 
     def test_breaker(self, tmp_path):
         """The example's breaker opens after five outages in a row, leaves the OFD alone, and closes again."""
