@@ -31,7 +31,7 @@ from sqlalchemy import (
 )
 from sqlalchemy.exc import DBAPIError
 
-from kkt_buffer.backend import OPERATION, OPTION, READ_ONLY, Backend, Parameters, Reference
+from kkt_buffer.backend import OPTION, READ_ONLY, Backend, Parameters, Reference
 from kkt_buffer.errors import BufferStorageError, ReceiptBufferError
 from kkt_buffer.sqlite import file, fork
 from kkt_buffer.sqlite.connection import Files, GuardedConnection, Identity, Sizes
@@ -220,10 +220,8 @@ class Database(Backend):
             )
 
     def _begin(self, connection: Connection) -> None:
-        options = connection.get_execution_options()
         driver = driver_connection(connection)
-        driver.is_operation = options.get(OPERATION, False)
-        driver.begin(write=not options.get(READ_ONLY, False))
+        driver.begin(write=not (driver.is_reader or connection.get_execution_options().get(READ_ONLY, False)))
 
     def _savepoint(self, connection: Connection, _name: str) -> None:
         driver_connection(connection).refuse_child()
@@ -268,19 +266,23 @@ class Database(Backend):
 
     # Called by operations.
 
-    def connect(self, engine: Engine) -> Connection:
+    def connect(self, engine: Engine, *, write: bool) -> Connection:
         """
         A connection for a transaction: to write from the engine's pool, to read from a second pool.
 
         A change of `query_only` makes SQLite prepare all statements of a connection again.
         """
-        if not engine.get_execution_options().get(READ_ONLY):
-            return engine.connect()
+        if write:
+            connection = engine.connect()
+            driver_connection(connection).is_operation = True
+            return connection
         with self._readers_lock:
             if self._readers is None:
                 self._readers = engine.pool.recreate()  # created late, so that it has all listeners of the engine
             readers = self._readers
-        return Connection(engine, readers.connect())
+        connection = Connection(engine, readers.connect())
+        driver_connection(connection).is_reader = True
+        return connection
 
     def _close_readers(self) -> None:
         readers, self._readers = self._readers, None
