@@ -46,6 +46,21 @@ with TestClient(app) as client:
         printed = run_python("\n".join([*BLOCKS, use]), cwd=tmp_path).stdout
         assert printed.splitlines()[-2:] == ["3", "3"]
 
+    def test_sale(self, tmp_path):
+        """What the foreign key of a sale refers to is not pruned; the other receipt is."""
+        [sale] = [block for block in BLOCKS if "class Sale" in block]
+        use = """
+import time
+from kkt_buffer import ReceiptRepository
+
+for receipt in buffer.get_pending_receipts():
+    buffer.mark_synced(receipt.id, 5)
+next_year = ReceiptRepository(buffer.get_db(), now=lambda: time.time() + 366 * 86_400)
+print(next_year.prune().receipts, buffer.get_receipt_by_id(receipt_id) is not None)
+"""
+        printed = run_python("\n".join([BLOCKS[0], sale, use]), cwd=tmp_path).stdout.splitlines()
+        assert "1 True" == printed[-1]
+
     def test_cash(self, tmp_path):
         """The recipe for cash sessions, on a file of the sqlite3 version: both rows, or none."""
         (tmp_path / "data").mkdir()
