@@ -12,6 +12,7 @@ from kkt_buffer.config import CONFIG_RULES
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
+CONTRIBUTING = (ROOT / ".github" / "CONTRIBUTING.md").read_text()
 BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 
@@ -125,9 +126,16 @@ class TestTables:
         assert set() == {name for name in raised if f"`{name}`" not in README}
 
     def test_targets(self):
-        """Every make target that it names exists."""
+        """Every make target that it names exists; so do those that contributors read of, all of them."""
         targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
-        assert set(re.findall(r"make ([a-z]+)\b", README)) - {"it"} <= targets
+        for words in (README, CONTRIBUTING):
+            assert set(re.findall(r"\bmake\s+([a-z]+)\b", words)) - {"it"} <= targets
+
+    def test_links(self):
+        """What a document of ours links to is there."""
+        for document in (ROOT / "README.md", *(ROOT / ".github").glob("*.md"), ROOT / "tests" / "README.md"):
+            links = re.findall(r"\]\((?!http)([^)#]+)\)", document.read_text())
+            assert [] == [link for link in links if not (document.parent / link).exists()], document
 
     def test_python_version(self):
         """The Python that runs this is one that the README allows."""

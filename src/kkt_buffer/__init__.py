@@ -5,6 +5,8 @@ A receipt that the buffer acknowledged is never lost, never duplicated and never
 `ReceiptRepository`; `kkt_buffer.buffer` has them as functions over one default buffer.
 """
 
+import importlib.metadata
+
 from kkt_buffer.delivery import DeliveryReport, Outcome, deliver_pending
 from kkt_buffer.engine import create_buffer_engine
 from kkt_buffer.errors import (
@@ -79,3 +81,5 @@ __all__ = [
     "metadata",
     "upgrade",
 ]
+
+__version__ = importlib.metadata.version("kkt-buffer")

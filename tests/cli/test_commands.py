@@ -9,6 +9,7 @@ import time
 import pytest
 from builders import NOON, a_receipt, another_program, everything
 
+import kkt_buffer
 from kkt_buffer import ReceiptStatus, create_buffer_engine, demo
 from kkt_buffer.cli import main
 from kkt_buffer.migrate import revisions
@@ -97,6 +98,12 @@ class TestUpgrade:
         done = subprocess.run([*command, "."], cwd=tmp_path, capture_output=True, text=True, check=False)
         assert (1, "") == (done.returncode, done.stdout)
         assert done.stderr.splitlines()[-1].startswith("error: ")
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["--version"])
+    assert (0, f"kkt-buffer {kkt_buffer.__version__}\n") == (stop.value.code, capsys.readouterr().out)
 
 
 class TestStatus:
@@ -207,7 +214,7 @@ class TestErrors:
         with another_program(used) as connection:
             connection.execute("UPDATE kkt_buffer_version SET version_num = '9999'")
         before = everything(used)
-        assert "schema 9999, made by kkt-buffer 1.0.0; this is" in refused(command, used)
+        assert f"schema 9999, made by kkt-buffer {kkt_buffer.__version__}; this is" in refused(command, used)
         assert before == everything(used)
 
     def test_no_wal(self, of_another_program, refused):

@@ -17,7 +17,7 @@ from typing import Any
 from kkt_buffer import demo
 from kkt_buffer.engine import create_buffer_engine
 from kkt_buffer.errors import ReceiptBufferError
-from kkt_buffer.migrate import current, differences, require, stage, upgrade
+from kkt_buffer.migrate import current, differences, release, require, stage, upgrade
 from kkt_buffer.repository import ReceiptRepository
 from kkt_buffer.sqlite.driver import known_bugs
 from kkt_buffer.sqlite.engine import pragmas
@@ -44,6 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="kkt-buffer", description="The offline buffer of fiscal receipts.")
+    parser.add_argument("--version", action="version", version=f"%(prog)s {release()}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     command = commands.add_parser("demo", help="play a shift on a real buffer, with a kill in the middle")
