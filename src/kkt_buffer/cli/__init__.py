@@ -113,14 +113,9 @@ def _verify(arguments: argparse.Namespace) -> int:
         require(engine)
         repository = ReceiptRepository(engine)
         report = repository.check_integrity()
-        is_damaged = report.is_damaged
-        try:
-            found = differences(engine)
-            schema = tuple(map(str, found))
-            is_damaged = is_damaged or any(difference.is_damage for difference in found)
-        except ReceiptBufferError as error:
-            schema, is_damaged = (str(error),), True
-        findings = {"schema": schema, **report.findings}
+        found = differences(engine)
+        is_damaged = report.is_damaged or any(difference.is_damage for difference in found)
+        findings = {"schema": tuple(map(str, found)), **report.findings}
         rows |= {what: "\n".join(problems) or "ok" for what, problems in findings.items()}
         is_whole = not any(findings.values())
         if is_whole:
