@@ -29,8 +29,8 @@ def closed(monkeypatch, tmp_path):
 # What services of the sqlite3 version import. (Its functions for cash sessions are out.)
 PREDECESSORS_NAMES = (
     "init_buffer_db, close_buffer_db, get_db, insert_receipt, get_pending_receipts, mark_synced, move_to_dlq, "
-    "get_buffer_status, update_receipt_status, increment_retry_count, get_receipt_by_id, BufferFullError, "
-    "ReceiptNotFoundError, Receipt, BufferStatus"
+    "get_buffer_status, update_receipt_status, update_receipt_fiscal_doc, increment_retry_count, get_receipt_by_id, "
+    "BufferFullError, ReceiptNotFoundError, Receipt, BufferStatus"
 )
 
 
