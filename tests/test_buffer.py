@@ -70,6 +70,12 @@ class TestPredecessorsFile:
         assert 3 == buffer.get_buffer_status().total_receipts
         assert [] == [record for record in caplog.records if record.name == "kkt_buffer.buffer"]
 
+    def test_itself(self, tmp_path, caplog):
+        """Nor is it warned of itself when it is empty."""
+        (tmp_path / "kkt_adapter" / "data").mkdir(parents=True)
+        buffer.init_buffer_db(predecessor.make(tmp_path / "kkt_adapter" / "data" / "buffer.db"))
+        assert [] == [record for record in caplog.records if record.name == "kkt_buffer.buffer"]
+
     def test_not_in_memory(self, old, caplog):
         buffer.init_buffer_db(":memory:")
         assert [] == caplog.records
