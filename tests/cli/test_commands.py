@@ -7,6 +7,7 @@ import sys
 import pytest
 from builders import a_receipt, another_program, everything
 
+import kkt_buffer
 from kkt_buffer import create_buffer_engine, demo
 from kkt_buffer.cli import main
 from kkt_buffer.migrate import revisions
@@ -77,6 +78,10 @@ class TestUpgrade:
         assert done.stderr.splitlines()[-1].startswith("error: ")
 
 
+def test_version(run):
+    assert (0, f"kkt-buffer {kkt_buffer.__version__}\n", "") == run("--version")
+
+
 class TestErrors:
     def test_missing(self, tmp_path, refused):
         """Looking at a buffer that is not there does not make it."""
@@ -107,7 +112,7 @@ class TestErrors:
         with another_program(used) as connection:
             connection.execute("UPDATE kkt_buffer_version SET version_num = '9999'")
         before = everything(used)
-        assert "schema 9999, made by kkt-buffer 1.0.0; this is" in refused(command, used)
+        assert f"schema 9999, made by kkt-buffer {kkt_buffer.__version__}; this is" in refused(command, used)
         assert before == everything(used)
 
     def test_no_wal(self, of_another_program, refused):

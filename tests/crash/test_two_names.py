@@ -212,9 +212,9 @@ class TestOverlapping:
             pass
         [left] = target.parent.iterdir()
         hours_ago = time.time() - 2 * 3600
-        os.utime(left, (hours_ago, hours_ago))
         shutil.copy(used, target.with_name("other.db"))
         with half_a_backup(used, target):
+            os.utime(left, (hours_ago, hours_ago))
             file_repository.backup(target)
             assert not left.exists()
             assert 3 == len(list(target.parent.iterdir()))

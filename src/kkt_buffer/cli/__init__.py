@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from kkt_buffer.cli import act, keep, look, monitor, play
 from kkt_buffer.cli.target import Parser
 from kkt_buffer.errors import ReceiptBufferError
+from kkt_buffer.migrate import release
 
 _EPILOG = """\
 Every command takes --db PATH. Without it, the buffer is $BUFFER_DB_PATH, else data/buffer.db.
@@ -48,6 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parser() -> Parser:
     parser = Parser(prog="kkt-buffer", description="The offline buffer of fiscal receipts.", epilog=_EPILOG)
+    parser.add_argument("--version", action="version", version=f"%(prog)s {release()}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for kind in (look, act, keep, monitor, play):
         kind.add(commands)
