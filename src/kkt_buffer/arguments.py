@@ -159,8 +159,7 @@ def page(status_name: object, pos_id: object, after: object, limit: object) -> P
         raise TypeError(f"after: expected the last receipt of the page before, got {_kind(after)}")
     if after is not None and after.status is not wanted:
         raise ValueError(f"after: expected a {wanted} receipt, the last of the page before; got a {after.status} one")
-    till = None if pos_id is None else name("pos_id", pos_id)
-    return Page(wanted, till, after, whole_number("limit", limit, 1))
+    return Page(wanted, None if pos_id is None else name("pos_id", pos_id), after, whole_number("limit", limit, 1))
 
 
 def event_type(value: object) -> str:
