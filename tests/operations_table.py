@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from builders import NOON, a_receipt, an_id, new_receipt
+from builders import NOON, STATUSES, a_receipt, an_id, new_receipt
 
 from kkt_buffer import Receipt, ReceiptRepository
 
@@ -66,6 +66,9 @@ OPERATIONS = {
     "insert_receipts": Operation(lambda buffer, _: buffer.insert_receipts([new_receipt(), new_receipt()]), writes=True),
     "list_dead_letters": Operation(lambda buffer, _: buffer.list_dead_letters()),
     "list_held": Operation(lambda buffer, _: buffer.list_held()),
+    "list_receipts": Operation(
+        lambda buffer, _: [buffer.list_receipts(status=status, pos_id="till-1") for status in STATUSES]
+    ),
     "log_event": Operation(lambda buffer, _: buffer.log_event("circuit_opened"), writes=True),
     "mark_synced": Operation(lambda buffer, known: buffer.mark_synced(known.pending, NOON), writes=True),
     "move_to_dlq": Operation(lambda buffer, known: buffer.move_to_dlq(known.pending, "a reason"), writes=True),

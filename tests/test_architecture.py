@@ -22,8 +22,9 @@ MODULES = {
     ".".join(path.relative_to(SOURCE).with_suffix("").parts).removesuffix(".__init__"): path
     for path in SOURCE.rglob("*.py")
 }
+SPEAKING = {"__main__", "cli", "demo"}  # programs
 LONGEST = 350  # lines of a file
-EXCEPTIONS = {"repository": 600}  # every operation, with its documentation
+EXCEPTIONS = {"repository": 640}  # every operation, with its documentation
 
 
 def lint_imports(folder):
@@ -80,12 +81,17 @@ class TestArrows:
         assert f"{contract} BROKEN" in done.stdout.splitlines()
 
     def test_third_parties(self):
-        """What is not ours and not in the standard library: two packages. (A driver is imported by its name.)"""
+        """
+        What is not ours and not in the standard library: two packages, and one for an extra.
+
+        (A driver is imported by its name.)
+        """
         graph = grimp.build_graph(PACKAGE, include_external_packages=True, cache_dir=None)
         top = {module.partition(".")[0] for module in graph.modules}
-        assert {"alembic", "sqlalchemy"} == top - set(sys.stdlib_module_names) - {PACKAGE}
+        assert {"alembic", "prometheus_client", "sqlalchemy"} == top - set(sys.stdlib_module_names) - {PACKAGE}
         importers = graph.find_modules_that_directly_import("alembic")
         assert {f"{PACKAGE}.migrate"} == importers
+        assert {f"{PACKAGE}.metrics"} == graph.find_modules_that_directly_import("prometheus_client")
 
 
 class TestSize:
@@ -122,7 +128,7 @@ class TestPackage:
         done = run_python("import kkt_buffer.buffer")
         assert ("", "") == (done.stdout, done.stderr)
 
-    @pytest.mark.parametrize("module", sorted(set(MODULES) - {"__main__", "cli", "demo"}))
+    @pytest.mark.parametrize("module", sorted(name for name in MODULES if name.split(".")[0] not in SPEAKING))
     def test_no_print(self, module):
         """A library speaks through what it returns, raises and logs."""
         assert "print" not in names_used(MODULES[module].read_text())

@@ -15,7 +15,7 @@ from typing import Any, Literal, NamedTuple, NoReturn, NotRequired, TypedDict
 
 from kkt_buffer.config import CONFIG_RULES
 from kkt_buffer.documents import digest_of
-from kkt_buffer.models import EventType, ReceiptStatus
+from kkt_buffer.models import EventType, Receipt, ReceiptStatus
 
 MAX_INTEGER = 2**63 - 1  # the greatest value of an INTEGER column
 MAX_NOTE_LENGTH = 2000  # characters of an error, a reason or a name; the rest is cut
@@ -53,6 +53,15 @@ class NewReceipt(NamedTuple):
     digest: str
     exist_ok: bool = False
     hold: bool = False
+
+
+class Page(NamedTuple):
+    """Which receipts `list_receipts` returns."""
+
+    status: ReceiptStatus
+    pos_id: str | None
+    after: Receipt | None
+    limit: int
 
 
 def new_receipt(data: Mapping[str, Any], *, exist_ok: bool = False, hold: bool = False) -> NewReceipt:
@@ -141,6 +150,16 @@ def status(value: object) -> ReceiptStatus:
     if not isinstance(value, str) or value not in set(ReceiptStatus):
         raise ValueError(f"Invalid status: {value!r}; expected {', '.join(ReceiptStatus)}")
     return ReceiptStatus(value)
+
+
+def page(status_name: object, pos_id: object, after: object, limit: object) -> Page:
+    """What `list_receipts` takes."""
+    wanted = status(status_name)
+    if after is not None and not isinstance(after, Receipt):
+        raise TypeError(f"after: expected the last receipt of the page before, got {_kind(after)}")
+    if after is not None and after.status is not wanted:
+        raise ValueError(f"after: expected a {wanted} receipt, the last of the page before; got a {after.status} one")
+    return Page(wanted, None if pos_id is None else name("pos_id", pos_id), after, whole_number("limit", limit, 1))
 
 
 def event_type(value: object) -> str:

@@ -163,6 +163,21 @@ class ReceiptRepository:
             found: list[Receipt] = tx.load(receipts.RECEIPT, receipt_id=receipt_id)
         return found[0] if found else None
 
+    def list_receipts(
+        self, *, status: str, pos_id: str | None = None, after: Receipt | None = None, limit: int = 100
+    ) -> list[Receipt]:
+        """
+        One page of the receipts of one status, at most `limit`; of one till if `pos_id` is given.
+
+        In HLC order, synced ones in the order of their delivery. `after` is the last receipt of the page before.
+
+        >>> repository.list_receipts(status="failed", limit=10)
+        []
+        """
+        page = arguments.page(status, pos_id, after, limit)
+        with self._reading() as tx:
+            return receipts.list_receipts(tx, page)
+
     def mark_synced(self, receipt_id: str | uuid.UUID, server_time: int) -> bool:
         """
         Record that the OFD has accepted the receipt at `server_time` (the OFD's clock, Unix seconds).

@@ -65,7 +65,7 @@ def create(
 ) -> Engine:
     """Create an engine on a file or in memory, and connect once to check that it can be used."""
     module = load_driver(driver, writing=not read_only)
-    path = _path(path_or_url)
+    path = file_of(path_or_url)
     if path is None and read_only:
         raise ValueError("read_only: an in-memory buffer that is read-only would stay empty")
     database = Database(module, path, read_only=read_only, busy_timeout=busy_timeout, cache_size=cache_size)
@@ -86,7 +86,7 @@ def create(
     return engine
 
 
-def _path(path_or_url: str | os.PathLike[str] | URL) -> Path | None:
+def file_of(path_or_url: str | os.PathLike[str] | URL) -> Path | None:
     """The path with symbolic links resolved, because SQLite puts the WAL beside the real file; None: in memory."""
     if isinstance(path_or_url, str) and "://" in path_or_url:
         path_or_url = make_url(path_or_url)
