@@ -14,17 +14,13 @@ from typing import Any, NamedTuple
 from sqlalchemy import Connection, CursorResult, Engine
 from sqlalchemy.exc import DBAPIError
 
-from kkt_buffer.bell import Bell
+from kkt_buffer.bell import Bell  # noqa: TC001 (the annotation of an attribute may be evaluated)
 from kkt_buffer.errors import ReceiptBufferError
 
 OPTION = "kkt_buffer_backend"
 
 # Execution option: with True, transactions take no write lock, and the database refuses writes in them.
 READ_ONLY = "kkt_buffer_read_only"
-
-# Execution option: marks the transactions that this package opens.
-OPERATION = "kkt_buffer_operation"
-
 
 AT_MOST = 100  # reported problems of one kind
 
@@ -59,8 +55,8 @@ class Backend(ABC):
         self.bells: set[Bell] = set()
 
     @abstractmethod
-    def connect(self, engine: Engine) -> Connection:
-        """A connection for one transaction; the option `READ_ONLY` of `engine` tells whether it only reads."""
+    def connect(self, engine: Engine, *, write: bool) -> Connection:
+        """A connection for one transaction of this package, to write or only to read."""
 
     @abstractmethod
     def run(self, connection: Connection, sql: str, parameters: Parameters) -> CursorResult[Any]:

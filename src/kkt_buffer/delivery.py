@@ -77,7 +77,7 @@ class DeliveryReport:
         return sum(found == outcome for found in self.outcomes.values())
 
 
-def deliver_pending(
+def deliver_pending(  # noqa: PLR0913 (all but three are keywords)
     repository: ReceiptRepository,
     send: Send,
     limit: int = 50,

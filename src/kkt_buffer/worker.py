@@ -1,8 +1,8 @@
 """
 `DeliveryWorker`: deliver for as long as the program runs.
 
-What becomes of each receipt is decided in `delivery`, and what an outage is in `streak`. Here: when to deliver next, the
-events of the circuit breaker, the nightly maintenance, start and stop.
+Here: when to deliver next, the events of the circuit breaker, start and stop. What becomes of each receipt is decided
+in `delivery`, and what an outage is in `streak`; the nightly work is in `maintenance`.
 """
 
 import logging
@@ -13,22 +13,20 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
-from datetime import datetime, time
-from pathlib import Path
+from datetime import time
+from typing import Self
 
 from kkt_buffer import arguments
 from kkt_buffer.backend import backend_of
 from kkt_buffer.bell import Bell
 from kkt_buffer.delivery import DeliveryReport, Send, check_sender, deliver_pending
-from kkt_buffer.errors import BufferDamagedError
-from kkt_buffer.models import BufferEvent, EventType
+from kkt_buffer.maintenance import Maintenance
+from kkt_buffer.models import EventType
 from kkt_buffer.repository import ReceiptRepository
-from kkt_buffer.rotation import back_up
 
 logger = logging.getLogger(__name__)
 
 MAX_POLL_SECONDS = 3600
-MAINTENANCE_RETRY = 3600  # seconds: the longest maintenance; then it has failed, or its process was killed
 
 # The worker that runs in this thread, or in the thread that has started this one to send.
 _present: ContextVar["DeliveryWorker | None"] = ContextVar("kkt_buffer_worker", default=None)
@@ -94,21 +92,14 @@ class DeliveryWorker:
             raise TypeError(f"poll_seconds: expected a number of seconds, got {poll_seconds!r}")
         if not 0 < poll_seconds <= MAX_POLL_SECONDS:
             raise ValueError(f"poll_seconds: expected more than 0 and at most {MAX_POLL_SECONDS}, got {poll_seconds!r}")
-        if maintenance_at is not None and (not isinstance(maintenance_at, time) or maintenance_at.tzinfo is not None):
-            raise TypeError(f"maintenance_at: expected a datetime.time without a time zone, got {maintenance_at!r}")
-        if backup_to is not None and maintenance_at is None:
-            raise ValueError("backup_to: expected maintenance_at too, the time of day of the backup")
         self._repository = repository
         self._send = send
         self._outage = outage
         self._concurrency = arguments.whole_number("concurrency", concurrency, 1)
         self._limit = arguments.whole_number("batch", batch, 1) * self._concurrency
         self._poll_seconds = poll_seconds
-        self._maintenance_at = maintenance_at
-        self._backup_to = backup_to
+        self._maintenance = Maintenance(repository, maintenance_at, backup_to)
         self._on_report = on_report
-        self._maintained: datetime | None = None
-        self._maintenance_looked_at = 0.0
         self._is_noted_open: bool | None = None  # the circuit, in the events
         self._bell = Bell()
         self._is_stopping = False
@@ -119,7 +110,7 @@ class DeliveryWorker:
     @property
     def status(self) -> WorkerStatus:
         """The present state."""
-        return replace(self._status, is_running=self._running.locked())
+        return replace(self._status, is_running=self._running.locked(), maintenance_error=self._maintenance.error)
 
     def run(self) -> None:
         """
@@ -158,7 +149,7 @@ class DeliveryWorker:
         self._is_called = True
         self._bell.ring()
 
-    def __enter__(self) -> "DeliveryWorker":
+    def __enter__(self) -> Self:
         self.start()
         return self
 
@@ -173,7 +164,7 @@ class DeliveryWorker:
         """
         now = self._repository.now()
         is_called, self._is_called = self._is_called, False
-        self._maintain(now)
+        self._maintenance.run_if_due(now)
         if seconds := self._pause(now, is_called=is_called):
             return seconds
         due_at = self._repository.next_due_at()
@@ -202,12 +193,10 @@ class DeliveryWorker:
             return self._poll_seconds
         if streak.outage is None or is_called:
             return 0
-        pause = (
-            float(self._repository.get_config("circuit_breaker_timeout") or 0) if streak.is_open else self._poll_seconds
-        )
+        timeout = self._repository.get_config("circuit_breaker_timeout") if streak.is_open else self._poll_seconds
         since = now - streak.failed_at
         # If the clock was set back, the pause is over.
-        return min(self._poll_seconds, pause - since) if 0 <= since < pause else 0
+        return min(self._poll_seconds, timeout - since) if 0 <= since < timeout else 0
 
     def _note_circuit(self) -> None:
         """Log that the circuit was opened or closed, unless another worker of the buffer has done so."""
@@ -218,8 +207,7 @@ class DeliveryWorker:
         if is_open == self._is_noted_open:
             return
         with self._repository.transaction():
-            opened, closed = self._last(EventType.CIRCUIT_OPENED), self._last(EventType.CIRCUIT_CLOSED)
-            was_open = opened is not None and (closed is None or opened.id > closed.id)
+            was_open = self._repository.get_buffer_status().circuit_opened_at is not None
             if is_open and not was_open:
                 error = arguments.note("error", streak.outage)
                 self._repository.log_event(EventType.CIRCUIT_OPENED, metadata={"error": error})
@@ -229,46 +217,6 @@ class DeliveryWorker:
         if is_open != self._status.is_open:
             self._status = replace(self._status, is_open=is_open, since=self._repository.now())
             logger.log(logging.WARNING if is_open else logging.INFO, "circuit %s", "opened" if is_open else "closed")
-
-    def _last(self, event_type: EventType) -> BufferEvent | None:
-        return next(iter(self._repository.get_events(1, event_type=event_type)), None)
-
-    def _maintain(self, now: float) -> None:
-        """Prune and back up, if it is time and no other worker of the buffer has done it or is doing it."""
-        if self._maintenance_at is None or 0 <= now - self._maintenance_looked_at < MAINTENANCE_RETRY:
-            return
-        local = datetime.fromtimestamp(now)  # noqa: DTZ006 (the time of day at the till)
-        due = datetime.combine(local.date(), self._maintenance_at)
-        if local < due or self._maintained == due:
-            return
-        self._maintenance_looked_at = now
-        with self._repository.transaction():
-            started, completed = self._last(EventType.MAINTENANCE_STARTED), self._last(EventType.MAINTENANCE_COMPLETED)
-            if completed is not None and completed.timestamp >= due.timestamp():
-                self._maintained = due
-                return
-            if started is not None and 0 <= now - started.timestamp < MAINTENANCE_RETRY:
-                return
-            self._repository.log_event(EventType.MAINTENANCE_STARTED)
-        failures = [failure for step in (self._prune, self._back_up) if (failure := _failure_of(step))]
-        self._status = replace(self._status, maintenance_error="; ".join(failures) or None)
-        if not failures:
-            self._repository.log_event(EventType.MAINTENANCE_COMPLETED)
-            self._maintained = due
-
-    def _prune(self) -> None:
-        logger.info("maintenance: %s", self._repository.prune())
-
-    def _back_up(self) -> None:
-        if self._backup_to is None:
-            return
-        name = Path(str(self._repository.engine.url.database)).stem
-        copy, report = back_up(self._repository, self._backup_to, name=name, now=self._repository.now)
-        if report.is_damaged:
-            raise BufferDamagedError(
-                f"the backup {copy} is damaged as the buffer is: {report}. No older one was deleted."
-            )
-        logger.info("maintenance: %s is complete", copy)
 
     # Start and end.
 
@@ -297,7 +245,7 @@ class DeliveryWorker:
         """A tick; an error is logged once for as long as it lasts, and the next tick tries again."""
         try:
             seconds = self.tick()
-        except Exception as error:  # noqa: BLE001 (whatever it is, the worker goes on)
+        except Exception as error:
             told = f"{type(error).__name__}: {error}"
             if told != self._status.error:
                 logger.exception("the worker cannot deliver; the receipts are safe, and it tries again")
@@ -309,18 +257,9 @@ class DeliveryWorker:
         return seconds
 
 
-def _failure_of(step: Callable[[], None]) -> str | None:
-    try:
-        step()
-    except Exception as error:
-        logger.exception("maintenance has failed; delivery goes on")
-        return f"{type(error).__name__}: {error}"
-    return None
-
-
 @contextmanager
 def _signals(request_stop: Callable[[], None]) -> Iterator[None]:
-    """In the main thread, make the first SIGTERM or SIGINT a request, and give the next one to its handler of before."""
+    """In the main thread, make the first SIGTERM or SIGINT a request; the next one meets the handler of before."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
