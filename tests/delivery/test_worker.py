@@ -1,14 +1,13 @@
 """`DeliveryWorker`, a tick at a time under a clock of the test: what is due when, and what an idle worker costs."""
 
-import datetime
+import datetime as dt
 import threading
 
 import pytest
-from builders import NOON, a_receipt, commits, new_receipt
+from builders import NOON, a_receipt, another_program, commits, new_receipt
 from delivery.ofd import Ofd
-from sqlalchemy import event
 
-from kkt_buffer import DeliveryWorker, Outcome, ReceiptRepository
+from kkt_buffer import BufferBusyError, DeliveryWorker, Outcome, ReceiptRepository
 
 
 @pytest.fixture
@@ -98,19 +97,19 @@ class TestTick:
 
 
 class TestIdle:
-    def test_writes_nothing(self, repository, engine, clock):
-        """A worker that finds nothing to do begins no write transaction, and locks nobody."""
+    def test_writes_nothing(self, path, open_engine, clock):
+        """A worker that finds nothing to do takes no write lock: it works while another program holds that."""
+        engine = open_engine(path, busy_timeout=0.1)
+        repository = ReceiptRepository(engine, now=clock)
         a_receipt(repository)
-        worker = DeliveryWorker(repository, Ofd(ValueError("500")), maintenance_at=datetime.time.min)
+        worker = DeliveryWorker(repository, Ofd(ValueError("500")), maintenance_at=dt.time(23, 59, 59))
         worker.tick()
-        options = []
-        event.listen(engine, "begin", lambda connection: options.append(connection.get_execution_options()))
-        with commits(engine) as seen:
-            for _ in range(4):
+        with another_program(path) as other, commits(engine) as seen:
+            other.execute("BEGIN IMMEDIATE")
+            assert [1.0, 1.0] == [worker.tick(), worker.tick()]
+            clock.advance(5)
+            with pytest.raises(BufferBusyError):
                 worker.tick()
-                clock.advance(1)
-        assert 4 == len(options)
-        assert all(option["kkt_buffer_read_only"] for option in options)
         assert [] == seen
 
 
@@ -128,14 +127,14 @@ class TestArguments:
             ({"poll_seconds": "1"}, TypeError),
             ({"outage": [OSError]}, TypeError),
             ({"maintenance_at": "03:00"}, TypeError),
-            ({"maintenance_at": datetime.time(3, tzinfo=datetime.UTC)}, TypeError),
+            ({"maintenance_at": dt.time(3, tzinfo=dt.UTC)}, TypeError),
             ({"backup_to": "backups"}, ValueError),
         ],
     )
     def test_refused(self, repository, wrong, error):
         """A wrong argument is named when the worker is made."""
         [name] = wrong
-        with pytest.raises(error, match=f"^{'maintenance_at' if name == 'maintenance_at' else name}: "):
+        with pytest.raises(error, match=f"^{name}: "):
             DeliveryWorker(repository, Ofd(), **wrong)
 
     def test_async_sender(self, repository):
@@ -251,5 +250,8 @@ class TestThread:
         error = "OSError: the disk of the log is full"
         assert [None, error, error, None] == seen
         told = [record.message for record in caplog.records if record.name == "kkt_buffer.worker"]
-        assert ["the worker cannot deliver; the receipts are safe, and it tries again", "the worker delivers again"] == told
+        assert [
+            "the worker cannot deliver; the receipts are safe, and it tries again",
+            "the worker delivers again",
+        ] == told
         assert repository.get_buffer_status().synced == 4
