@@ -80,6 +80,7 @@ OPERATIONS = {
     "recover_expired_leases": Operation(lambda buffer, _: buffer.recover_expired_leases(), writes=True),
     "release": Operation(lambda buffer, known: buffer.release(known.claimed, known.lease_token), writes=True),
     "renew_lease": Operation(lambda buffer, known: buffer.renew_lease(known.claimed, known.lease_token), writes=True),
+    "renew_leases": Operation(lambda buffer, known: buffer.renew_leases(known.lease_token), writes=True),
     "requeue": Operation(lambda buffer, known: buffer.requeue(known.failed, **BY_ANNA), writes=True),
     "requeue_all": Operation(lambda buffer, _: buffer.requeue_all(**BY_ANNA), writes=True),
     "resolve": Operation(lambda buffer, known: buffer.resolve(known.failed, **BY_ANNA), writes=True),

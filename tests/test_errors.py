@@ -70,7 +70,7 @@ ERRORS = [
     (BufferBusyError("locked"), BufferStorageError, {}),
     (BufferDamagedError("not a database"), BufferStorageError, {}),
     (DeliveryRejected("unknown tax rate"), ReceiptBufferError, {}),
-    (DeliveryUnavailable("no route to the OFD"), ReceiptBufferError, {}),
+    (DeliveryUnavailable("HTTP 429", retry_after=60), ReceiptBufferError, {"retry_after": 60}),
 ]
 
 every_error = pytest.mark.parametrize(
@@ -143,6 +143,14 @@ class TestMessages:
         """What a sender raises says what the sender says, or nothing."""
         assert "unknown tax rate" == str(error("unknown tax rate"))
         assert "" == str(error())
+
+    def test_retry_after(self):
+        assert (60, None) == (
+            DeliveryUnavailable("HTTP 429", retry_after=60).retry_after,
+            DeliveryUnavailable().retry_after,
+        )
+        with pytest.raises(TypeError, match="retry_after: expected seconds as a number, got '60'"):
+            DeliveryUnavailable("HTTP 429", retry_after="60")
 
     def test_document(self):
         message = "the fiscal_doc of receipt r-1 is not JSON (Expecting value); its text is kept unchanged"

@@ -5,7 +5,9 @@ import sys
 from pathlib import Path
 
 import predecessor
+import pytest
 from builders import run_python
+from delivery.ofd import OfdServer
 
 from kkt_buffer import ReceiptRepository, errors
 from kkt_buffer.config import CONFIG_RULES
@@ -16,17 +18,24 @@ CONTRIBUTING = (ROOT / ".github" / "CONTRIBUTING.md").read_text()
 BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 
+@pytest.fixture
+def ofd(monkeypatch):
+    """The OFD of the examples."""
+    with OfdServer() as server:
+        monkeypatch.setenv("OFD_URL", server.url)
+        yield server
+
+
 class TestCode:
     def test_first_block(self, tmp_path):
         """The five lines work by themselves, in an empty folder."""
         assert run_python(BLOCKS[0], cwd=tmp_path).stdout == "{'totalSum': 6490, 'items': []} 1\n"
 
-    def test_all_blocks(self, tmp_path):
+    def test_all_blocks(self, tmp_path, ofd):
         """So do all blocks in their order; the endpoint takes a receipt, is idempotent, and tells of a full buffer."""
         use = """
 from fastapi.testclient import TestClient
 
-online = False
 with TestClient(app) as client:
     content = '{"sum": 10.10, "q": 0.12345678901234567890}'
     own = "123e4567-e89b-42d3-a456-426614174000"
@@ -40,12 +49,12 @@ with TestClient(app) as client:
     refused = client.post(f"/receipts/{own[:-1]}1", json={"totalSum": 1})
     assert refused.status_code == 503 and "Buffer full" in refused.text
     print(buffer.get_buffer_status().total_receipts)
-    online = True
     while buffer.get_buffer_status().synced < 4:
         time.sleep(0.05)
     print(buffer.get_buffer_status().synced)
 """
         assert len(BLOCKS) >= 4
+        ofd.answers += [503]
         printed = run_python("\n".join([*BLOCKS, use]), cwd=tmp_path).stdout
         assert '{"totalSum": 10.10,"fiscalDocumentNumber":101,"fiscalSign":3141592653}' in printed.splitlines()
         assert printed.splitlines()[-2:] == ["4", "4"]
@@ -88,20 +97,54 @@ with buffer.transaction() as session:
         printed = run_python("\n".join([BLOCKS[0], recipe, use]), cwd=tmp_path).stdout.splitlines()
         assert ["1", "100"] == printed[-2:]
 
-    def test_breaker(self, tmp_path):
-        """The example's breaker opens after five outages in a row, leaves the OFD alone, and closes again."""
+    def test_sender(self, tmp_path, ofd):
+        """The example's sender: what an OFD answers, and a line that breaks."""
         use = """
-online = False
+def deliver():
+    report = buffer.deliver_pending(send, outage=(httpx.TransportError,))
+    print(*report.outcomes.values(), report.outage, sep=" | ")
+for _ in range(7):
+    deliver()
+import time
+time.sleep(1)
+buffer.insert_receipt({"pos_id": "till-1", "fiscal_doc": '{"price": 10.10, "text": "хлеб"}'})
+deliver()
+ofd.close()
+buffer.insert_receipt({"pos_id": "till-1", "fiscal_doc": "{}"})
+ofd = httpx.Client(base_url="http://127.0.0.1:1")
+deliver()
+"""
+        later = {"Retry-After": "Wed, 21 Oct 2037 07:28:00 GMT"}
+        ofd.answers += [500, (503, later), 401, None, (429, {"Retry-After": "1"}), 422, 302]
+        printed = run_python("\n".join([BLOCKS[0], BLOCKS[2], use]), cwd=tmp_path).stdout.splitlines()[1:]
+        expected = [
+            "released | DeliveryUnavailable: HTTP 500",
+            "released | DeliveryUnavailable: HTTP 503",
+            "released | DeliveryUnavailable: HTTP 401",
+            "released | RemoteProtocolError: Server disconnected without sending a response.",
+            "released | DeliveryUnavailable: HTTP 429",
+            "DeliveryUnavailable: HTTP 429",  # nothing was sent
+            "DeliveryUnavailable: HTTP 429",
+            "dead_lettered | retry | None",
+        ]
+        *others, last = printed
+        assert expected == others
+        assert last.startswith("released | ConnectError: ")
+        assert '{"price": 10.10, "text": "хлеб"}'.encode() in ofd.received
+
+    def test_breaker(self, tmp_path, ofd):
+        """The example's breaker opens after five outages in a row, leaves the OFD alone, and closes again."""
+        ofd.answers += [503] * 7
+        use = """
 breaker = Breaker()
 for _ in range(7):
     breaker.note(buffer.deliver_pending(send))
 assert breaker.open_until > time.monotonic() + 50
-online = True
 breaker.note(buffer.deliver_pending(send))
 assert breaker.open_until == 0
 print(*(event.event_type for event in reversed(buffer.get_events()) if "receipt" not in event.event_type))
 """
-        printed = run_python("\n".join([BLOCKS[0], BLOCKS[2], use]), cwd=tmp_path).stdout.splitlines()[-1]
+        printed = run_python("\n".join([BLOCKS[0], *BLOCKS[2:4], use]), cwd=tmp_path).stdout.splitlines()[-1]
         expected = "sync_started sync_failed circuit_opened sync_started sync_completed circuit_closed"
         assert expected == printed
 

@@ -7,7 +7,7 @@ A receipt that the buffer acknowledged is never lost, never duplicated and never
 
 import importlib.metadata
 
-from kkt_buffer.delivery import DeliveryReport, Outcome, deliver_pending
+from kkt_buffer.delivery import DeliveryReport, Outcome, Send, deliver_pending
 from kkt_buffer.engine import create_buffer_engine
 from kkt_buffer.errors import (
     AcknowledgedReceiptError,
@@ -74,6 +74,7 @@ __all__ = [
     "ReceiptStatus",
     "Resolution",
     "SchemaError",
+    "Send",
     "check",
     "create_buffer_engine",
     "current",

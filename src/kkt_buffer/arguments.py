@@ -15,7 +15,7 @@ from typing import Any, Literal, NamedTuple, NoReturn, NotRequired, TypedDict
 
 from kkt_buffer.config import CONFIG_RULES
 from kkt_buffer.documents import digest_of
-from kkt_buffer.models import EventType, Receipt, ReceiptStatus
+from kkt_buffer.models import FACT_PREFIX, Receipt, ReceiptStatus
 
 MAX_INTEGER = 2**63 - 1  # the greatest value of an INTEGER column
 MAX_NOTE_LENGTH = 2000  # characters of an error, a reason or a name; the rest is cut
@@ -162,19 +162,12 @@ def page(status_name: object, pos_id: object, after: object, limit: object) -> P
     return Page(wanted, None if pos_id is None else name("pos_id", pos_id), after, whole_number("limit", limit, 1))
 
 
-def event_type(value: object) -> str:
-    """The name of an event type, to filter events by."""
-    if not isinstance(value, str) or value not in set(EventType):
-        raise ValueError(f"event_type: expected one of {', '.join(EventType)}, got {value!r}")
-    return value
-
-
 def own_event_type(value: object) -> str:
     """The name of an event type that callers may write: only triggers write facts about receipts."""
-    if not isinstance(value, str) or value not in set(EventType) or EventType(value).is_fact:
-        own = ", ".join(kind for kind in EventType if not kind.is_fact)
-        raise ValueError(f"event_type: expected one of {own}, got {value!r}")
-    return value
+    text = name("event_type", value)
+    if text.startswith(FACT_PREFIX):
+        raise ValueError(f"event_type: {text!r} is a fact about a receipt, which the buffer itself records")
+    return text
 
 
 def setting(key: str, value: object) -> int:

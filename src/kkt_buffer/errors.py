@@ -168,4 +168,16 @@ class DeliveryRejected(ReceiptBufferError):  # noqa: N818 (named for the OFD's a
 
 
 class DeliveryUnavailable(ReceiptBufferError):  # noqa: N818 (named for the state of the connection)
-    """Raised by a sender: the OFD cannot be reached. This is not a fault of the receipt, so no attempt is counted."""
+    """
+    Raised by a sender: the OFD cannot be reached. This is not a fault of the receipt, so no attempt is counted.
+
+    `retry_after` is the number of seconds for which the OFD asks not to be called again, if it does.
+    """
+
+    retry_after: float | None = None
+
+    def __init__(self, message: object = "", *, retry_after: float | None = None) -> None:
+        super().__init__(message)
+        if not isinstance(retry_after, int | float | None):
+            raise TypeError(f"retry_after: expected seconds as a number, got {retry_after!r}")
+        self.retry_after = retry_after

@@ -57,10 +57,14 @@ class Resolution(StrEnum):
     RESOLVED = "resolved"
 
 
+FACT_PREFIX = "receipt_"  # of the types that only triggers write
+
+
 class EventType(StrEnum):
     """
-    The types of the rows in `buffer_events`. Those that begin with `receipt_` are facts. Only triggers write them,
-    except `receipt_repaired`: the migration that adopts a file of the `sqlite3` version writes it.
+    The types of the rows in `buffer_events` that this package writes. Those that begin with `receipt_` are facts. Only
+    triggers write them, except `receipt_repaired`: the migration that adopts a file of the `sqlite3` version writes it.
+    A service may add types of its own.
     """
 
     RECEIPT_ADDED = "receipt_added"
@@ -76,11 +80,6 @@ class EventType(StrEnum):
     SYNC_STARTED = "sync_started"
     SYNC_COMPLETED = "sync_completed"
     SYNC_FAILED = "sync_failed"
-
-    @property
-    def is_fact(self) -> bool:
-        """Whether only a trigger may write it."""
-        return self.startswith("receipt_")
 
 
 class JsonText(TypeDecorator[Any]):

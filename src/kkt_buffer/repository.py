@@ -27,6 +27,7 @@ from kkt_buffer.operations import dead_letters, events, held, integrity, leases,
 from kkt_buffer.operations.integrity import IntegrityReport
 from kkt_buffer.operations.pruning import PruneReport
 from kkt_buffer.operations.status import BufferStatus
+from kkt_buffer.streak import Streak
 from kkt_buffer.transaction import NotTogetherError, Transaction, Transactions
 
 __all__ = ["BufferStatus", "IntegrityReport", "PruneReport", "ReceiptData", "ReceiptRepository"]
@@ -41,8 +42,9 @@ class ReceiptRepository:
     The operations of one buffer. Safe for threads.
 
     `engine` comes from `create_buffer_engine`; `now` is the wall clock, in Unix seconds; `jitter` returns a number from
-    0 to 1, to spread retries. Every operation opens its own transaction, or joins the one that `transaction()` has open
-    in this thread. Returned objects are detached and fully loaded.
+    0 to 1, to spread retries. `streak` is the state of the deliveries with this repository. Every operation opens its
+    own transaction, or joins the one that `transaction()` has open in this thread. Returned objects are detached and
+    fully loaded.
 
     Besides the errors that each operation names, every one raises `BufferStorageError` when the file cannot be read or
     written, and `TypeError` or `ValueError` for a wrong argument; nothing is changed then. In the examples,
@@ -56,6 +58,8 @@ class ReceiptRepository:
         now: Callable[[], float] = time.time,
         jitter: Callable[[], float] = random.random,
     ) -> None:
+        self.now = now
+        self.streak = Streak(now)
         self._engine = engine
         self._transactions = Transactions(engine, now)
         self._group = GroupCommit(self._transactions)
@@ -292,10 +296,17 @@ class ReceiptRepository:
     # Delivery. `kkt_buffer.deliver_pending` is built from these.
 
     def claim_pending(
-        self, limit: int = 50, *, pos_id: str | None = None, lease_seconds: int | None = None
+        self,
+        limit: int = 50,
+        *,
+        pos_id: str | None = None,
+        lease_seconds: int | None = None,
+        retries_last: bool = False,
     ) -> list[Receipt]:
         """
         Lease the receipts that are due, at most `limit`, in HLC order; of one till if `pos_id` is given.
+
+        With `retries_last`, those that were never tried come first, then those that have been due for the longest time.
 
         A receipt is due if it is pending and not in its backoff, or if its lease is over: expired, or taken at a time
         that is now in the future because the clock was set back. All get the same new `lease_token`, valid for
@@ -309,7 +320,7 @@ class ReceiptRepository:
         pos_id = None if pos_id is None else arguments.name("pos_id", pos_id)
         seconds = None if lease_seconds is None else arguments.setting("lease_seconds", lease_seconds)
         with self._writing() as tx:
-            return leases.claim(tx, limit, pos_id, seconds)
+            return leases.claim(tx, limit, pos_id, seconds, retries_last=retries_last)
 
     def renew_lease(self, receipt_id: str | uuid.UUID, lease_token: str, *, lease_seconds: int | None = None) -> int:
         """
@@ -327,9 +338,28 @@ class ReceiptRepository:
         with self._writing() as tx:
             return leases.renew(tx, receipt_id, token, seconds)
 
-    def release(self, receipt_id: str | uuid.UUID, lease_token: str) -> None:
+    def renew_leases(self, lease_token: str, *, lease_seconds: int | None = None) -> list[str]:
+        """
+        Extend every lease of one claim, with one statement; returns the ids of the receipts that are still leased.
+
+        A receipt that is missing in it has an outcome, or another worker may have it: do not send it.
+
+        >>> receipt_id = repository.insert_receipt({"pos_id": "till-1", "fiscal_doc": "{}"})
+        >>> [receipt] = repository.claim_pending()
+        >>> repository.renew_leases(receipt.lease_token) == [receipt.id]
+        True
+        """
+        token = arguments.name("lease_token", lease_token)
+        seconds = None if lease_seconds is None else arguments.setting("lease_seconds", lease_seconds)
+        with self._writing() as tx:
+            return leases.renew_all(tx, token, seconds)
+
+    def release(self, receipt_id: str | uuid.UUID, lease_token: str, *, wait_seconds: int | None = None) -> None:
         """
         Hand a leased receipt back: it is due at once, and no attempt is counted.
+
+        Give `wait_seconds` for a receipt that was tried in vain: it is due again after that time, at most
+        `retry_backoff_max`, less a random part of up to a half.
 
         Raises `LeaseLostError` if the token is not the present one, `ReceiptNotFoundError`.
 
@@ -338,8 +368,9 @@ class ReceiptRepository:
         >>> repository.release(receipt.id, receipt.lease_token)
         """
         receipt_id, token = arguments.lookup_id(receipt_id), arguments.name("lease_token", lease_token)
+        wait = None if wait_seconds is None else arguments.whole_number("wait_seconds", wait_seconds, 0)
         with self._writing() as tx:
-            leases.release(tx, receipt_id, token)
+            leases.release(tx, receipt_id, token, wait, self._jitter)
 
     def record_failure(self, receipt_id: str | uuid.UUID, error: str, lease_token: str) -> ReceiptStatus:
         """
@@ -443,11 +474,12 @@ class ReceiptRepository:
         metadata: Mapping[str, Any] | None = None,
     ) -> int:
         """
-        Record one of the caller's own events (of a circuit breaker or a sync run) and return its number.
+        Record one of the caller's own events and return its number.
 
-        Raises `ValueError` for an unknown type, and for types that begin with `receipt_`: only triggers write these.
+        `event_type` is a name of your own, or one of `EventType`. Raises `ValueError` for a name that begins with
+        `receipt_`: the buffer itself records these.
 
-        >>> repository.log_event("circuit_opened", metadata={"why": "no route to the OFD"})
+        >>> repository.log_event("shift_opened", metadata={"cashier": "Anna"})
         1
         """
         event_type = arguments.own_event_type(event_type)
@@ -467,7 +499,7 @@ class ReceiptRepository:
         ['receipt_added']
         """
         limit = arguments.whole_number("limit", limit, 1)
-        event_type = None if event_type is None else arguments.event_type(event_type)
+        event_type = None if event_type is None else arguments.name("event_type", event_type)
         about = None if receipt_id is None else arguments.lookup_id(receipt_id)
         with self._reading() as tx:
             return events.get_events(tx, limit, event_type, about)

@@ -1,35 +1,23 @@
 """`deliver_pending`: what becomes of each receipt, and of the others."""
 
-import time
+import logging
 
 import pytest
-from builders import NOON, a_receipt, checkouts, commits, new_receipt, together
+from builders import NOON, a_foreign_receipt, a_receipt, checkouts, commits, new_receipt, together
+from delivery.ofd import Ofd
+from sqlalchemy import text
 
 from kkt_buffer import (
     DeliveryRejected,
     DeliveryUnavailable,
+    InvalidConfigError,
     Outcome,
     ReceiptBufferError,
     ReceiptRepository,
     deliver_pending,
 )
 
-LEASE = 300
-
-
-class Ofd:
-    """A stand-in for the ОФД: answers by receipt, and remembers what it was sent."""
-
-    def __init__(self, **answers):
-        self.answers = answers
-        self.received = []
-
-    def __call__(self, receipt):
-        self.received.append(receipt.id)
-        answer = self.answers.get(receipt.pos_id, NOON + 5)
-        if isinstance(answer, BaseException):
-            raise answer
-        return answer() if callable(answer) else answer
+LEASE = 60
 
 
 @pytest.fixture
@@ -124,55 +112,6 @@ class TestRejected:
         assert repository.list_dead_letters()[0].reason.endswith(": DeliveryRejected")
 
 
-class TestOutage:
-    @pytest.mark.parametrize(
-        "error", [DeliveryUnavailable("offline"), ConnectionRefusedError("refused"), TimeoutError("no answer")]
-    )
-    def test_releases(self, repository, three, error):
-        """An outage releases what is not sent, burns no attempt, and sends nothing more."""
-        ofd = Ofd(second=error)
-        report = deliver_pending(repository, ofd)
-        assert [Outcome.SYNCED, Outcome.RELEASED, Outcome.RELEASED] == list(report.outcomes.values())
-        assert str(error) in report.outage
-        assert three[:2] == ofd.received
-        assert ["synced", "pending", "pending"] == statuses(repository, three)
-        assert [0, 0] == [receipt.retry_count for receipt in repository.get_pending_receipts()]
-        assert three[1:] == [receipt.id for receipt in repository.claim_pending(5)]
-
-    def test_eight_hours(self, repository, clock, three):
-        """Eight hours offline move nothing to the DLQ, and leave the events of one failed and one good run."""
-        offline = Ofd(first=DeliveryUnavailable("offline"))
-        for _ in range(8 * 60):
-            deliver_pending(repository, offline)
-            clock.seconds += 60
-        assert sync_events(repository) == ["sync_started", "sync_failed"]
-        assert deliver_pending(repository, Ofd()).count(Outcome.SYNCED) == 3
-        assert sync_events(repository) == ["sync_started", "sync_failed", "sync_started", "sync_completed"]
-        assert repository.get_buffer_status().dlq_size == 0
-
-    def test_short_recovery(self, repository, three):
-        """A run that delivers something before the line goes down again is on record too."""
-        deliver_pending(repository, Ofd(first=DeliveryUnavailable()))
-        deliver_pending(repository, Ofd(second=DeliveryUnavailable()))
-        assert sync_events(repository) == ["sync_started", "sync_failed"] * 2
-
-    def test_end_without_delivery(self, repository, three):
-        """A run that reaches the OFD but delivers nothing ends the outage as well."""
-        deliver_pending(repository, Ofd(first=DeliveryUnavailable()))
-        refusing = dict.fromkeys(("first", "second", "third"), ValueError("no"))
-        deliver_pending(repository, Ofd(**refusing))
-        assert sync_events(repository) == ["sync_started", "sync_failed", "sync_started", "sync_completed"]
-
-    def test_counts(self, repository, three):
-        """The events say how many."""
-        deliver_pending(repository, Ofd(third=DeliveryUnavailable("offline")))
-        failed, started = repository.get_events(2, event_type="sync_failed") + repository.get_events(
-            2, event_type="sync_started"
-        )
-        assert {"claimed": 3} == started.details
-        assert {"synced": 2, "released": 1, "error": "DeliveryUnavailable: offline"} == failed.details
-
-
 class TestFailedAttempt:
     @pytest.mark.parametrize("error", [ValueError("bad answer"), RuntimeError(), ReceiptBufferError("from a tool")])
     def test_counts(self, repository, three, error):
@@ -201,22 +140,118 @@ class TestFailedAttempt:
         assert ["failed", "synced", "synced"] == statuses(repository, three)
 
 
-class TestInterrupted:
+class TestDamaged:
+    @pytest.fixture
+    def damaged(self, repository, engine, three):
+        """The document of the second receipt has changed in the file, past every guard."""
+        with engine.begin() as connection:
+            connection.execute(text("DROP TRIGGER trg_guard_acknowledged"))
+            connection.execute(
+                text("UPDATE receipts SET fiscal_doc = replace(fiscal_doc, '6490', '6491') WHERE id = :id"),
+                {"id": three[1]},
+            )
+        return three[1]
+
+    def test_not_sent(self, repository, three, damaged, caplog):
+        """A document that differs from its digest is not sent, but told and dead-lettered; the others go on."""
+        ofd = Ofd()
+        report = deliver_pending(repository, ofd)
+        assert [three[0], three[2]] == ofd.received
+        assert Outcome.DEAD_LETTERED == report.outcomes[damaged]
+        [letter] = repository.list_dead_letters()
+        assert letter.reason == "damaged: the stored document differs from its digest. It was not sent"
+        [record] = [record for record in caplog.records if record.levelno >= logging.ERROR]
+        assert (damaged, letter.reason) == (record.receipt_id, record.error)
+
+    def test_no_answer(self, repository, damaged):
+        """It says nothing about the OFD: an outage lasts."""
+        deliver_pending(repository, Ofd(DeliveryUnavailable("offline")))
+        report = deliver_pending(repository, Ofd())
+        assert ({damaged: Outcome.DEAD_LETTERED}, "DeliveryUnavailable: offline") == (report.outcomes, report.outage)
+
+    def test_no_digest(self, repository, engine):
+        """A row of a program that knows no digest is sent."""
+        a_foreign_receipt(engine, "foreign")
+        assert deliver_pending(repository, Ofd()).count(Outcome.SYNCED) == 1
+
+
+class TestStopped:
+    @pytest.mark.parametrize("sent", [0, 1, 3])
+    def test_should_stop(self, repository, three, sent):
+        """It is asked before each receipt; the rest is handed back, due at once."""
+        ofd = Ofd()
+        report = deliver_pending(repository, ofd, should_stop=lambda: len(ofd.received) == sent)
+        assert three[:sent] == ofd.received
+        expected = [Outcome.SYNCED] * sent + [Outcome.RELEASED] * (3 - sent)
+        assert (expected, None) == (list(report.outcomes.values()), report.outage)
+        assert three[sent:] == [receipt.id for receipt in repository.claim_pending(5)]
+
+    def test_failures_before_it(self, repository, three):
+        """What failed before it counts its attempt."""
+        ofd = Ofd(ValueError("no"))
+        report = deliver_pending(repository, ofd, should_stop=lambda: len(ofd.received) == 2)
+        assert [Outcome.RETRY, Outcome.RETRY, Outcome.RELEASED] == list(report.outcomes.values())
+
+    def test_no_function(self, repository, three):
+        with pytest.raises(TypeError, match="should_stop: expected a function"):
+            deliver_pending(repository, Ofd(), should_stop=True)
+        assert ["pending"] * 3 == statuses(repository, three)
+
     @pytest.mark.parametrize("error", [KeyboardInterrupt(), SystemExit()])
-    def test_releases(self, repository, three, error):
-        """Ctrl-C releases what is not sent, and goes on its way."""
+    def test_interrupted(self, repository, three, error):
+        """Ctrl-C releases what is not sent, and goes on its way; what failed before it counts its attempt."""
         with pytest.raises(type(error)):
-            deliver_pending(repository, Ofd(second=error))
-        assert ["synced", "pending", "pending"] == statuses(repository, three)
-        assert repository.get_receipt_by_id(three[1]).retry_count == 0
+            deliver_pending(repository, Ofd(first=ValueError("no"), second=error))
+        assert ["pending"] * 3 == statuses(repository, three)
+        assert [1, 0, 0] == [repository.get_receipt_by_id(receipt_id).retry_count for receipt_id in three]
+
+    def test_buffer_fails(self, repository, engine, three):
+        """An error of the buffer itself goes to the caller, and no receipt stays leased."""
+
+        def send(receipt):
+            with engine.begin() as connection:
+                connection.execute(text("UPDATE config SET value = 'many' WHERE key = 'circuit_breaker_threshold'"))
+            raise ValueError("no")
+
+        with pytest.raises(InvalidConfigError):
+            deliver_pending(repository, send)
+        assert ["pending"] * 3 == statuses(repository, three)
 
 
-class TestLostLease:
-    def test_not_sent(self, repository, clock, three):
-        """What another worker took over meanwhile is not sent a second time."""
+class TestLease:
+    def test_renewed(self, repository, clock, engine):
+        """Past half of the lease, what is left of the batch is renewed before the next send, with one commit."""
+        made = repository.insert_receipts(new_receipt() for _ in range(9))
+        expires = []
 
         def slow(receipt):
-            clock.seconds += LEASE
+            expires.append([repository.get_receipt_by_id(one).lease_expires_at for one in made[len(expires) :]])
+            clock.seconds += 11
+            return NOON
+
+        with commits(engine) as seen:
+            assert deliver_pending(repository, slow).count(Outcome.SYNCED) == 9
+        claimed, first, second = NOON + LEASE, NOON + 33 + LEASE, NOON + 66 + LEASE
+        assert [claimed] * 3 + [first] * 3 + [second] * 3 == [times[0] for times in expires]
+        assert all(len(set(times)) == 1 for times in expires)
+        assert len(seen) == 1 + 9 + 2 + 2  # the claim, the deliveries, two renewals, two events
+
+    def test_failures_renewed(self, repository, clock, three):
+        """So is what has failed and is not recorded yet."""
+
+        def slow(receipt):
+            clock.seconds += LEASE - 1
+            assert repository.recover_expired_leases() == 0
+            raise ValueError("no")
+
+        assert deliver_pending(repository, slow).count(Outcome.RETRY) == 3
+
+    @pytest.mark.parametrize("jump", [LEASE, -7200])
+    def test_taken(self, repository, clock, three, jump):
+        """What another worker took over meanwhile, after a clock that was set back too, is not sent a second time."""
+
+        def slow(receipt):
+            clock.seconds += jump
             taken.extend(repository.claim_pending(5))
             return NOON
 
@@ -226,19 +261,16 @@ class TestLostLease:
         assert three == [receipt.id for receipt in taken]
 
     def test_gone(self, repository, three):
-        """Nor what is no longer there, because another worker delivered it and it was pruned."""
+        """A receipt that another worker delivered, and that was pruned, is not ours any more."""
         repository.set_config("retention_synced_days", 0)
 
         def slow(receipt):
-            received.append(receipt.id)
-            repository.mark_synced(three[1], NOON)
+            repository.mark_synced(receipt.id, NOON)
             repository.prune()
             return NOON
 
-        received = []
-        report = deliver_pending(repository, slow)
-        assert [Outcome.SYNCED, Outcome.LEASE_LOST, Outcome.SYNCED] == list(report.outcomes.values())
-        assert [three[0], three[2]] == received
+        report = deliver_pending(repository, slow, 1)
+        assert {three[0]: Outcome.LEASE_LOST} == report.outcomes
 
     def test_failure_of_a_late_worker(self, repository, clock, three):
         """A late worker's failure is not counted against the present one's receipt."""
@@ -287,21 +319,30 @@ class TestLostLease:
         assert ["syncing"] * 3 == statuses(repository, three)
         assert {held[0].lease_token} == {repository.get_receipt_by_id(one).lease_token for one in three}
 
-    def test_renewed(self, engine, three):
-        """A slow OFD does not cost the lease: past its half it is renewed before the next send."""
-        repository = ReceiptRepository(engine)  # by the real clock, of which a send of a real OFD takes its time
-        repository.set_config("lease_seconds", 2)
-        expires = []
 
-        def slow(receipt):
-            expires.append((receipt.lease_expires_at, repository.get_receipt_by_id(receipt.id).lease_expires_at))
-            time.sleep(0.6)
-            return NOON
+class TestLog:
+    def test_outcomes(self, repository, three, caplog):
+        """Every outcome is one record, with fields for a log that is read by machines."""
+        with caplog.at_level(logging.INFO, logger="kkt_buffer"):
+            deliver_pending(repository, Ofd(first=ValueError("no"), second=DeliveryRejected("unknown tax rate")))
+        records = {record.receipt_id: record for record in caplog.records}
+        assert len(caplog.records) == len(records) == 3
+        assert {"kkt_buffer.delivery"} == {record.name for record in caplog.records}
+        expected = [
+            ("WARNING", "first", "retry", "ValueError: no"),
+            ("ERROR", "second", "dead_lettered", "rejected by the OFD: DeliveryRejected: unknown tax rate"),
+            ("INFO", "third", "synced", None),
+        ]
+        found = [records[receipt_id] for receipt_id in three]
+        assert expected == [(one.levelname, one.pos_id, one.outcome, one.error) for one in found]
+        assert f"receipt {three[0]}: retry (ValueError: no)" == found[0].getMessage()
 
-        report = deliver_pending(repository, slow)
-        assert dict.fromkeys(three, Outcome.SYNCED) == report.outcomes
-        claimed, present = expires[2]
-        assert present > claimed
+    def test_released(self, repository, three, caplog):
+        """What is released is told with the outage."""
+        with caplog.at_level(logging.INFO, logger="kkt_buffer"):
+            deliver_pending(repository, Ofd(DeliveryUnavailable("offline")))
+        told = [(record.levelname, record.receipt_id, record.outcome, record.error) for record in caplog.records]
+        assert [("INFO", one, "released", "DeliveryUnavailable: offline") for one in three] == told
 
 
 def test_commits(file_repository, file_engine):

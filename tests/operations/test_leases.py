@@ -53,6 +53,18 @@ class TestClaimPending:
         a_receipt(repository)
         assert own == ids(repository.claim_pending(10, pos_id="till-2"))
 
+    @pytest.mark.parametrize("pos_id", [None, "till-1"])
+    def test_retries_last(self, repository, clock, pos_id):
+        """First those that were never tried, in HLC order, then those that have been due for the longest time."""
+        made = [a_receipt(repository).id for _ in range(5)]
+        claimed = repository.claim_pending(3)
+        for receipt, wait in zip(claimed, (20, 0, 10), strict=True):
+            repository.release(receipt.id, receipt.lease_token, wait_seconds=wait)
+        clock.seconds += 20
+        expected = [made[number] for number in (3, 4, 1, 2, 0)]
+        assert expected[:3] == ids(repository.claim_pending(3, pos_id=pos_id, retries_last=True))
+        assert expected[3:] == ids(repository.claim_pending(3, pos_id=pos_id, retries_last=True))
+
     def test_own_duration(self, repository, clock):
         receipt = a_receipt(repository)
         assert repository.claim_pending(1, lease_seconds=5)[0].lease_expires_at == NOON + 5
@@ -216,8 +228,48 @@ class TestRenewLease:
         clock.seconds += 1
         assert repository.recover_expired_leases() == 1
 
+    def test_whole_claim(self, repository, clock):
+        """All leases of one claim, with one call; what has an outcome, or another token, is not among them."""
+        made = [a_receipt(repository).id for _ in range(4)]
+        first, second, _ = repository.claim_pending(3)
+        [other] = repository.claim_pending(3)
+        repository.mark_synced(second.id, NOON)
+        clock.seconds += 50
+        assert [made[0], made[2]] == sorted(repository.renew_leases(first.lease_token), key=made.index)
+        expected = [NOON + 50 + LEASE, None, NOON + 50 + LEASE, NOON + LEASE]
+        assert expected == [repository.get_receipt_by_id(receipt_id).lease_expires_at for receipt_id in made]
+        repository.renew_leases(other.lease_token, lease_seconds=7)
+        assert repository.get_receipt_by_id(other.id).lease_expires_at == NOON + 57
+
+    def test_lost_claim(self, repository, clock):
+        """A late worker has nothing to renew."""
+        a_receipt(repository)
+        [late] = repository.claim_pending(1)
+        clock.seconds += LEASE
+        [present] = repository.claim_pending(1)
+        assert repository.renew_leases(late.lease_token) == []
+        assert repository.get_receipt_by_id(present.id).lease_expires_at == present.lease_expires_at
+
 
 class TestRelease:
+    @pytest.mark.parametrize(("wait", "waits"), [(0, 0), (100, 100), (10**9, 300)])
+    def test_wait(self, repository, clock, wait, waits):
+        """Released after a try in vain, it waits as long as it is told, at most `retry_backoff_max`; uncounted."""
+        receipt = a_receipt(repository)
+        [claimed] = repository.claim_pending(1)
+        repository.release(claimed.id, claimed.lease_token, wait_seconds=wait)
+        found = repository.get_receipt_by_id(receipt.id)
+        assert (NOON + waits, 0) == (found.next_attempt_at, found.retry_count)
+        clock.seconds += max(waits - 1, 0)
+        assert bool(waits) == (repository.claim_pending(1) == [])
+
+    @pytest.mark.parametrize("wait", [-1, 0.5, "5", True])
+    def test_bad_wait(self, repository, wait):
+        a_receipt(repository)
+        [claimed] = repository.claim_pending(1)
+        with pytest.raises((ValueError, TypeError), match="wait_seconds: expected a whole number"):
+            repository.release(claimed.id, claimed.lease_token, wait_seconds=wait)
+
     def test_unharmed(self, repository):
         """Released, a receipt is due at once, and no attempt is counted."""
         receipt = a_receipt(repository)

@@ -1,6 +1,8 @@
-"""A receipt in plain Python: what the database should say of it."""
+"""A receipt and a streak in plain Python: what the database should say of a receipt, and what delivery should do."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+
+from kkt_buffer import Outcome
 
 
 @dataclass
@@ -37,3 +39,57 @@ class Model:
             self.server_time, self.open_letter = server_time, False
             self.due = 0
             self.tell("receipt_synced")
+
+
+@dataclass
+class StreakModel:
+    """The streak rule, for receipts by their keys."""
+
+    threshold: int
+    outage: bool = False
+    doubt: bool = False
+    row: set[str] = field(default_factory=set)  # those that have failed since the last answer
+    failed: list[str] = field(default_factory=list)
+    suspects: set[str] = field(default_factory=set)
+
+    def answer(self, key):
+        self.outage = self.doubt = False
+        self.row.clear()
+        self.suspects.discard(key)
+        self.failed = [other for other in self.failed if other != key]
+        self.suspects.update(self.failed[: self.threshold])
+        self.failed = self.failed[self.threshold :]
+
+    def fail(self, key, *, is_outage):
+        self.doubt = True
+        if key not in self.suspects:
+            self.row.add(key)
+            self.failed += [key] if key not in self.failed else []
+        self.outage = self.outage or is_outage or len(self.row) >= self.threshold
+
+    def deliver(self, batch, answers, now, count_attempt):
+        """What becomes of the receipts of a batch that meets these answers."""
+        outcomes = dict.fromkeys((key for key, _ in batch), Outcome.RELEASED)
+        failures = []
+
+        def count():
+            for key, one, _ in failures:
+                count_attempt(one)
+                outcomes[key] = Outcome.RETRY if one.status == "pending" else Outcome.DEAD_LETTERED
+            failures.clear()
+
+        for (key, one), answer in zip(batch, answers, strict=False):
+            if answer in {"yes", "never"}:
+                one.sync(now) if answer == "yes" else one.fail()
+                outcomes[key] = Outcome.SYNCED if answer == "yes" else Outcome.DEAD_LETTERED
+                self.answer(key)
+                count()
+            else:
+                self.fail(key, is_outage=answer == "offline")
+                failures.append((key, one, answer == "offline"))
+                if self.outage:
+                    for failed, other, is_told in failures:
+                        other.due = now + (0 if is_told and failed not in self.suspects else 300)
+                    return outcomes
+        count()
+        return outcomes

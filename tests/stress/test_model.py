@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from sqlalchemy import text
-from stress.model import Model
+from stress.model import Model, StreakModel
 
 from kkt_buffer import (
     BufferFullError,
@@ -23,7 +23,6 @@ from kkt_buffer import (
     DuplicateReceiptError,
     InvalidTransitionError,
     LeaseLostError,
-    Outcome,
     ReceiptNotFoundError,
     ReceiptRepository,
     create_buffer_engine,
@@ -33,9 +32,11 @@ from kkt_buffer import (
 
 CAPACITY = 3
 ATTEMPTS = 2
+THRESHOLD = 2
 LEASE = 60
 DAY = 86_400
 
+ANSWERS = ["yes", "no", "no", "no", "never", "offline"]
 PICKS = 20
 picks = st.integers(0, PICKS)
 
@@ -58,12 +59,14 @@ class BufferMachine(RuleBasedStateMachine):
         self.open()
         self.repository.set_config("buffer_capacity", CAPACITY)
         self.repository.set_config("max_retry_attempts", ATTEMPTS)
+        self.repository.set_config("circuit_breaker_threshold", THRESHOLD)
         self.insert(CAPACITY)
 
     def open(self):
         self.engine = create_buffer_engine(Path(self.folder.name) / "buffer.db")
         upgrade(self.engine)
         self.repository = ReceiptRepository(self.engine, now=lambda: self.now, jitter=lambda: 0.0)
+        self.streak = StreakModel(THRESHOLD)
 
     def teardown(self):
         if hasattr(self, "engine"):
@@ -92,6 +95,10 @@ class BufferMachine(RuleBasedStateMachine):
 
     def is_due(self, one):
         return one.due <= self.now or one.due > self.now + 300
+
+    def due(self, limit, *, retries_last=False):
+        due = [(key, one) for key, one in self.in_order("pending") if self.is_due(one)]
+        return sorted(due, key=lambda item: item[1].due if retries_last else 0)[:limit]
 
     def count_attempt(self, one):
         one.attempts += 1
@@ -132,7 +139,7 @@ class BufferMachine(RuleBasedStateMachine):
 
     def claim_now(self, limit):
         self.recover()
-        expected = [(key, one) for key, one in self.in_order("pending") if self.is_due(one)][:limit]
+        expected = self.due(limit)
         claimed = self.repository.claim_pending(limit)
         assert [key for key, _ in expected] == [receipt.id for receipt in claimed]
         for (_, one), receipt in zip(expected, claimed, strict=True):
@@ -253,10 +260,8 @@ class BufferMachine(RuleBasedStateMachine):
             one.open_letter, one.resolved = False, True
             one.tell("receipt_resolved")
 
-    @rule(answers=st.lists(st.sampled_from(["yes", "no", "never", "offline"]), min_size=8, max_size=8))
-    def deliver(self, answers):
-        self.recover()
-        batch = [(key, one) for key, one in self.in_order("pending") if self.is_due(one)]
+    @rule(answers=st.lists(st.sampled_from(ANSWERS), min_size=8, max_size=8), limit=st.integers(1, 4))
+    def deliver(self, answers, limit):
         left = iter(answers)
 
         def send(receipt):
@@ -265,24 +270,16 @@ class BufferMachine(RuleBasedStateMachine):
                 return self.now
             raise {"no": ValueError, "never": DeliveryRejected, "offline": DeliveryUnavailable}[answer]
 
-        report = deliver_pending(self.repository, send)
-        expected = {}
-        offline = False
-        for (key, one), answer in zip(batch, answers, strict=False):
-            offline = offline or answer == "offline"
-            if offline:
-                expected[key] = Outcome.RELEASED
-            elif answer == "yes":
-                one.sync(self.now)
-                expected[key] = Outcome.SYNCED
-            elif answer == "never":
-                one.fail()
-                expected[key] = Outcome.DEAD_LETTERED
-            else:
-                self.count_attempt(one)
-                expected[key] = Outcome.RETRY if one.status == "pending" else Outcome.DEAD_LETTERED
+        report = deliver_pending(self.repository, send, limit)
+        self.recover()
+        expected, rest = {}, iter(answers)
+        if self.streak.outage:
+            expected |= self.streak.deliver(self.due(1, retries_last=True), rest, self.now, self.count_attempt)
+        if not self.streak.outage:
+            batch = self.due(limit - len(expected), retries_last=self.streak.doubt)
+            expected |= self.streak.deliver(batch, rest, self.now, self.count_attempt)
         assert expected == report.outcomes
-        assert offline == (report.outage is not None)
+        assert self.streak.outage == (report.outage is not None)
 
     @rule(seconds=st.sampled_from([1, 6, 61, LEASE, 3600, 8 * DAY, 91 * DAY, -1, -60, -3600, -8 * DAY]))
     def clock_jumps(self, seconds):
@@ -324,9 +321,10 @@ class BufferMachine(RuleBasedStateMachine):
         assert set(self.model) == {row.id for row in rows}
         for row in rows:
             one = self.model[row.id]
-            assert (one.status, one.attempts, one.token, one.server_time, one.created) == (
+            assert (one.status, one.attempts, one.due, one.token, one.server_time, one.created) == (
                 row.status,
                 row.retry_count,
+                row.next_attempt_at or 0,
                 row.lease_token,
                 row.hlc_server_time,
                 row.created_at,

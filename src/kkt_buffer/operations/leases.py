@@ -11,7 +11,7 @@ import uuid
 from collections.abc import Callable
 from typing import NamedTuple
 
-from sqlalchemy import bindparam, literal_column, select, text, update
+from sqlalchemy import bindparam, func, literal_column, select, text, update
 
 from kkt_buffer.errors import LeaseLostError, ReceiptNotFoundError
 from kkt_buffer.models import PENDING_ONLY, SYNCING_ONLY, Receipt, ReceiptStatus
@@ -32,17 +32,25 @@ RECOVER = (
 _due = (
     select(receipts.c.id)
     .where(text(PENDING_ONLY + " AND COALESCE(next_attempt_at NOT BETWEEN :now + 1 AND :horizon, TRUE)"))
-    .order_by(receipts.c.hlc_local_time, receipts.c.hlc_logical_counter)
     .limit(bindparam("limit"))
 )
-CLAIM = LEASED.where(receipts.c.id.in_(_due))
-CLAIM_OF_POS = LEASED.where(receipts.c.id.in_(_due.where(text("pos_id = :pos"))))
+_in_order = (receipts.c.hlc_local_time, receipts.c.hlc_logical_counter)
+# Those never tried, then those that have been due for the longest time. It sorts, but no more rows than the capacity.
+_retries_last = (func.coalesce(receipts.c.next_attempt_at, 0), *_in_order)
+CLAIM = {
+    (of_one_pos, retries_last): LEASED.where(receipts.c.id.in_(due.order_by(*order)))
+    for of_one_pos, due in ((False, _due), (True, _due.where(text("pos_id = :pos"))))
+    for retries_last, order in ((False, _in_order), (True, _retries_last))
+}
 
 # Served by idx_receipts_lease.
-CLAIMED = select(Receipt).where(text(SYNCING_ONLY + " AND lease_token = :token"))
+_leases = text(SYNCING_ONLY + " AND lease_token = :token")
+CLAIMED = select(Receipt).where(_leases)
 
+_renewed = update(receipts).values(lease_taken_at=bindparam("now"), lease_expires_at=bindparam("expires"))
+RENEW_ALL = _renewed.where(_leases).returning(receipts.c.id)
 _lease = text("id = :receipt_id AND lease_token = :token AND " + SYNCING_ONLY)
-RENEW = update(receipts).where(_lease).values(lease_taken_at=bindparam("now"), lease_expires_at=bindparam("expires"))
+RENEW = _renewed.where(_lease)
 RELEASE = update(receipts).where(_lease).values(_unleased)
 FAIL_ATTEMPT = (
     update(receipts)
@@ -67,8 +75,10 @@ class Failure(NamedTuple):
     jitter: Callable[[], float]
 
 
-def claim(tx: Transaction, limit: int, pos_id: str | None, lease_seconds: int | None) -> list[Receipt]:
-    """Lease the receipts that are due, in HLC order."""
+def claim(
+    tx: Transaction, limit: int, pos_id: str | None, lease_seconds: int | None, *, retries_last: bool
+) -> list[Receipt]:
+    """Lease the receipts that are due, in HLC order or in the order of their last attempts."""
     recover(tx)
     seconds = tx.number("lease_seconds") if lease_seconds is None else lease_seconds
     token = str(uuid.uuid4())
@@ -79,12 +89,16 @@ def claim(tx: Transaction, limit: int, pos_id: str | None, lease_seconds: int | 
         "token": token,
         "expires": tx.now + seconds,
     }
-    if pos_id is None:
-        claimed = tx.connection.execute(CLAIM, parameters)
-    else:
-        claimed = tx.connection.execute(CLAIM_OF_POS, {**parameters, "pos": pos_id})
+    if pos_id is not None:
+        parameters["pos"] = pos_id
+    claimed = tx.connection.execute(CLAIM[pos_id is not None, retries_last], parameters)
     found: list[Receipt] = tx.load(CLAIMED, token=token) if claimed.rowcount else []
-    return sorted(found, key=lambda receipt: (receipt.hlc_local_time, receipt.hlc_logical_counter))
+
+    def place(receipt: Receipt) -> tuple[int, int, int]:
+        last = receipt.next_attempt_at if retries_last else None
+        return last or 0, receipt.hlc_local_time, receipt.hlc_logical_counter
+
+    return sorted(found, key=place)
 
 
 def recover(tx: Transaction) -> int:
@@ -101,10 +115,18 @@ def renew(tx: Transaction, receipt_id: str, token: str, lease_seconds: int | Non
     return expires
 
 
-def release(tx: Transaction, receipt_id: str, token: str) -> None:
+def renew_all(tx: Transaction, token: str, lease_seconds: int | None) -> list[str]:
+    """Extend all leases with this token; returns the ids of their receipts."""
+    expires = tx.now + (tx.number("lease_seconds") if lease_seconds is None else lease_seconds)
+    return list(tx.connection.scalars(RENEW_ALL, {"token": token, "now": tx.now, "expires": expires}))
+
+
+def release(tx: Transaction, receipt_id: str, token: str, wait: int | None, jitter: Callable[[], float]) -> None:
     """Hand a leased receipt back without counting an attempt."""
     if not tx.connection.execute(RELEASE, {"receipt_id": receipt_id, "token": token}).rowcount:
         raise _lease_lost(tx, receipt_id)
+    if wait is not None:
+        _postpone(tx, receipt_id, min(wait, tx.number("retry_backoff_max")), jitter)
 
 
 def record_failure(tx: Transaction, failure: Failure) -> ReceiptStatus:
@@ -119,10 +141,13 @@ def record_failure(tx: Transaction, failure: Failure) -> ReceiptStatus:
         return ReceiptStatus.FAILED
     # The exponent is capped: 2**count would exceed what an INTEGER column holds.
     doubled = tx.number("retry_backoff_initial") << min(count - 1, 32)
-    backoff = min(doubled, tx.number("retry_backoff_max"))
-    due = tx.now + round(backoff * (1 - jitter() / 2))
-    tx.connection.execute(POSTPONE, {"receipt_id": receipt_id, "due": due})
+    _postpone(tx, receipt_id, min(doubled, tx.number("retry_backoff_max")), jitter)
     return ReceiptStatus.PENDING
+
+
+def _postpone(tx: Transaction, receipt_id: str, seconds: int, jitter: Callable[[], float]) -> None:
+    due = tx.now + round(seconds * (1 - jitter() / 2))
+    tx.connection.execute(POSTPONE, {"receipt_id": receipt_id, "due": due})
 
 
 def _lease_lost(tx: Transaction, receipt_id: str) -> LeaseLostError | ReceiptNotFoundError:

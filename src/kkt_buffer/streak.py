@@ -1,0 +1,97 @@
+"""
+`Streak`: what the last answers of the OFD say about it.
+
+One receipt that fails is a bad receipt; several different ones in a row are an outage. Each repository has one streak,
+for all threads that deliver with it. The database is not used here.
+"""
+
+import threading
+from collections.abc import Callable
+from itertools import islice
+
+MAX_REMEMBERED = 10_000  # receipts that have failed; then the oldest is forgotten
+MAX_PAUSE = 3600  # seconds: a wrong Retry-After of the OFD must not stop a till for days
+
+
+class Streak:
+    """
+    The failures since the last answer, that is, since the OFD last accepted or rejected a receipt. Safe for threads.
+
+    Failures of `threshold` different receipts are an outage, and so is an error with which the sender reports one. The
+    next answer ends it. Receipts that failed before an answer become *suspects*: their further failures are no sign of
+    an outage. One answer makes `threshold` suspects and no more, those that failed first. Otherwise a single success in
+    the middle of an outage would lay the blame on every receipt that is waiting.
+    """
+
+    def __init__(self, now: Callable[[], float]) -> None:
+        self._now = now
+        self._lock = threading.Lock()
+        self._threshold = 1
+        # Dicts as ordered sets.
+        self._failed: dict[str, None] = {}  # have failed, and are no suspects
+        self._suspects: dict[str, None] = {}
+        self._streak: set[str] = set()  # those of `_failed` that have failed since the last answer
+        self._is_in_doubt = False
+        self._outage: str | None = None
+        self._pause = (0.0, 0.0, "")  # since when, for how many seconds, and why
+
+    @property
+    def outage(self) -> str | None:
+        """The reason why the OFD counts as down, or None."""
+        return self._outage
+
+    @property
+    def is_in_doubt(self) -> bool:
+        """Whether the last receipt that was tried has failed."""
+        return self._is_in_doubt
+
+    @property
+    def pause(self) -> str | None:
+        """The error with which the OFD asked not to be called for a while, until that time has passed; or None."""
+        since, seconds, error = self._pause
+        # If the clock was set back, the pause is over.
+        return error if 0 <= self._now() - since < seconds else None
+
+    def is_suspect(self, receipt_id: str) -> bool:
+        """Whether the receipt has failed while the OFD answered for others."""
+        return receipt_id in self._suspects
+
+    def answered(self, receipt_id: str) -> None:
+        """Note that the OFD has accepted or rejected the receipt."""
+        with self._lock:
+            self._is_in_doubt = False
+            self._outage = None
+            self._streak.clear()
+            for known in (self._failed, self._suspects):
+                known.pop(receipt_id, None)
+            for suspect in list(islice(self._failed, self._threshold)):
+                del self._failed[suspect]
+                _remember(self._suspects, suspect)
+
+    def failed(self, receipt_id: str, error: str, threshold: int) -> None:
+        """Note that the receipt has failed; the last of `threshold` different ones makes it an outage."""
+        with self._lock:
+            self._add(receipt_id, threshold)
+            if self._outage is None and len(self._streak) >= threshold:
+                self._outage = f"{threshold} different receipts have failed in a row, the last one with {error}"
+
+    def unavailable(self, receipt_id: str, error: str, threshold: int, retry_after: float | None) -> None:
+        """Note that the sender has reported an outage, and for how many seconds it should not be called."""
+        with self._lock:
+            self._add(receipt_id, threshold)
+            self._outage = error
+            if retry_after is not None:
+                self._pause = (self._now(), min(retry_after, MAX_PAUSE), error)
+
+    def _add(self, receipt_id: str, threshold: int) -> None:
+        self._threshold = threshold
+        self._is_in_doubt = True
+        if receipt_id not in self._suspects:
+            _remember(self._failed, receipt_id)
+            self._streak.add(receipt_id)
+
+
+def _remember(ids: dict[str, None], receipt_id: str) -> None:
+    ids[receipt_id] = None
+    if len(ids) > MAX_REMEMBERED:
+        del ids[next(iter(ids))]
