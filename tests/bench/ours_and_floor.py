@@ -10,6 +10,7 @@ import itertools
 import json
 import logging
 import sys
+import threading
 import time
 import uuid
 from collections import deque
@@ -72,6 +73,7 @@ class Ours:
     """The operations as a service calls them, on a file that is made where it is not there."""
 
     def __init__(self, path, capacity=CAPACITY):
+        self.path = path
         self.engine = create_buffer_engine(path)
         upgrade(self.engine)
         self.repository = ReceiptRepository(self.engine)
@@ -114,19 +116,30 @@ class Ours:
 
 
 class Floor:
-    """The same with nothing but the driver."""
+    """The same with nothing but the driver; each thread has a connection of its own."""
 
     def __init__(self, path):
         ours = Ours(path)  # makes the file and its schema
         with ours.engine.connect() as connection:
-            settings = {name: connection.exec_driver_sql(f"PRAGMA {name}").scalar() for name in PRAGMAS}
+            self.settings = {name: connection.exec_driver_sql(f"PRAGMA {name}").scalar() for name in PRAGMAS}
         ours.close()
-        self.connection = ours.engine.dialect.dbapi.connect(path, isolation_level=None)
-        for name, value in settings.items():
-            self.connection.execute(f"PRAGMA {name} = {value}").fetchone()
-            assert self.connection.execute(f"PRAGMA {name}").fetchone()[0] == value
-        self.documents = itertools.cycle(documents())
+        self.path, self.driver = path, ours.engine.dialect.dbapi
+        self.of_thread, self.connections = threading.local(), []
+        self.documents = itertools.cycle([*documents()])
         self.undelivered = deque()
+
+    @property
+    def connection(self):
+        try:
+            return self.of_thread.connection
+        except AttributeError:
+            connection = self.driver.connect(self.path, isolation_level=None, check_same_thread=False)
+            for name, value in self.settings.items():
+                connection.execute(f"PRAGMA {name} = {value}").fetchone()
+                assert connection.execute(f"PRAGMA {name}").fetchone()[0] == value
+            self.connections.append(connection)
+            self.of_thread.connection = connection
+            return connection
 
     def insert(self):
         execute = self.connection.execute
@@ -147,9 +160,10 @@ class Floor:
         return self.connection.execute(STATUS).fetchone()[0]
 
     def mark_synced(self):
-        self.connection.execute("BEGIN IMMEDIATE")
-        self.connection.execute(MARK_SYNCED, {"now": int(time.time()), "id": self.undelivered.popleft()})
-        self.connection.execute("COMMIT")
+        execute = self.connection.execute
+        execute("BEGIN IMMEDIATE")
+        execute(MARK_SYNCED, {"now": int(time.time()), "id": self.undelivered.popleft()})
+        execute("COMMIT")
 
     def claim_and_ack(self):
         execute = self.connection.execute
@@ -167,7 +181,8 @@ class Floor:
             self.mark_synced()
 
     def close(self):
-        self.connection.close()
+        for connection in self.connections:
+            connection.close()
 
 
 def documents():
