@@ -3,8 +3,9 @@ Two versions of the package side by side in one run: compare.py OLD_SRC NEW_SRC,
 
 Each version works in a process of its own on a fresh file of its own, which it upgrades itself. A round is a block of
 calls of each operation by each of them, in turn, and the order alternates; the ratio is that of the medians over the
-rounds, of the wall clock and of the processor time, which a busy disk does not change. What the blocks leave undelivered is delivered off the clock, so that both files stay alike. No time makes this
-fail: what is over its budget is marked.
+rounds. Processor time stands beside the wall clock: the disk, and what else waits for it, changes it little. What the
+blocks leave undelivered is delivered off the clock, so that both files stay alike. No time makes this fail: what is
+over its budget is marked.
 """
 
 import argparse

@@ -8,7 +8,7 @@ Times are medians of paired rounds, and `p99` is of the single calls. `CPU` is t
 for a call, or for a receipt, in µs. `syncs` is how often that waited for the disk, counted on a till's disk, where each
 sync takes 2 ms longer. The ratio is ours to the other side, and the goal is for the ratio unless it has a unit.
 """
-WIDTHS = (44, 10, 7, 7, 6, 5, 10, 7, 6, 5, 6, 16)
+WIDTHS = (50, 10, 7, 7, 6, 5, 10, 7, 6, 5, 6, 16)
 
 
 def write(path, lines, machine):
