@@ -26,10 +26,12 @@ from fastapi.testclient import TestClient
 
 online = False
 with TestClient(app) as client:
+    content = '{"sum": 10.10, "q": 0.12345678901234567890}'
     own = "123e4567-e89b-42d3-a456-426614174000"
     for _ in range(2):
-        assert client.post(f"/receipts/{own}", json={"totalSum": 1}).json() == {"id": own}
+        assert client.post(f"/receipts/{own}", content=content).json() == {"id": own}
     assert client.post(f"/receipts/{own}", json={"totalSum": 2}).status_code == 409
+    assert buffer.get_receipt_by_id(own).fiscal_doc == content
     assert client.post(f"/receipts/{own[:-1]}1", content='{"totalSum": NaN}').status_code == 422
     assert client.post("/receipts/1", json={"totalSum": 1}).status_code == 422
     buffer.set_config("buffer_capacity", 1)
@@ -37,13 +39,14 @@ with TestClient(app) as client:
     assert refused.status_code == 503 and "Buffer full" in refused.text
     print(buffer.get_buffer_status().total_receipts)
     online = True
-    while buffer.get_buffer_status().synced < 3:
+    while buffer.get_buffer_status().synced < 4:
         time.sleep(0.05)
     print(buffer.get_buffer_status().synced)
 """
         assert len(BLOCKS) >= 4
         printed = run_python("\n".join([*BLOCKS, use]), cwd=tmp_path).stdout
-        assert printed.splitlines()[-2:] == ["3", "3"]
+        assert '{"totalSum": 10.10,"fiscalDocumentNumber":101,"fiscalSign":3141592653}' in printed.splitlines()
+        assert printed.splitlines()[-2:] == ["4", "4"]
 
     def test_breaker(self, tmp_path):
         """The example's breaker opens after five outages in a row, leaves the OFD alone, and closes again."""

@@ -108,6 +108,7 @@ def _of_default(operation: Callable[Concatenate[ReceiptRepository, P], R]) -> Ca
 
 insert_receipt = _of_default(ReceiptRepository.insert_receipt)
 insert_receipts = _of_default(ReceiptRepository.insert_receipts)
+update_receipt_fiscal_doc = _of_default(ReceiptRepository.update_receipt_fiscal_doc)
 get_pending_receipts = _of_default(ReceiptRepository.get_pending_receipts)
 get_receipt_by_id = _of_default(ReceiptRepository.get_receipt_by_id)
 mark_synced = _of_default(ReceiptRepository.mark_synced)

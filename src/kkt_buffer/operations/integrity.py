@@ -6,10 +6,11 @@ from dataclasses import dataclass
 from sqlalchemy import CheckConstraint, Connection, select, text
 from sqlalchemy.exc import SQLAlchemyError
 
-from kkt_buffer.backend import AT_MOST
+from kkt_buffer.backend import AT_MOST, Backend
 from kkt_buffer.config import CONFIG_RULES
+from kkt_buffer.documents import is_intact
 from kkt_buffer.errors import InvalidConfigError, ReceiptBufferError
-from kkt_buffer.models import ConfigEntry, metadata
+from kkt_buffer.models import ConfigEntry, Receipt, metadata
 from kkt_buffer.transaction import Transactions
 
 
@@ -56,6 +57,26 @@ def _settings(connection: Connection) -> list[str]:
     return problems
 
 
+# yield_per: never more than these rows in memory.
+_DIGESTS = (
+    select(Receipt.id, Receipt.fiscal_doc, Receipt.digest)
+    .where(Receipt.digest.is_not(None))
+    .execution_options(yield_per=100)
+)
+
+
+def _documents(connection: Connection, backend: Backend) -> list[str]:
+    """Compare each document with its digest. SQLite has no checksums of its own."""
+    problems: list[str] = []
+    with backend.lenient_text(connection), connection.execute(_DIGESTS) as rows:
+        for receipt_id, document, digest in rows:
+            if not is_intact(document, digest):
+                problems.append(f"the document of receipt {receipt_id} differs from its digest")
+                if len(problems) == AT_MOST:
+                    break
+    return problems
+
+
 def check(transactions: Transactions) -> IntegrityReport:
     """Run every check in its own read transaction."""
     checks = {
@@ -63,6 +84,7 @@ def check(transactions: Transactions) -> IntegrityReport:
         "settings": _settings,
         "rules of the tables": _query(_RULES),
         "dead letters": _query(_DEAD_LETTERS),
+        "documents": lambda connection: _documents(connection, transactions.backend),
     }
     return IntegrityReport({what: _found(transactions, check) for what, check in checks.items()})
 

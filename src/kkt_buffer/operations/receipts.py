@@ -98,7 +98,7 @@ LEASED = update(receipts).values(
     lease_taken_at=bindparam("now"),
     lease_expires_at=bindparam("expires"),
 )
-LEASE = LEASED.where(text("id = :receipt_id"))
+LEASE = LEASED.where(text("id = :receipt_id AND held_at IS NULL"))
 GIVE_UP_LEASE = update(receipts).where(text("id = :receipt_id")).values(status=literal_column("'pending'"), **NO_LEASE)
 
 
@@ -140,7 +140,7 @@ def _add(tx: Transaction, many: Sequence[NewReceipt]) -> None:
             "pos_id": receipt.pos_id,
             "fiscal_doc": receipt.fiscal_doc,
             "digest": receipt.digest,
-            "held_at": None,
+            "held_at": now if receipt.hold else None,
             "now": now,
         }
         for receipt in many
@@ -273,5 +273,11 @@ def update_status(tx: Transaction, receipt_id: str, wanted: ReceiptStatus) -> bo
         tx.connection.execute(GIVE_UP_LEASE, {"receipt_id": receipt_id})
     else:
         lease = {"token": str(uuid.uuid4()), "now": tx.now, "expires": tx.now + tx.number("lease_seconds")}
-        tx.connection.execute(LEASE, {"receipt_id": receipt_id, **lease})
+        if not tx.connection.execute(LEASE, {"receipt_id": receipt_id, **lease}).rowcount:
+            raise InvalidTransitionError(
+                receipt_id,
+                "held",
+                wanted,
+                "It was not printed yet: complete it with update_receipt_fiscal_doc, or close it with discard_held.",
+            )
     return True
