@@ -4,8 +4,8 @@ Other queues over SQLite, beside ours: persist-queue, litequeue and huey's stora
 All of them are set to WAL and synchronous=FULL, read back from the connection that they write with, and commit once
 for each message; everything else is as they come (they let the WAL grow to 1,000 pages before a checkpoint, ours and
 the floor to 100). The payload is our 2 KB document, as text or bytes. They use Python's own `sqlite3`, as ours does
-unless the extra `sqlite` is installed. Their threads share one queue, that is one connection, which is the way that
-each of them is fastest; the floor's have one connection each and SQLite's busy handler.
+unless the extra `sqlite` is installed. Their threads share one queue and its one connection (one litequeue
+for each thread was slower); the floor's have one connection each and SQLite's busy handler.
 
 To claim and acknowledge 50 takes 51 commits here, which lease the batch and record each delivery; 100 in persist-queue
 and litequeue, which take a message at a time; 50 in huey, which has no acknowledgement: what is taken is deleted, and a
@@ -13,8 +13,9 @@ worker that dies has lost it. They keep few messages here, as they search among 
 between the rounds, off the clock, and claims have a queue of their own with 50 in it. Ours keeps it all.
 """
 
+import functools
 from concurrent.futures import ThreadPoolExecutor
-from itertools import cycle
+from itertools import cycle, product
 
 from figures import Row, at_once, block, figures, interleaved, rate
 from ours_and_floor import BATCH, Floor, Ours, documents
@@ -104,42 +105,47 @@ class Huey:
 
 
 PEERS = (PersistQueue, Lite, Huey)
+NAMES = [peer.name for peer in PEERS]
 OURS = "ours"
 
 
 def rows(folder, scale):
+    found = measured(folder, scale.rounds)
+    goals = {1: 0.75, 16: 4} if scale.till else {}
+    for threads, name in product(THREADS, (FLOOR, *NAMES)):
+        told = "1 thread" if threads == 1 else f"{threads} threads"
+        ours, theirs = rate(found[threads, OURS]), rate(found[threads, name])
+        goal = None if name == FLOOR else goals.get(threads)
+        point = threads, name
+        yield Row(f"insert, {told}: {name}", "receipts/s", ours, theirs, goal, at_least=True, point=point)
+    for name in NAMES:
+        ours, theirs = found["claim", OURS], found["claim", name]
+        yield Row(f"claim and ack of {BATCH}, per receipt: {name}", "µs", ours, theirs, scale.on_good(1))
+
+
+def measured(folder, rounds):
+    """The figures of each side, by the number of threads that insert, or what else is done."""
     inserts = {OURS: Ours(folder / "beside-peers.db"), FLOOR: Floor(folder / "floor-beside-peers.db")}
     claims = {OURS: Ours(folder / "claimed-beside-peers.db")}
     for kind, sides in (("put", inserts), ("claimed", claims)):
         (folder / kind).mkdir()
         sides |= {peer.name: peer(folder / kind) for peer in PEERS}
-    for peer in PEERS:
-        assert_durable(inserts[peer.name])
-        assert_durable(claims[peer.name])
+    for name in NAMES:
+        assert_durable(inserts[name])
+        assert_durable(claims[name])
     with ThreadPoolExecutor(max(THREADS)) as pool:
         blocks = {}
-        for threads in THREADS:
-            for name, side in inserts.items():
-                after = getattr(side, "clear", None)
-                blocks[threads, name] = at_once(pool, threads, side.insert, 10 if threads > 1 else 20, after=after)
+        for threads, (name, side) in product(THREADS, inserts.items()):
+            after = getattr(side, "clear", None)
+            blocks[threads, name] = at_once(pool, threads, side.insert, 10 if threads > 1 else 20, after=after)
         for name, side in claims.items():
             fill(side)
-            blocks["claim", name] = block(side.claim_and_ack, 1, after=lambda side=side: fill(side))
-        taken = interleaved(blocks, scale.rounds)
-    found = {key: figures(rounds) for key, rounds in taken.items()}
+            after = functools.partial(fill, side)
+            blocks["claim", name] = block(side.claim_and_ack, 1, receipts=BATCH, after=after)
+        taken = interleaved(blocks, rounds)
     for side in (*inserts.values(), *claims.values()):
         side.close()
-    goals = {1: 0.75, 16: 4} if scale.till else {}
-    for threads in THREADS:
-        told = "1 thread" if threads == 1 else f"{threads} threads"
-        for name in list(inserts)[1:]:
-            ours, theirs = rate(found[threads, OURS]), rate(found[threads, name])
-            goal = None if name == FLOOR else goals.get(threads)
-            point = threads, name
-            yield Row(f"insert, {told}: {name}", "receipts/s", ours, theirs, goal, at_least=True, point=point)
-    for peer in PEERS:
-        mine, its = found["claim", OURS], found["claim", peer.name]
-        yield Row(f"claim and ack of {BATCH}: {peer.name}", "µs", mine, its, scale.on_good(1))
+    return {key: figures(found) for key, found in taken.items()}
 
 
 def fill(side):
