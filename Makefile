@@ -36,6 +36,7 @@ lint: $(VENV)/$(READY)
 
 types: $(VENV)/$(READY)
 	$(BIN)/mypy
+	$(BIN)/python .ci/users_types.py
 
 wheel: $(VENV)/$(READY) ## build the wheel, install it into an empty environment and use it there
 	sh .ci/wheel.sh $(BIN)/python

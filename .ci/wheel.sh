@@ -14,6 +14,7 @@ trap 'rm -rf "$work"' EXIT
 "$work/venv/bin/python" -m pip install --quiet --disable-pip-version-check \
     --constraint "$here/.ci/constraints.txt" "$work"/dist/*.whl
 cd "$work"
+"$work/venv/bin/kkt-buffer" --version
 "$work/venv/bin/python" -W error -m kkt_buffer upgrade shop/buffer.db
 "$work/venv/bin/python" -W error -m kkt_buffer status shop/buffer.db --json
 "$work/venv/bin/python" -W error - <<'END'

@@ -1,9 +1,11 @@
 """Which module may import which, and what else holds the package together."""
 
 import ast
+import re
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import grimp
@@ -105,6 +107,12 @@ class TestPackage:
         imported = [alias.asname or alias.name for statement in statements for alias in statement.names]
         assert sorted(imported) == sorted(kkt_buffer.__all__)
 
+    def test_version(self):
+        """One version: in the project file, in the code, and at the top of the changelog."""
+        project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+        assert project["version"] == kkt_buffer.__version__
+        assert project["version"] == re.search(r"^## \[(.+?)\]", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)[1]
+
     def test_import_is_light(self):
         """Alembic costs as much as SQLAlchemy, and a buffer that is up to date has no use for it."""
         program = "import sys, kkt_buffer.buffer; print({'alembic', 'sqlalchemy'} & {*sys.modules})"
@@ -130,5 +138,6 @@ class TestRepository:
         command = ["git", "-c", "safe.directory=*", "ls-files"]
         files = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
         top = {name.partition("/")[0] for name in files}
-        expected = {"src", "migrations", "tests", "alembic.ini", "pyproject.toml", "README.md", "Makefile"}
+        expected = {"src", "migrations", "tests", "alembic.ini", "pyproject.toml", "Makefile"}
+        expected |= {"README.md", "CHANGELOG.md", "LICENSE"}
         assert expected == {name for name in top if not name.startswith(".")}

@@ -11,7 +11,7 @@ import re
 import uuid
 from collections.abc import Iterable, Mapping
 from decimal import Decimal
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, Literal, NamedTuple, NoReturn, NotRequired, TypedDict
 
 from kkt_buffer.config import CONFIG_RULES
 from kkt_buffer.documents import digest_of
@@ -25,6 +25,23 @@ NO_MESSAGE = "(no message)"  # stored for an empty error text
 
 UUID_TEXT = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 _ESCAPED_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
+
+
+# For type checkers; a test compares it with `ReceiptStatus`.
+StatusName = Literal["pending", "syncing", "synced", "failed"]
+
+
+class ReceiptData(TypedDict):
+    """
+    A receipt to insert: its till, its document and, if known, its id.
+
+    `fiscal_doc` is JSON text or its UTF-8 bytes, kept byte for byte, or a mapping. `id` is a UUID or its text; it lets
+    the buffer recognise a repeated insert.
+    """
+
+    pos_id: str
+    fiscal_doc: str | bytes | Mapping[str, Any]
+    id: NotRequired[str | uuid.UUID | None]
 
 
 class NewReceipt(NamedTuple):
@@ -45,7 +62,7 @@ def new_receipt(data: Mapping[str, Any], *, exist_ok: bool = False, hold: bool =
     for field in ("pos_id", "fiscal_doc"):
         if data.get(field) is None:
             raise ValueError(f"Missing required field: {field}")
-    unknown = [key for key in data if key not in {"id", "pos_id", "fiscal_doc"}]
+    unknown = [key for key in data if key not in ReceiptData.__annotations__]
     if unknown:
         raise ValueError(f"receipt_data: unknown field {unknown[0]!r}; expected pos_id, fiscal_doc and, if known, id")
     given, fiscal_doc = data.get("id"), document(data["fiscal_doc"])

@@ -10,13 +10,15 @@ import time
 import uuid
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, overload
 
 from sqlalchemy import Engine
 from sqlalchemy.orm import Session
 
 from kkt_buffer import arguments
+from kkt_buffer.arguments import ReceiptData, StatusName
 from kkt_buffer.backend import backend_of
+from kkt_buffer.config import NumberKey
 from kkt_buffer.errors import ReceiptBufferError
 from kkt_buffer.group_commit import A, GroupCommit, R, Shareable
 from kkt_buffer.migrate import require
@@ -27,7 +29,7 @@ from kkt_buffer.operations.pruning import PruneReport
 from kkt_buffer.operations.status import BufferStatus
 from kkt_buffer.transaction import NotTogetherError, Transaction, Transactions
 
-__all__ = ["BufferStatus", "IntegrityReport", "PruneReport", "ReceiptRepository"]
+__all__ = ["BufferStatus", "IntegrityReport", "PruneReport", "ReceiptData", "ReceiptRepository"]
 
 _INSERT = Shareable(receipts.insert_one, receipts.insert_together)
 _MARK_SYNCED = Shareable(receipts.mark_synced, receipts.mark_synced_together)
@@ -103,7 +105,7 @@ class ReceiptRepository:
 
     # Receipts.
 
-    def insert_receipt(self, receipt_data: Mapping[str, Any], *, exist_ok: bool = False, hold: bool = False) -> str:
+    def insert_receipt(self, receipt_data: ReceiptData, *, exist_ok: bool = False, hold: bool = False) -> str:
         """
         Store a receipt and return its id; when this returns, the receipt is on disk.
 
@@ -120,9 +122,7 @@ class ReceiptRepository:
         """
         return self._shared(_INSERT, arguments.new_receipt(receipt_data, exist_ok=exist_ok, hold=hold))
 
-    def insert_receipts(
-        self, many: Iterable[Mapping[str, Any]], *, exist_ok: bool = False, hold: bool = False
-    ) -> list[str]:
+    def insert_receipts(self, many: Iterable[ReceiptData], *, exist_ok: bool = False, hold: bool = False) -> list[str]:
         """
         Store all of these receipts, in their order and with one commit, or none. Otherwise like `insert_receipt`.
 
@@ -205,7 +205,7 @@ class ReceiptRepository:
         with self._writing() as tx:
             return receipts.move_to_dlq(tx, receipt_id, reason)
 
-    def update_receipt_status(self, receipt_id: str | uuid.UUID, status: str) -> bool:
+    def update_receipt_status(self, receipt_id: str | uuid.UUID, status: ReceiptStatus | StatusName) -> bool:
         """
         Move the receipt to another status; True, without a change, if it has this status already.
 
@@ -456,6 +456,12 @@ class ReceiptRepository:
         about = None if receipt_id is None else arguments.lookup_id(receipt_id)
         with self._reading() as tx:
             return events.get_events(tx, limit, event_type, about)
+
+    @overload
+    def get_config(self, key: NumberKey) -> int: ...
+
+    @overload
+    def get_config(self, key: str) -> int | str | None: ...
 
     def get_config(self, key: str) -> int | str | None:
         """

@@ -9,6 +9,7 @@ import time
 import pytest
 from builders import NOON, a_receipt, another_program, everything
 
+import kkt_buffer
 from kkt_buffer import ReceiptStatus, create_buffer_engine, demo
 from kkt_buffer.cli import main
 from kkt_buffer.migrate import revisions
@@ -99,6 +100,12 @@ class TestUpgrade:
         assert done.stderr.splitlines()[-1].startswith("error: ")
 
 
+def test_version(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["--version"])
+    assert (0, f"kkt-buffer {kkt_buffer.__version__}\n") == (stop.value.code, capsys.readouterr().out)
+
+
 class TestStatus:
     def test_table(self, used, capsys, moscow):
         """Times are shown as the wall clock of the shop shows them."""
@@ -106,21 +113,29 @@ class TestStatus:
         expected = f"""\
 buffer             | {used}
 schema             | {HEAD}
-pending            | 1
-syncing            | 1
+pending            | 1  (held, not printed yet: 0)
+syncing            | 1  (expired leases: 1)
 synced             | 1
 failed             | 1  (open dead letters: 1)
 total              | 4
 full               | 1.00 %  (2 of 200)
 oldest undelivered | 2026-03-01 15:00:00 +0300
 deliver before     | 2026-03-31 15:00:00 +0300
+last delivery      | 2026-03-01 15:00:00 +0300
+last outage        | none on record
 """
         assert (expected, "") == capsys.readouterr()
 
     def test_empty_table(self, path, capsys):
         assert 0 == main(["status", str(path)])
         lines = capsys.readouterr().out.splitlines()
-        assert ["oldest undelivered | nothing waits", "deliver before     | nothing waits"] == lines[-2:]
+        expected = [
+            "oldest undelivered | nothing waits",
+            "deliver before     | nothing waits",
+            "last delivery      | none yet",
+            "last outage        | none on record",
+        ]
+        assert expected == lines[-4:]
 
     def test_json(self, used, capsys):
         """For programs: one JSON object, times as Unix seconds."""
@@ -199,7 +214,7 @@ class TestErrors:
         with another_program(used) as connection:
             connection.execute("UPDATE kkt_buffer_version SET version_num = '9999'")
         before = everything(used)
-        assert "schema 9999, made by kkt-buffer 1.0.0; this is" in refused(command, used)
+        assert f"schema 9999, made by kkt-buffer {kkt_buffer.__version__}; this is" in refused(command, used)
         assert before == everything(used)
 
     def test_no_wal(self, of_another_program, refused):

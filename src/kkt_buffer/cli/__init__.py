@@ -1,7 +1,8 @@
 """
 The command line: `kkt-buffer demo | upgrade PATH | status PATH | verify PATH | backup PATH TARGET`.
 
-Exit status: 0 for success, 1 for an error (one line on stderr) or a buffer with integrity problems, 2 for wrong usage.
+Exit status: 0 for success, 1 for an error (one line on stderr) or a damaged buffer, 2 for wrong usage, 3 for a buffer
+that differs from what this release makes but is not damaged.
 """
 
 import argparse
@@ -16,7 +17,7 @@ from typing import Any
 from kkt_buffer import demo
 from kkt_buffer.engine import create_buffer_engine
 from kkt_buffer.errors import ReceiptBufferError
-from kkt_buffer.migrate import check, current, require, stage, upgrade
+from kkt_buffer.migrate import current, differences, release, require, stage, upgrade
 from kkt_buffer.repository import ReceiptRepository
 from kkt_buffer.sqlite.driver import known_bugs
 from kkt_buffer.sqlite.engine import pragmas
@@ -43,6 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="kkt-buffer", description="The offline buffer of fiscal receipts.")
+    parser.add_argument("--version", action="version", version=f"%(prog)s {release()}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     command = commands.add_parser("demo", help="play a shift on a real buffer, with a kill in the middle")
@@ -103,6 +105,7 @@ def _backup(arguments: argparse.Namespace) -> None:
 
 
 def _verify(arguments: argparse.Namespace) -> int:
+    """Report problems; exit status 1 for damage, 3 where something differs but there is nothing to restore."""
     rows = {"buffer": arguments.path}
     engine = create_buffer_engine(arguments.path, read_only=True)
     try:
@@ -110,26 +113,33 @@ def _verify(arguments: argparse.Namespace) -> int:
         require(engine)
         repository = ReceiptRepository(engine)
         report = repository.check_integrity()
-        try:
-            check(engine)
-            findings = {"schema": (), **report.findings}
-        except ReceiptBufferError as error:
-            findings = {"schema": (str(error),), **report.findings}
+        found = differences(engine)
+        is_damaged = report.is_damaged or any(difference.is_damage for difference in found)
+        findings = {"schema": tuple(map(str, found)), **report.findings}
         rows |= {what: "\n".join(problems) or "ok" for what, problems in findings.items()}
-        is_sound = not any(findings.values())
-        if is_sound:
+        is_whole = not any(findings.values())
+        if is_whole:
             leased, lasts = repository.get_buffer_status().syncing, repository.get_config("lease_seconds")
             rows["open leases"] = f"{leased} (each expires after {lasts} s)" if leased else "none"
     finally:
         engine.dispose()
-    if is_sound:
+    if is_whole:
         # Never open a damaged file for writing, not even to read its settings.
         engine = create_buffer_engine(arguments.path)
         rows["settings of a connection"] = ", ".join(f"{name} {value}" for name, value in pragmas(engine).items())
         engine.dispose()
     _print_rows(rows)
-    print("The buffer is whole." if is_sound else "The buffer is NOT whole. Nothing was changed. Restore a backup.")
-    return 0 if is_sound else 1
+    if is_damaged:
+        print("The buffer is DAMAGED. Nothing was changed. Restore a backup.")
+        return 1
+    if is_whole:
+        print("The buffer is whole.")
+        return 0
+    print(
+        "No receipt is damaged, and there is NOTHING TO RESTORE. But the buffer differs from what this release makes: "
+        "undo what was changed by hand, correct a setting; timestamps out of order stay. Nothing was changed."
+    )
+    return 3
 
 
 def _read_status(path: str) -> dict[str, Any]:
@@ -146,14 +156,16 @@ def _print_status(status: dict[str, Any]) -> None:
     rows = {
         "buffer": status["path"],
         "schema": status["schema"],
-        "pending": f"{status['pending']}",
-        "syncing": f"{status['syncing']}",
+        "pending": f"{status['pending']}  (held, not printed yet: {status['held']})",
+        "syncing": f"{status['syncing']}  (expired leases: {status['expired_leases']})",
         "synced": f"{status['synced']}",
         "failed": f"{status['failed']}  (open dead letters: {status['dlq_size']})",
         "total": f"{status['total_receipts']}",
         "full": f"{status['percent_full']:.2f} %  ({status['pending'] + status['syncing']} of {status['capacity']})",
-        "oldest undelivered": _local_time(status["oldest_undelivered_at"]),
-        "deliver before": _local_time(status["deadline_at"]),
+        "oldest undelivered": _local_time(status["oldest_undelivered_at"], "nothing waits"),
+        "deliver before": _local_time(status["deadline_at"], "nothing waits"),
+        "last delivery": _local_time(status["last_synced_at"], "none yet"),
+        "last outage": _local_time(status["last_outage_at"], "none on record"),
     }
     _print_rows(rows)
 
@@ -164,7 +176,7 @@ def _print_rows(rows: dict[str, str]) -> None:
         print(f"{name:<{width}} | " + value.replace("\n", f"\n{'':<{width}} | "))
 
 
-def _local_time(seconds: int | None) -> str:
+def _local_time(seconds: int | None, otherwise: str) -> str:
     if seconds is None:
-        return "nothing waits"
+        return otherwise
     return datetime.fromtimestamp(seconds, UTC).astimezone().strftime("%Y-%m-%d %H:%M:%S %z")

@@ -13,10 +13,18 @@ from kkt_buffer.errors import InvalidConfigError, ReceiptBufferError
 from kkt_buffer.models import ConfigEntry, Receipt, metadata
 from kkt_buffer.transaction import Transactions
 
+# Problems with these subjects damage no receipt: a backup would not be better.
+_NO_DAMAGE = frozenset({"settings", "order of timestamps"})
+
 
 @dataclass(frozen=True, slots=True)
 class IntegrityReport:
-    """The problems of each checked subject; an empty tuple if there are none."""
+    """
+    The problems of each checked subject; an empty tuple if there are none.
+
+    `is_damaged` tells problems for which a backup must be restored from those for which nothing must be restored: a
+    setting that can be corrected, a timestamp that another program wrote out of order.
+    """
 
     findings: Mapping[str, tuple[str, ...]]
 
@@ -24,6 +32,11 @@ class IntegrityReport:
     def is_sound(self) -> bool:
         """Whether no problem was found."""
         return not any(self.findings.values())
+
+    @property
+    def is_damaged(self) -> bool:
+        """Whether a problem was found that only a backup can repair."""
+        return any(problems for what, problems in self.findings.items() if what not in _NO_DAMAGE)
 
     def __str__(self) -> str:
         return "; ".join(f"{what}: {problem}" for what, problems in self.findings.items() for problem in problems)

@@ -36,7 +36,7 @@ from kkt_buffer.errors import BufferStorageError, ReceiptBufferError
 from kkt_buffer.sqlite import file, fork
 from kkt_buffer.sqlite.connection import Files, GuardedConnection, Identity, Sizes
 from kkt_buffer.sqlite.ddl import REFERENCES
-from kkt_buffer.sqlite.driver import load_driver
+from kkt_buffer.sqlite.driver import Driver, load_driver
 from kkt_buffer.sqlite.errors import statement_error, storage_error, storage_errors
 from kkt_buffer.sqlite.gate import WriteGate
 from kkt_buffer.sqlite.pool import ThreadPool
@@ -59,21 +59,22 @@ def create(
     *,
     read_only: bool,
     busy_timeout: float,
+    driver: Driver | ModuleType | None = None,
     cache_size: int = CACHE_SIZE,
     **options: Any,  # noqa: ANN401 (passed on to create_engine)
 ) -> Engine:
     """Create an engine on a file or in memory, and connect once to check that it can be used."""
-    driver = load_driver(writing=not read_only)
+    module = load_driver(driver, writing=not read_only)
     path = _path(path_or_url)
     if path is None and read_only:
         raise ValueError("read_only: an in-memory buffer that is read-only would stay empty")
-    database = Database(driver, path, read_only=read_only, busy_timeout=busy_timeout, cache_size=cache_size)
+    database = Database(module, path, read_only=read_only, busy_timeout=busy_timeout, cache_size=cache_size)
     engine = create_engine(
         URL.create("sqlite+pysqlite", database=":memory:" if path is None else str(path)),
         **{"poolclass": QueuePool if {"max_overflow", "pool_timeout"} & options.keys() else ThreadPool} | options,
         execution_options={OPTION: database, **options.pop("execution_options", {})},
         creator=database.open,
-        module=driver,
+        module=module,
     )
     database.watch(engine)
     try:
@@ -145,10 +146,9 @@ class Database(Backend):
                 raise BufferStorageError(f"{path} is a folder; give the path of a file in it. Nothing was opened.")
             if path.exists() and not path.is_file():
                 raise BufferStorageError(f"{path} is a device or a pipe, not a file. Nothing was opened.")
-            if read_only:
-                path.stat()
-            else:
+            if not read_only:
                 file.create(path, self.gate)
+            file.refuse_second_name(path)
         self.identity = file.identity(path)
 
     def __str__(self) -> str:
