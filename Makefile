@@ -16,7 +16,7 @@ run: $(VENV)/$(READY) ## a shift at the till on a real buffer: receipts, a SIGKI
 	@$(BIN)/python -m kkt_buffer demo
 
 test: $(VENV)/$(READY) ## all tests, with coverage
-	$(BIN)/python -m pytest --cov --cov-report=term
+	$(BIN)/python -m pytest -n 2 --dist worksteal --cov --cov-report=term
 
 check: lint types test wheel matrix ## everything that CI runs
 	@echo "make check: all good"
@@ -36,6 +36,7 @@ lint: $(VENV)/$(READY)
 
 types: $(VENV)/$(READY)
 	$(BIN)/mypy
+	$(BIN)/python .ci/users_types.py
 
 wheel: $(VENV)/$(READY) ## build the wheel, install it into an empty environment and use it there
 	sh .ci/wheel.sh $(BIN)/python

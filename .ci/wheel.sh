@@ -14,9 +14,12 @@ trap 'rm -rf "$work"' EXIT
 "$work/venv/bin/python" -m pip install --quiet --disable-pip-version-check \
     --constraint "$here/.ci/constraints.txt" "$work"/dist/*.whl
 cd "$work"
+"$work/venv/bin/kkt-buffer" --version
 "$work/venv/bin/python" -W error -m kkt_buffer upgrade shop/buffer.db
 "$work/venv/bin/python" -W error -m kkt_buffer status shop/buffer.db --json
 "$work/venv/bin/python" -W error - <<'END'
+import importlib.util
+
 import kkt_buffer
 from kkt_buffer import buffer
 
@@ -27,5 +30,6 @@ kkt_buffer.upgrade(engine)
 receipt_id = buffer.insert_receipt({"pos_id": "till-1", "fiscal_doc": {"totalSum": 6490}})
 assert [receipt.id for receipt in buffer.get_pending_receipts()] == [receipt_id]
 buffer.close_buffer_db()
+assert importlib.util.find_spec("_kkt_buffer_pytest"), "the wheel has no pytest plugin"
 END
 echo "wheel: upgrade, check, status and a receipt work from the wheel alone"

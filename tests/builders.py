@@ -12,7 +12,6 @@ import threading
 import uuid
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
-from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
@@ -22,25 +21,16 @@ from sqlalchemy import Engine, Pool, event, text
 
 from kkt_buffer import Receipt, ReceiptRepository, ReceiptStatus, create_buffer_engine
 from kkt_buffer.backend import backend_of
+from kkt_buffer.testing import NOON as NOON  # noqa: PLC0414 (for the tests)
+from kkt_buffer.testing import Clock as Clock  # noqa: PLC0414
 
 if TYPE_CHECKING:
     import sqlite3
 
 T = TypeVar("T")
 
-NOON = 1_772_366_400  # 2026-03-01 12:00 UTC
 STATUSES = tuple(str(status) for status in ReceiptStatus)
 PROOF = bool(os.environ.get("KKT_BUFFER_PROOF"))  # `make proof`: deeper, and nothing may be left out
-
-
-@dataclass
-class Clock:
-    """A wall clock that stands still until a test moves it."""
-
-    seconds: float = NOON
-
-    def __call__(self) -> float:
-        return self.seconds
 
 
 def a_document(**fields: Any) -> dict[str, Any]:

@@ -9,12 +9,12 @@ import pytest
 from builders import STATUSES, Clock, a_receipt
 from sqlalchemy import Engine
 
-from kkt_buffer import ReceiptRepository, create_buffer_engine, upgrade
+from kkt_buffer import ReceiptRepository, create_buffer_engine, testing, upgrade
 
 
 @pytest.fixture
-def clock() -> Clock:
-    return Clock()
+def clock(kkt_clock: Clock) -> Clock:
+    return kkt_clock
 
 
 @pytest.fixture
@@ -31,11 +31,11 @@ def open_engine() -> Iterator[Callable[..., Engine]]:
 
 
 @pytest.fixture
-def memory_engine(open_engine: Callable[..., Engine]) -> Engine:
+def memory_engine() -> Iterator[Engine]:
     """A migrated SQLite buffer in memory, for what needs no file."""
-    engine = open_engine(":memory:")
-    upgrade(engine)
-    return engine
+    engine = testing.memory_engine()
+    yield engine
+    engine.dispose()
 
 
 # The fixture that opens a migrated, empty buffer, for each database that the package supports.

@@ -13,6 +13,7 @@ CHECKS = (
     "texts",
     "rules of the tables",
     "dead letters",
+    "documents",
     "counts",
     "order of timestamps",
 )

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from builders import NOON, a_receipt, an_id, new_receipt
+from builders import NOON, STATUSES, a_receipt, an_id, new_receipt
 
 from kkt_buffer import Receipt, ReceiptRepository
 
@@ -20,11 +20,12 @@ class Known:
     failed: str
     synced: str
     claimed: str
+    held: str
     lease_token: str
 
     @classmethod
     def nothing(cls) -> "Known":
-        return cls(*(an_id() for _ in range(5)))
+        return cls(*(an_id() for _ in range(6)))
 
 
 class Operation(NamedTuple):
@@ -33,12 +34,13 @@ class Operation(NamedTuple):
 
 
 def prepared(repository: ReceiptRepository) -> Known:
-    """Store a receipt of each status, of which one is leased to a worker."""
+    """Store a receipt of each status, of which one is leased to a worker, and a held one."""
     a_receipt(repository)
     [claimed] = repository.claim_pending(1)
     receipts: dict[str, Receipt] = {status: a_receipt(repository, status) for status in ("pending", "failed", "synced")}
     ids = {status: receipt.id for status, receipt in receipts.items()}
-    return Known(**ids, claimed=claimed.id, lease_token=str(claimed.lease_token))
+    held = repository.insert_receipt(new_receipt(), hold=True)
+    return Known(**ids, claimed=claimed.id, held=held, lease_token=str(claimed.lease_token))
 
 
 def _entered(block: contextlib.AbstractContextManager[Any]) -> None:
@@ -50,6 +52,7 @@ def _entered(block: contextlib.AbstractContextManager[Any]) -> None:
 OPERATIONS = {
     "check_integrity": Operation(lambda buffer, _: buffer.check_integrity()),
     "claim_pending": Operation(lambda buffer, _: buffer.claim_pending(), writes=True),
+    "discard_held": Operation(lambda buffer, known: buffer.discard_held(known.held, **BY_ANNA), writes=True),
     "get_buffer_status": Operation(lambda buffer, _: buffer.get_buffer_status()),
     "get_config": Operation(lambda buffer, _: buffer.get_config("buffer_capacity")),
     "get_events": Operation(lambda buffer, _: buffer.get_events(5)),
@@ -62,6 +65,10 @@ OPERATIONS = {
     "insert_receipt": Operation(lambda buffer, _: buffer.insert_receipt(new_receipt()), writes=True),
     "insert_receipts": Operation(lambda buffer, _: buffer.insert_receipts([new_receipt(), new_receipt()]), writes=True),
     "list_dead_letters": Operation(lambda buffer, _: buffer.list_dead_letters()),
+    "list_held": Operation(lambda buffer, _: buffer.list_held()),
+    "list_receipts": Operation(
+        lambda buffer, _: [buffer.list_receipts(status=status, pos_id="till-1") for status in STATUSES]
+    ),
     "log_event": Operation(lambda buffer, _: buffer.log_event("circuit_opened"), writes=True),
     "mark_synced": Operation(lambda buffer, known: buffer.mark_synced(known.pending, NOON), writes=True),
     "move_to_dlq": Operation(lambda buffer, known: buffer.move_to_dlq(known.pending, "a reason"), writes=True),
@@ -79,6 +86,9 @@ OPERATIONS = {
     "resolve": Operation(lambda buffer, known: buffer.resolve(known.failed, **BY_ANNA), writes=True),
     "set_config": Operation(lambda buffer, _: buffer.set_config("buffer_capacity", 100), writes=True),
     "transaction": Operation(lambda buffer, _: _entered(buffer.transaction()), writes=True),
+    "update_receipt_fiscal_doc": Operation(
+        lambda buffer, known: buffer.update_receipt_fiscal_doc(known.held, {"fiscalSign": 3141592653}), writes=True
+    ),
     "update_receipt_status": Operation(
         lambda buffer, known: buffer.update_receipt_status(known.pending, "syncing"), writes=True
     ),

@@ -96,6 +96,12 @@ class TestDocument:
         """A text is kept byte for byte: white space, repeated keys, escapes, numbers as they are written."""
         assert text == arguments.document(text)
 
+    @pytest.mark.parametrize("kind", [bytes, bytearray, memoryview])
+    def test_bytes_verbatim(self, kind):
+        """So are the UTF-8 bytes of a text, as they come from the network."""
+        text = ' {"user" : "Ромашка", "sum": 10.10,\r\n "q": 0.12345678901234567890}\n'
+        assert text == arguments.document(kind(text.encode()))
+
     def test_mapping_compact(self):
         """A mapping becomes compact JSON, Cyrillic as Cyrillic, integers whole."""
         document = MappingProxyType({"user": "Ромашка", "sign": 2**64 - 1, "items": ({"quantity": 2.926},), "n": None})
@@ -121,7 +127,15 @@ class TestDocument:
             ("{", "fiscal_doc: expected JSON, but"),
             ("{'a': 1}", "fiscal_doc: expected JSON, but"),
             ('{"a":1}x', "fiscal_doc: expected JSON, but Extra data"),
-            ("\ufeff{}", "fiscal_doc: expected JSON, but"),
+            ("\ufeff{}", "fiscal_doc: expected JSON, but it begins with a byte order mark"),
+            (b"\xef\xbb\xbf{}", "fiscal_doc: expected JSON, but it begins with a byte order mark"),
+            (
+                b'{"a":"\xcf"}',
+                "fiscal_doc: expected JSON in UTF-8, but .* position 6: .*; encode the document as UTF-8",
+            ),
+            ('{"user":"Ромашка"}'.encode("cp1251"), "fiscal_doc: expected JSON in UTF-8, but"),
+            ("{}".encode("utf-16"), "fiscal_doc: expected JSON in UTF-8, but"),
+            (b"{", "fiscal_doc: expected JSON, but"),
             ("[]", "expected a JSON object, got JSON that is a list"),
             ("null", "expected a JSON object, got JSON that is nothing"),
             ('"{}"', "expected a JSON object, got JSON that is a str"),
@@ -145,8 +159,8 @@ class TestDocument:
     @pytest.mark.parametrize(
         ("document", "message"),
         [
-            (b"{}", "fiscal_doc: expected JSON text or a mapping, got a bytes"),
-            ([], "fiscal_doc: expected JSON text or a mapping, got a list"),
+            (5, "fiscal_doc: expected JSON text, its UTF-8 bytes or a mapping, got a int"),
+            ([], "fiscal_doc: expected JSON text, its UTF-8 bytes or a mapping, got a list"),
             ({"a": {1, 2}}, "fiscal_doc: cannot be written as JSON: a set has no JSON form"),
             ({("a",): 1}, "fiscal_doc: cannot be written as JSON"),
             ({"a": [{"b": {1: 2, "1": 3}}]}, "fiscal_doc: cannot be written as JSON: the key 1 is not a text"),
@@ -213,6 +227,43 @@ class TestNote:
     def test_bad(self, value, error):
         with pytest.raises(error, match="reason: expected a text"):
             arguments.note("reason", value)
+
+
+class TestErrorText:
+    @pytest.mark.parametrize("value", ["", " \n"])
+    def test_blank(self, value):
+        assert arguments.error_text(value) == "(no message)"
+
+    def test_other(self):
+        """Any other text is a note like others, and what is no text is refused."""
+        assert arguments.error_text("timeout") == "timeout"
+        with pytest.raises(TypeError, match="error: expected a text"):
+            arguments.error_text(None)
+
+
+class TestNewFields:
+    def test_compact(self):
+        fields = {"n": 5, "date": "1 марта", "more": {"q": Decimal("2.926")}}
+        assert arguments.new_fields(fields) == {"n": "5", "date": '"1 марта"', "more": '{"q":2.926}'}
+
+    @pytest.mark.parametrize(
+        ("value", "error", "message"),
+        [
+            (None, TypeError, "fields: expected a mapping, got nothing"),
+            ([("n", 5)], TypeError, "fields: expected a mapping, got a list"),
+            ({}, ValueError, "fields: expected the fields that the fiscal drive returned for this document, got none"),
+            ({5: 5}, TypeError, "fields: cannot be written as JSON: the key 5 is not a text"),
+            ({"a": {5: 5}}, TypeError, "fields: cannot be written as JSON: the key 5 is not a text"),
+            ({"a": float("nan")}, ValueError, "fields: cannot be written as JSON"),
+            ({"a": Decimal("0.12345678901234567890")}, ValueError, "fields: .* would change as a JSON number"),
+            ({"a": object()}, TypeError, "fields: cannot be written as JSON"),
+            ({"a": "\ud800"}, ValueError, "fields: holds a lone surrogate"),
+            ({"\ud800": 1}, ValueError, "fields: holds a lone surrogate"),
+        ],
+    )
+    def test_bad(self, value, error, message):
+        with pytest.raises(error, match=message):
+            arguments.new_fields(value)
 
 
 class TestWholeNumber:

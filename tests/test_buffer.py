@@ -2,6 +2,7 @@
 
 import inspect
 
+import predecessor
 import pytest
 from builders import NOON, an_id, new_receipt, open_files, run_python, together
 from operations_table import OPERATIONS, prepared
@@ -23,6 +24,69 @@ def closed(monkeypatch, tmp_path):
     buffer.close_buffer_db()  # a test of another file may have left one open, or refused
     yield
     buffer.close_buffer_db()
+
+
+# What services of the sqlite3 version import. (Its functions for cash sessions are out.)
+PREDECESSORS_NAMES = (
+    "init_buffer_db, close_buffer_db, get_db, insert_receipt, get_pending_receipts, mark_synced, move_to_dlq, "
+    "get_buffer_status, update_receipt_status, update_receipt_fiscal_doc, increment_retry_count, get_receipt_by_id, "
+    "BufferFullError, ReceiptNotFoundError, Receipt, BufferStatus"
+)
+
+
+class TestNames:
+    def test_predecessors(self):
+        """Whatever its services import, they import from here."""
+        run_python(f"from kkt_buffer.buffer import {PREDECESSORS_NAMES}", "-W", "error")
+
+    def test_all(self):
+        """What is public says so: the operations, and what stands beside them."""
+        assert sorted(buffer.__all__) == buffer.__all__
+        assert set(PREDECESSORS_NAMES.split(", ")) <= set(buffer.__all__)
+        functions = {name for name in vars(buffer) if hasattr(ReceiptRepository, name) and not name.startswith("_")}
+        assert functions <= set(buffer.__all__)
+        assert all(hasattr(buffer, name) for name in buffer.__all__)
+
+
+class TestPredecessorsFile:
+    """The default path is not that of the sqlite3 version, where receipts may wait."""
+
+    @pytest.fixture
+    def old(self, tmp_path):
+        (tmp_path / "kkt_adapter" / "data").mkdir(parents=True)
+        return predecessor.make(tmp_path / "kkt_adapter" / "data" / "buffer.db", 3)
+
+    def test_named(self, old, caplog):
+        """Beside an empty new buffer it is named, with what to do."""
+        buffer.init_buffer_db()
+        [told] = [record.message for record in caplog.records if record.name == "kkt_buffer.buffer"]
+        assert f"a buffer of the sqlite3 version at {old}" in told
+        assert "BUFFER_DB_PATH=kkt_adapter/data/buffer.db" in told
+
+    def test_followed(self, old, caplog, monkeypatch):
+        """Who does what it says finds the receipts, and reads it no more."""
+        monkeypatch.setenv("BUFFER_DB_PATH", "kkt_adapter/data/buffer.db")
+        buffer.init_buffer_db()
+        assert 3 == buffer.get_buffer_status().total_receipts
+        assert [] == [record for record in caplog.records if record.name == "kkt_buffer.buffer"]
+
+    def test_itself(self, tmp_path, caplog):
+        """Nor is it warned of itself when it is empty."""
+        (tmp_path / "kkt_adapter" / "data").mkdir(parents=True)
+        buffer.init_buffer_db(predecessor.make(tmp_path / "kkt_adapter" / "data" / "buffer.db"))
+        assert [] == [record for record in caplog.records if record.name == "kkt_buffer.buffer"]
+
+    def test_not_in_memory(self, old, caplog):
+        buffer.init_buffer_db(":memory:")
+        assert [] == caplog.records
+
+    def test_not_beside_receipts(self, old, caplog):
+        """A buffer that is in use is the right one."""
+        buffer.init_buffer_db()
+        buffer.insert_receipt(new_receipt())
+        caplog.clear()
+        buffer.init_buffer_db()
+        assert [] == caplog.records
 
 
 class TestInit:

@@ -4,6 +4,7 @@ import re
 import sys
 from pathlib import Path
 
+import predecessor
 import pytest
 from builders import run_python
 from delivery.ofd import OfdServer
@@ -13,6 +14,7 @@ from kkt_buffer.config import CONFIG_RULES
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
+CONTRIBUTING = (ROOT / ".github" / "CONTRIBUTING.md").read_text()
 BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 
@@ -35,24 +37,65 @@ class TestCode:
 from fastapi.testclient import TestClient
 
 with TestClient(app) as client:
+    content = '{"sum": 10.10, "q": 0.12345678901234567890}'
     own = "123e4567-e89b-42d3-a456-426614174000"
     for _ in range(2):
-        assert client.post(f"/receipts/{own}", json={"totalSum": 1}).json() == {"id": own}
+        assert client.post(f"/receipts/{own}", content=content).json() == {"id": own}
     assert client.post(f"/receipts/{own}", json={"totalSum": 2}).status_code == 409
+    assert buffer.get_receipt_by_id(own).fiscal_doc == content
     assert client.post(f"/receipts/{own[:-1]}1", content='{"totalSum": NaN}').status_code == 422
     assert client.post("/receipts/1", json={"totalSum": 1}).status_code == 422
     buffer.set_config("buffer_capacity", 1)
     refused = client.post(f"/receipts/{own[:-1]}1", json={"totalSum": 1})
     assert refused.status_code == 503 and "Buffer full" in refused.text
     print(buffer.get_buffer_status().total_receipts)
-    while buffer.get_buffer_status().synced < 3:
+    while buffer.get_buffer_status().synced < 4:
         time.sleep(0.05)
     print(buffer.get_buffer_status().synced)
 """
         assert len(BLOCKS) >= 4
         ofd.answers += [503]
         printed = run_python("\n".join([*BLOCKS, use]), cwd=tmp_path).stdout
-        assert printed.splitlines()[-2:] == ["3", "3"]
+        assert '{"totalSum": 10.10,"fiscalDocumentNumber":101,"fiscalSign":3141592653}' in printed.splitlines()
+        assert printed.splitlines()[-2:] == ["4", "4"]
+
+    def test_sale(self, tmp_path):
+        """What the foreign key of a sale refers to is not pruned; the other receipt is."""
+        [sale] = [block for block in BLOCKS if "class Sale" in block]
+        use = """
+import time
+from kkt_buffer import ReceiptRepository
+
+for receipt in buffer.get_pending_receipts():
+    buffer.mark_synced(receipt.id, 5)
+next_year = ReceiptRepository(buffer.get_db(), now=lambda: time.time() + 366 * 86_400)
+print(next_year.prune().receipts, buffer.get_receipt_by_id(receipt_id) is not None)
+"""
+        printed = run_python("\n".join([BLOCKS[0], sale, use]), cwd=tmp_path).stdout.splitlines()
+        assert "1 True" == printed[-1]
+
+    def test_cash(self, tmp_path):
+        """The recipe for cash sessions, on a file of the sqlite3 version: both rows, or none."""
+        (tmp_path / "data").mkdir()
+        predecessor.make(tmp_path / "data" / "buffer.db", 1)
+        [recipe] = [block for block in BLOCKS if "cash_transactions" in block]
+        use = """
+from sqlalchemy.exc import IntegrityError
+
+with buffer.transaction() as session:
+    session.execute(text("INSERT INTO pos_sessions VALUES ('till-1', 5)"))
+before = buffer.get_buffer_status().total_receipts
+sell("till-1", "{}", 100)
+try:
+    sell("till-2", "{}", 100)  # has no session
+except IntegrityError:
+    pass
+with buffer.transaction() as session:
+    print(buffer.get_buffer_status().total_receipts - before)
+    print(session.scalar(text("SELECT SUM(amount) FROM cash_transactions WHERE amount = 100")))
+"""
+        printed = run_python("\n".join([BLOCKS[0], recipe, use]), cwd=tmp_path).stdout.splitlines()
+        assert ["1", "100"] == printed[-2:]
 
     def test_sender(self, tmp_path, ofd):
         """The example's sender: what an OFD answers, and a line that breaks."""
@@ -129,9 +172,16 @@ class TestTables:
         assert set() == {name for name in raised if f"`{name}`" not in README}
 
     def test_targets(self):
-        """Every make target that it names exists."""
+        """Every make target that it names exists; so do those that contributors read of, all of them."""
         targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
-        assert set(re.findall(r"make ([a-z]+)\b", README)) - {"it"} <= targets
+        for words in (README, CONTRIBUTING):
+            assert set(re.findall(r"\bmake\s+([a-z]+)\b", words)) - {"it"} <= targets
+
+    def test_links(self):
+        """What a document of ours links to is there."""
+        for document in (ROOT / "README.md", *(ROOT / ".github").glob("*.md"), ROOT / "tests" / "README.md"):
+            links = re.findall(r"\]\((?!http)([^)#]+)\)", document.read_text())
+            assert [] == [link for link in links if not (document.parent / link).exists()], document
 
     def test_python_version(self):
         """The Python that runs this is one that the README allows."""

@@ -37,7 +37,7 @@ FROM (
 TRIGGERS = (
     """\
 CREATE TRIGGER trg_receipt_completed AFTER UPDATE OF held_at ON receipts
-WHEN OLD.held_at IS NOT NULL AND NEW.held_at IS NULL AND NEW.status = 'pending'
+WHEN OLD.held_at IS NOT NULL AND NEW.held_at IS NULL AND NEW.status <> 'synced'
 BEGIN
     INSERT INTO buffer_events (event_type, receipt_id, timestamp, metadata)
     VALUES ('receipt_completed', NEW.id, COALESCE(NEW.changed_at, unixepoch()),
@@ -315,11 +315,17 @@ def upgrade() -> None:
 
 
 def downgrade() -> None:
-    held = op.get_bind().scalar(sa.text("SELECT COUNT(*) FROM receipts WHERE held_at IS NOT NULL"))
+    # A discarded receipt still has its held_at, and no open dead letter: no release delivers it.
+    held = op.get_bind().scalar(
+        sa.text(
+            "SELECT COUNT(*) FROM receipts WHERE held_at IS NOT NULL AND (status = 'pending'"
+            " OR EXISTS (SELECT 1 FROM dlq WHERE original_receipt_id = receipts.id AND resolved_at IS NULL))"
+        )
+    )
     if held:
         raise CommandError(
             f"refusing to forget that {held} receipts are held: the older release would deliver them before they are "
-            "printed. Nothing was changed. Complete them first, or keep this release."
+            "printed. Nothing was changed. Complete or discard them first, or keep this release."
         )
     op.execute("DROP VIEW v_buffer_status")
     drop_triggers(TRIGGERS)

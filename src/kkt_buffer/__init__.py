@@ -5,6 +5,8 @@ A receipt that the buffer acknowledged is never lost, never duplicated and never
 `ReceiptRepository`; `kkt_buffer.buffer` has them as functions over one default buffer.
 """
 
+import importlib.metadata
+
 from kkt_buffer.delivery import DeliveryReport, Outcome, Send, deliver_pending
 from kkt_buffer.engine import create_buffer_engine
 from kkt_buffer.errors import (
@@ -37,7 +39,7 @@ from kkt_buffer.models import (
     Resolution,
     metadata,
 )
-from kkt_buffer.repository import BufferStatus, IntegrityReport, PruneReport, ReceiptRepository
+from kkt_buffer.repository import BufferStatus, IntegrityReport, PruneReport, ReceiptData, ReceiptRepository
 
 __all__ = [
     "AcknowledgedReceiptError",
@@ -66,6 +68,7 @@ __all__ = [
     "PruneReport",
     "Receipt",
     "ReceiptBufferError",
+    "ReceiptData",
     "ReceiptNotFoundError",
     "ReceiptRepository",
     "ReceiptStatus",
@@ -79,3 +82,5 @@ __all__ = [
     "metadata",
     "upgrade",
 ]
+
+__version__ = importlib.metadata.version("kkt-buffer")

@@ -11,18 +11,37 @@ import re
 import uuid
 from collections.abc import Iterable, Mapping
 from decimal import Decimal
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, Literal, NamedTuple, NoReturn, NotRequired, TypedDict
 
 from kkt_buffer.config import CONFIG_RULES
-from kkt_buffer.models import FACT_PREFIX, ReceiptStatus, digest_of
+from kkt_buffer.documents import digest_of
+from kkt_buffer.models import FACT_PREFIX, Receipt, ReceiptStatus
 
 MAX_INTEGER = 2**63 - 1  # the greatest value of an INTEGER column
 MAX_NOTE_LENGTH = 2000  # characters of an error, a reason or a name; the rest is cut
 MAX_QUOTE_LENGTH = 60  # characters of a wrong value that an error repeats
 MAX_DOCUMENT_LENGTH = 64 * 1024 * 1024  # characters; the largest real documents have some 24,000
+NO_MESSAGE = "(no message)"  # stored for an empty error text
 
 UUID_TEXT = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 _ESCAPED_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
+
+
+# For type checkers; a test compares it with `ReceiptStatus`.
+StatusName = Literal["pending", "syncing", "synced", "failed"]
+
+
+class ReceiptData(TypedDict):
+    """
+    A receipt to insert: its till, its document and, if known, its id.
+
+    `fiscal_doc` is JSON text or its UTF-8 bytes, kept byte for byte, or a mapping. `id` is a UUID or its text; it lets
+    the buffer recognise a repeated insert.
+    """
+
+    pos_id: str
+    fiscal_doc: str | bytes | Mapping[str, Any]
+    id: NotRequired[str | uuid.UUID | None]
 
 
 class NewReceipt(NamedTuple):
@@ -33,16 +52,26 @@ class NewReceipt(NamedTuple):
     fiscal_doc: str
     digest: str
     exist_ok: bool = False
+    hold: bool = False
 
 
-def new_receipt(data: Mapping[str, Any], *, exist_ok: bool = False) -> NewReceipt:
+class Page(NamedTuple):
+    """Which receipts `list_receipts` returns."""
+
+    status: ReceiptStatus
+    pos_id: str | None
+    after: Receipt | None
+    limit: int
+
+
+def new_receipt(data: Mapping[str, Any], *, exist_ok: bool = False, hold: bool = False) -> NewReceipt:
     """Check the mapping that `insert_receipt` takes."""
     if not isinstance(data, Mapping):
         raise TypeError(f"receipt_data: expected a mapping with pos_id and fiscal_doc, got {_kind(data)}")
     for field in ("pos_id", "fiscal_doc"):
         if data.get(field) is None:
             raise ValueError(f"Missing required field: {field}")
-    unknown = [key for key in data if key not in {"id", "pos_id", "fiscal_doc"}]
+    unknown = [key for key in data if key not in ReceiptData.__annotations__]
     if unknown:
         raise ValueError(f"receipt_data: unknown field {unknown[0]!r}; expected pos_id, fiscal_doc and, if known, id")
     given, fiscal_doc = data.get("id"), document(data["fiscal_doc"])
@@ -52,17 +81,18 @@ def new_receipt(data: Mapping[str, Any], *, exist_ok: bool = False) -> NewReceip
         fiscal_doc=fiscal_doc,
         digest=digest_of(fiscal_doc),  # here, not behind the write lock: it lets other threads run meanwhile
         exist_ok=exist_ok,
+        hold=hold,
     )
 
 
-def new_receipts(many: Iterable[Mapping[str, Any]], *, exist_ok: bool = False) -> list[NewReceipt]:
+def new_receipts(many: Iterable[Mapping[str, Any]], *, exist_ok: bool = False, hold: bool = False) -> list[NewReceipt]:
     """Check the receipts that `insert_receipts` takes; a note on the error gives the position of the wrong one."""
     if isinstance(many, Mapping) or not isinstance(many, Iterable):
         raise TypeError(f"many: expected several receipts, got {_kind(many)}")
     receipts = []
     for position, data in enumerate(many):
         try:
-            receipts.append(new_receipt(data, exist_ok=exist_ok))
+            receipts.append(new_receipt(data, exist_ok=exist_ok, hold=hold))
         except (TypeError, ValueError) as error:
             error.add_note(f"in receipt {position} of the batch, counting from 0; nothing was stored")
             raise
@@ -110,11 +140,26 @@ def note(field: str, value: object) -> str:
     return value if len(value) <= MAX_NOTE_LENGTH else value[: MAX_NOTE_LENGTH - 1] + "…"
 
 
+def error_text(value: object) -> str:
+    """The text of an error. It may be empty, as `str(exc)` often is: a failure without a text must be recorded too."""
+    return NO_MESSAGE if isinstance(value, str) and not value.strip() else note("error", value)
+
+
 def status(value: object) -> ReceiptStatus:
     """The status with this name."""
     if not isinstance(value, str) or value not in set(ReceiptStatus):
         raise ValueError(f"Invalid status: {value!r}; expected {', '.join(ReceiptStatus)}")
     return ReceiptStatus(value)
+
+
+def page(status_name: object, pos_id: object, after: object, limit: object) -> Page:
+    """What `list_receipts` takes."""
+    wanted = status(status_name)
+    if after is not None and not isinstance(after, Receipt):
+        raise TypeError(f"after: expected the last receipt of the page before, got {_kind(after)}")
+    if after is not None and after.status is not wanted:
+        raise ValueError(f"after: expected a {wanted} receipt, the last of the page before; got a {after.status} one")
+    return Page(wanted, None if pos_id is None else name("pos_id", pos_id), after, whole_number("limit", limit, 1))
 
 
 def own_event_type(value: object) -> str:
@@ -160,10 +205,15 @@ def document(value: object) -> str:
     """
     The fiscal document as the text to store.
 
-    Text must be a JSON object and is stored byte for byte. A mapping becomes compact JSON.
+    Text, or its UTF-8 bytes, must be a JSON object and is stored byte for byte. A mapping becomes compact JSON.
     """
-    if isinstance(value, str):
-        text = value
+    if isinstance(value, str | bytes | bytearray | memoryview):
+        text = value if isinstance(value, str) else _text_of(value)
+        if text.startswith("\ufeff"):
+            raise ValueError(
+                "fiscal_doc: expected JSON, but it begins with a byte order mark (BOM), which JSON does not have; "
+                "remove it: a document is stored byte for byte"
+            )
         if len(text) > MAX_DOCUMENT_LENGTH:
             raise ValueError(f"fiscal_doc: at most {MAX_DOCUMENT_LENGTH} characters, got {len(text)}")
         decoded = _decoded(text)
@@ -179,8 +229,20 @@ def document(value: object) -> str:
         if len(text) > MAX_DOCUMENT_LENGTH:
             raise ValueError(f"fiscal_doc: at most {MAX_DOCUMENT_LENGTH} characters, got {len(text)}")
     else:
-        raise TypeError(f"fiscal_doc: expected JSON text or a mapping, got {_kind(value)}")
+        raise TypeError(f"fiscal_doc: expected JSON text, its UTF-8 bytes or a mapping, got {_kind(value)}")
     return _storable("fiscal_doc", text)
+
+
+def new_fields(value: object) -> dict[str, str]:
+    """The fields to merge into a document: a mapping that is not empty, each value as compact JSON."""
+    if not isinstance(value, Mapping):
+        raise TypeError(f"fields: expected a mapping, got {_kind(value)}")
+    if not value:
+        # A print that failed has no fields. It must not release the receipt.
+        raise ValueError("fields: expected the fields that the fiscal drive returned for this document, got none")
+    encoded = {key: _storable("fields", _encoded(inner, "fields")) for key, inner in value.items()}
+    _refuse_other_keys(value, field="fields")
+    return {_storable("fields", key): inner for key, inner in encoded.items()}
 
 
 def details(value: object) -> dict[str, Any] | None:
@@ -192,6 +254,13 @@ def details(value: object) -> dict[str, Any] | None:
     text = _encoded(value, field="metadata")
     decoded: dict[str, Any] = json.loads(_storable("metadata", text))
     return decoded
+
+
+def _text_of(raw: bytes | bytearray | memoryview) -> str:
+    try:
+        return bytes(raw).decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"fiscal_doc: expected JSON in UTF-8, but {error}; encode the document as UTF-8") from None
 
 
 def _decoded(text: str) -> object:
@@ -230,16 +299,16 @@ def _encoded(value: object, field: str = "fiscal_doc") -> str:
         raise (TypeError if isinstance(error, TypeError) else ValueError)(message) from error
 
 
-def _refuse_other_keys(value: object) -> None:
+def _refuse_other_keys(value: object, field: str = "fiscal_doc") -> None:
     """Refuse keys that are not text: json.dumps would convert them to text, and two keys could become equal."""
     if isinstance(value, Mapping):
         for key, inner in value.items():
             if not isinstance(key, str):
-                raise TypeError(f"fiscal_doc: cannot be written as JSON: the key {_short(key)} is not a text")
-            _refuse_other_keys(inner)
+                raise TypeError(f"{field}: cannot be written as JSON: the key {_short(key)} is not a text")
+            _refuse_other_keys(inner, field)
     elif isinstance(value, list | tuple):
         for inner in value:
-            _refuse_other_keys(inner)
+            _refuse_other_keys(inner, field)
 
 
 def _json_value(value: object) -> object:

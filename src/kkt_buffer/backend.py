@@ -21,10 +21,6 @@ OPTION = "kkt_buffer_backend"
 # Execution option: with True, transactions take no write lock, and the database refuses writes in them.
 READ_ONLY = "kkt_buffer_read_only"
 
-# Execution option: marks the transactions that this package opens.
-OPERATION = "kkt_buffer_operation"
-
-
 AT_MOST = 100  # reported problems of one kind
 
 Parameters = dict[str, Any] | Sequence[dict[str, Any]]
@@ -54,8 +50,8 @@ class Backend(ABC):
     json_array: str
 
     @abstractmethod
-    def connect(self, engine: Engine) -> Connection:
-        """A connection for one transaction; the option `READ_ONLY` of `engine` tells whether it only reads."""
+    def connect(self, engine: Engine, *, write: bool) -> Connection:
+        """A connection for one transaction of this package, to write or only to read."""
 
     @abstractmethod
     def run(self, connection: Connection, sql: str, parameters: Parameters) -> CursorResult[Any]:

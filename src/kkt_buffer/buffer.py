@@ -1,26 +1,64 @@
 """
 The functional interface: the operations of one default repository, for services that need only one buffer.
 
-Each function has the signature and the docstring of the `ReceiptRepository` method with the same name.
+Each function has the signature and the docstring of the `ReceiptRepository` method with the same name. The names that
+services of the `sqlite3` version import are all here.
 """
 
 import functools
 import inspect
+import logging
 import os
 import threading
 from collections.abc import Callable
+from pathlib import Path
 from typing import Concatenate, ParamSpec, TypeVar
 
 from sqlalchemy import URL, Engine
 
 from kkt_buffer import delivery, migrate
 from kkt_buffer.engine import create_buffer_engine
-from kkt_buffer.repository import ReceiptRepository
+from kkt_buffer.errors import BufferFullError, ReceiptNotFoundError
+from kkt_buffer.models import Receipt
+from kkt_buffer.repository import BufferStatus, ReceiptRepository
+
+__all__ = [
+    "BufferFullError",
+    "BufferStatus",
+    "Receipt",
+    "ReceiptNotFoundError",
+    "close_buffer_db",
+    "deliver_pending",
+    "get_buffer_status",
+    "get_config",
+    "get_db",
+    "get_events",
+    "get_pending_receipts",
+    "get_receipt_by_id",
+    "increment_retry_count",
+    "init_buffer_db",
+    "insert_receipt",
+    "insert_receipts",
+    "list_dead_letters",
+    "log_event",
+    "mark_synced",
+    "move_to_dlq",
+    "repository",
+    "requeue",
+    "resolve",
+    "set_config",
+    "transaction",
+    "update_receipt_fiscal_doc",
+    "update_receipt_status",
+]
+
+logger = logging.getLogger(__name__)
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
 DEFAULT_PATH = "data/buffer.db"
+PREDECESSORS_PATH = "kkt_adapter/data/buffer.db"
 PATH_VARIABLE = "BUFFER_DB_PATH"
 
 _lock = threading.RLock()
@@ -48,7 +86,24 @@ def init_buffer_db(db_path: str | os.PathLike[str] | URL | None = None, *, upgra
         engine = _opened(path, upgrade=upgrade)
         close_buffer_db()
         _engine, _repository = engine, ReceiptRepository(engine)
+        _warn_of_predecessor(_repository, Path(str(engine.url.database)))
         return engine
+
+
+def _warn_of_predecessor(repository: ReceiptRepository, path: Path) -> None:
+    """The default path of the `sqlite3` version is another one: what waits there would stay there."""
+    old = Path(PREDECESSORS_PATH)
+    if not old.is_file() or not path.is_file() or old.samefile(path):
+        return
+    if not repository.get_buffer_status().total_receipts:
+        logger.warning(
+            "%s is empty, but there is a buffer of the sqlite3 version at %s. What waits there is not delivered from "
+            "here. To go on with it, stop the old program and set BUFFER_DB_PATH=%s (or give this path to "
+            "init_buffer_db). If it is empty, move it away.",
+            path,
+            old.resolve(),
+            old,
+        )
 
 
 def _opened(path: str | os.PathLike[str] | URL, *, upgrade: bool) -> Engine:
@@ -108,6 +163,7 @@ def _of_default(operation: Callable[Concatenate[ReceiptRepository, P], R]) -> Ca
 
 insert_receipt = _of_default(ReceiptRepository.insert_receipt)
 insert_receipts = _of_default(ReceiptRepository.insert_receipts)
+update_receipt_fiscal_doc = _of_default(ReceiptRepository.update_receipt_fiscal_doc)
 get_pending_receipts = _of_default(ReceiptRepository.get_pending_receipts)
 get_receipt_by_id = _of_default(ReceiptRepository.get_receipt_by_id)
 mark_synced = _of_default(ReceiptRepository.mark_synced)

@@ -6,6 +6,7 @@ How they are stored and changed is in `operations.settings`.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 from kkt_buffer.errors import InvalidConfigError
 
@@ -31,6 +32,21 @@ class ConfigRule:
             return value
         return None
 
+
+# For type checkers; a test compares it with the rules below.
+NumberKey = Literal[
+    "buffer_capacity",
+    "circuit_breaker_threshold",
+    "circuit_breaker_timeout",
+    "max_retry_attempts",
+    "retry_backoff_initial",
+    "retry_backoff_max",
+    "lease_seconds",
+    "retention_synced_days",
+    "retention_dlq_days",
+    "retention_events_days",
+    "ofd_deadline_days",
+]
 
 CONFIG_RULES: Mapping[str, ConfigRule] = {
     "buffer_capacity": ConfigRule(200, 1),  # undelivered receipts

@@ -23,7 +23,7 @@ from kkt_buffer.engine import create_buffer_engine
 from kkt_buffer.errors import BufferFullError, DeliveryRejected, DeliveryUnavailable
 from kkt_buffer.migrate import current, upgrade
 from kkt_buffer.models import Receipt
-from kkt_buffer.repository import ReceiptRepository
+from kkt_buffer.repository import ReceiptData, ReceiptRepository
 
 RECEIPTS_PER_SHIFT = 60
 KILL_AFTER = 40
@@ -57,7 +57,7 @@ def plain_receipt(number: int) -> dict[str, Any]:
     }
 
 
-Receipts = list[dict[str, Any]]
+Receipts = list[ReceiptData]
 
 
 def _sell(path: str, receipts: Receipts, acknowledge: Callable[[str], None]) -> None:
@@ -131,7 +131,7 @@ def _refuse_full(repository: ReceiptRepository, say: Callable[[str], None]) -> N
 
 
 def _play(path: str, repository: ReceiptRepository, say: Callable[[str], None]) -> None:
-    receipts = [
+    receipts: Receipts = [
         {"id": str(uuid.uuid4()), "pos_id": TILL, "fiscal_doc": plain_receipt(number)}
         for number in range(RECEIPTS_PER_SHIFT)
     ]

@@ -35,6 +35,13 @@ class Difference(NamedTuple):
         return f"the table {self.name} {' and '.join(parts)}"
 
     @property
+    def is_damage(self) -> bool:
+        """Whether a table or a column is missing. Indexes, views, triggers and rules hold no receipts."""
+        if self.kind != "table" or self.expected is None:
+            return False
+        return self.found is None or not _names(self.expected) <= _names(self.found)
+
+    @property
     def constraints(self) -> list[str]:
         """The constraints of a table that are missing or extra."""
         missing, extra = self._clauses()
@@ -87,9 +94,16 @@ def _differ(expected: str | None, found: str | None) -> bool:
 
 def _added_by_others(expected: str, found: str) -> frozenset[str]:
     """The columns that other programs have added to one of our tables."""
-    expected_names = {first_word(clause) for clause in _clauses(expected)}
-    expected_names |= {"check", "constraint", "foreign", "primary", "unique"}
-    return frozenset(clause for clause in _clauses(found) if first_word(clause) not in expected_names)
+    known = {first_word(clause) for clause in _clauses(expected)} | _RULES
+    return frozenset(clause for clause in _clauses(found) if first_word(clause) not in known)
+
+
+_RULES = frozenset({"check", "constraint", "foreign", "primary", "unique"})  # the first words of what is no column
+
+
+def _names(sql: str) -> frozenset[str]:
+    """The names of the columns of a table."""
+    return frozenset(map(first_word, table_clauses(sql))) - _RULES
 
 
 def _normalized(sql: str) -> str:

@@ -2,11 +2,13 @@
 
 import os
 import sys
+from types import ModuleType
 from typing import Any
 
 from sqlalchemy import URL, Engine
 
 from kkt_buffer.errors import BufferStorageError
+from kkt_buffer.sqlite.driver import Driver
 
 if sys.platform != "win32":  # pragma: no branch (no test runs there); Windows has no fcntl
     from kkt_buffer.sqlite import engine as sqlite
@@ -19,6 +21,7 @@ def create_buffer_engine(
     *,
     read_only: bool = False,
     busy_timeout: float = LOCK_TIMEOUT_SECONDS,
+    driver: Driver | ModuleType | None = None,
     **engine_options: Any,  # noqa: ANN401 (passed on to create_engine)
 ) -> Engine:
     """
@@ -28,17 +31,19 @@ def create_buffer_engine(
     `kkt_buffer.upgrade`). An in-memory buffer is shared by all threads of this process; `dispose()` deletes it. With
     `read_only`, the file must exist, and every write is refused. `busy_timeout` is the number of seconds that a writer
     waits for the write lock. `cache_size` limits the page cache of each connection, as SQLite's PRAGMA takes it
-    (default -64000: 64 MB). Other options go to `sqlalchemy.create_engine`.
+    (default -64000: 64 MB). `driver` is the SQLite library: `"sqlite3"`, `"pysqlite3"` or a module like them; by
+    default the standard library's, or pysqlite3 if it is installed and only the standard one has the WAL-reset bug. A
+    process must open one file through one library alone. Other options go to `sqlalchemy.create_engine`.
 
     The engine may be used after a fork, unless a connection was in use at that moment: then every use of it in the
     child raises `BufferStorageError`.
 
     Raises `BufferStorageError` if the path cannot be used or SQLite is too old, `BufferDamagedError` if the file is
-    not an SQLite database, `ValueError` for a URL of another kind.
+    not an SQLite database, `ValueError` for a URL or a driver of another kind.
 
     >>> engine = create_buffer_engine(":memory:")
     >>> engine.dispose()
     """
     if sys.platform == "win32":
         raise BufferStorageError("kkt-buffer runs on Linux and macOS; Windows has no flock. Nothing was opened.")
-    return sqlite.create(path_or_url, read_only=read_only, busy_timeout=busy_timeout, **engine_options)
+    return sqlite.create(path_or_url, read_only=read_only, busy_timeout=busy_timeout, driver=driver, **engine_options)

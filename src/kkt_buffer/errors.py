@@ -69,11 +69,14 @@ class ReceiptNotFoundError(ReceiptBufferError, LookupError):
 class InvalidTransitionError(ReceiptBufferError, ValueError):
     """The status of a receipt does not allow the requested change; nothing was changed."""
 
-    def __init__(self, receipt_id: str, status: str, wanted: str) -> None:
-        super().__init__(
-            f"receipt {receipt_id} is {status} and cannot become {wanted}; it was not changed. "
-            "Synced is final, and only an operator's requeue makes a failed receipt pending."
-        )
+    def __init__(
+        self,
+        receipt_id: str,
+        status: str,
+        wanted: str,
+        advice: str = "Synced is final, and only an operator's requeue makes a failed receipt pending.",
+    ) -> None:
+        super().__init__(f"receipt {receipt_id} is {status} and cannot become {wanted}; it was not changed. {advice}")
         self.receipt_id = receipt_id
         self.status = status
         self.wanted = wanted

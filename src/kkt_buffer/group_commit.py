@@ -10,6 +10,7 @@ import contextlib
 import copy
 import os
 import threading
+import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -78,9 +79,9 @@ class GroupCommit:
 
     def run(self, work: Shareable[A, R], argument: A) -> R:
         """Run the operation and return its result once it is committed; inside this thread's transaction, join that."""
-        with self._transactions.operation(write=True) as (tx, is_joined):
-            if is_joined:
-                with self._transactions.explain_errors(), tx.connection.begin_nested():
+        with self._transactions.operation(write=True) as tx:
+            if tx.is_begun:
+                with tx.connection.begin_nested():
                     return work.one(tx, argument)
             if self._pid != os.getpid():
                 self._reset()  # in a forked child the queued threads do not exist
@@ -117,7 +118,7 @@ class GroupCommit:
                 self._commit(tx, members, _one_by_one)
         except (ReceiptBufferError, SQLAlchemyError) as error:
             for member in members[1:]:
-                member.error = _copy_for_thread(error)
+                member.error = _copy_for_thread(tx.explain(error))
                 member.finish()
             raise
         finally:
@@ -129,7 +130,7 @@ class GroupCommit:
     ) -> None:
         is_begun = False
         try:
-            with self._transactions.explain_errors(), self._transactions.begun(tx):
+            with self._transactions.begun(tx):
                 is_begun = True
                 run(tx, members)
                 for member in members:
@@ -143,11 +144,11 @@ class GroupCommit:
     def _all_together(self, tx: Transaction, members: list[_Member]) -> None:
         """Run the leader's operation and all queued ones, those queued meanwhile included."""
         done = 0
+        self._gather(members)
         while done < len(members):
-            self._gather(members)
-            for work, group in groupby(members[done:], key=lambda member: member.work):
+            batch, done = members[done:], len(members)
+            for work, group in groupby(batch, key=lambda member: member.work):
                 same_work = list(group)
-                done += len(same_work)
                 arguments = [member.argument for member in same_work]
                 if work.many is None or len(same_work) == 1:
                     results = [work.one(tx, argument) for argument in arguments]
@@ -155,6 +156,7 @@ class GroupCommit:
                     results = work.many(tx, arguments)
                 for member, result in zip(same_work, results, strict=True):
                     member.result = result
+            time.sleep(0)  # yields the GIL: threads that the last commit has woken may call again already
             self._gather(members)
 
     def _gather(self, members: list[_Member]) -> None:

@@ -26,6 +26,8 @@ from kkt_buffer.models import VERSION_TABLE
 if TYPE_CHECKING:
     from alembic.config import Config
 
+    from kkt_buffer.drift import Difference
+
 logger = logging.getLogger(__name__)
 
 RELEASE_KEY = "release"  # key in `config`: the release that last migrated the database
@@ -138,24 +140,31 @@ def stage(engine: Engine) -> str:
     found = current(engine)
     if found is not None:
         return found
-    from alembic.util import load_python_file  # noqa: PLC0415 (rarely needed)
-
+    with _silent_alembic():
+        from alembic.util import load_python_file  # noqa: PLC0415 (rarely needed)
     is_predecessor = load_python_file(SCRIPTS, "adoption.py").is_predecessor
     with engine.connect().execution_options(**{READ_ONLY: True}) as connection:
         return "the sqlite3 version" if is_predecessor(connection) else "none"
 
 
-def check(engine: Engine) -> None:
-    """Raise `SchemaError` if a table, index, view or trigger differs from the models or `schema`; names them all."""
-    from kkt_buffer.drift import differences  # noqa: PLC0415 (rarely needed)
+def differences(engine: Engine) -> "list[Difference]":
+    """Every table, index, view and trigger that differs from the models or `schema`. Raises `SchemaError`."""
+    from kkt_buffer import drift  # noqa: PLC0415 (rarely needed)
 
     require(engine)
     with engine.connect().execution_options(**{READ_ONLY: True}) as connection:
-        found = differences(connection)
-    if found:
+        return drift.differences(connection)
+
+
+def check(engine: Engine) -> None:
+    """Raise `SchemaError` if a table, index, view or trigger differs from the models or `schema`; names them all."""
+    if found := differences(engine):
+        advice = "Undo what was changed by hand: drop an index that was added, create again what is missing."
+        if any(difference.is_damage for difference in found):
+            advice = "Stop every program that uses it, keep a copy of all its files, and restore a backup."
         raise SchemaError(
             "the schema of the database is not that of this release: " + "; ".join(map(str, found)) + ". Nothing was "
-            "changed. The schema was changed by hand: undo that (drop an added index), or restore a backup."
+            f"changed. {advice}"
         )
 
 

@@ -5,7 +5,6 @@ The tables, the allowed values of their columns, and the allowed transitions bet
 all of them.
 """
 
-import hashlib
 import json
 from collections.abc import Mapping
 from enum import StrEnum
@@ -28,6 +27,7 @@ from sqlalchemy import (
 )
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
+from kkt_buffer.documents import is_intact
 from kkt_buffer.errors import BufferDamagedError, InvalidDocumentError
 
 
@@ -155,11 +155,6 @@ def _partial_index(name: str, *columns: str, where: str, unique: bool = False) -
     return Index(name, *columns, unique=unique, sqlite_where=text(where), postgresql_where=text(where))
 
 
-def digest_of(document: str | bytes) -> str:
-    """The SHA-256 of a fiscal document's UTF-8 bytes, as 64 hex digits."""
-    return hashlib.sha256(document if isinstance(document, bytes) else document.encode()).hexdigest()
-
-
 class Receipt(Base):
     """A fiscal receipt and the state of its delivery. Times are Unix seconds."""
 
@@ -243,7 +238,7 @@ class Receipt(Base):
         Also true if `digest` is None: another program inserted the receipt, or it was synced before digests were
         introduced.
         """
-        return self.digest is None or self.digest == digest_of(self.fiscal_doc)
+        return is_intact(self.fiscal_doc, self.digest)
 
     def to_dict(self) -> dict[str, Any]:
         """The receipt as plain values, with the document decoded, ready for `json.dumps`."""

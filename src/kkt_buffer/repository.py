@@ -10,25 +10,27 @@ import time
 import uuid
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, overload
 
 from sqlalchemy import Engine
 from sqlalchemy.orm import Session
 
 from kkt_buffer import arguments
+from kkt_buffer.arguments import ReceiptData, StatusName
 from kkt_buffer.backend import backend_of
+from kkt_buffer.config import NumberKey
 from kkt_buffer.errors import ReceiptBufferError
 from kkt_buffer.group_commit import A, GroupCommit, R, Shareable
 from kkt_buffer.migrate import require
 from kkt_buffer.models import BufferEvent, DeadLetter, Receipt, ReceiptStatus
-from kkt_buffer.operations import dead_letters, events, integrity, leases, pruning, receipts, settings, status
+from kkt_buffer.operations import dead_letters, events, held, integrity, leases, pruning, receipts, settings, status
 from kkt_buffer.operations.integrity import IntegrityReport
 from kkt_buffer.operations.pruning import PruneReport
 from kkt_buffer.operations.status import BufferStatus
 from kkt_buffer.streak import Streak
 from kkt_buffer.transaction import NotTogetherError, Transaction, Transactions
 
-__all__ = ["BufferStatus", "IntegrityReport", "PruneReport", "ReceiptRepository"]
+__all__ = ["BufferStatus", "IntegrityReport", "PruneReport", "ReceiptData", "ReceiptRepository"]
 
 _INSERT = Shareable(receipts.insert_one, receipts.insert_together)
 _MARK_SYNCED = Shareable(receipts.mark_synced, receipts.mark_synced_together)
@@ -107,13 +109,14 @@ class ReceiptRepository:
 
     # Receipts.
 
-    def insert_receipt(self, receipt_data: Mapping[str, Any], *, exist_ok: bool = False) -> str:
+    def insert_receipt(self, receipt_data: ReceiptData, *, exist_ok: bool = False, hold: bool = False) -> str:
         """
         Store a receipt and return its id; when this returns, the receipt is on disk.
 
-        `receipt_data` has `pos_id` (str), `fiscal_doc` (JSON text, stored byte for byte, or a mapping) and optionally
-        `id` (a UUID; it lets the buffer recognise a repeated insert). With `exist_ok`, an identical repeated insert
-        returns the id and stores nothing.
+        `receipt_data` has `pos_id` (str), `fiscal_doc` (JSON text or its UTF-8 bytes, stored byte for byte, or a
+        mapping) and optionally `id` (a UUID; it lets the buffer recognise a repeated insert). With `exist_ok`, an
+        identical repeated insert returns the id and stores nothing. With `hold`, the receipt is held: it is not
+        delivered before `update_receipt_fiscal_doc` has completed it.
 
         Raises `BufferFullError` at capacity, `DuplicateReceiptError` for a known id.
 
@@ -121,16 +124,16 @@ class ReceiptRepository:
         >>> repository.get_receipt_by_id(receipt_id).fiscal_doc
         '{"totalSum":6490}'
         """
-        return self._shared(_INSERT, arguments.new_receipt(receipt_data, exist_ok=exist_ok))
+        return self._shared(_INSERT, arguments.new_receipt(receipt_data, exist_ok=exist_ok, hold=hold))
 
-    def insert_receipts(self, many: Iterable[Mapping[str, Any]], *, exist_ok: bool = False) -> list[str]:
+    def insert_receipts(self, many: Iterable[ReceiptData], *, exist_ok: bool = False, hold: bool = False) -> list[str]:
         """
         Store all of these receipts, in their order and with one commit, or none. Otherwise like `insert_receipt`.
 
         >>> len(repository.insert_receipts({"pos_id": "till-1", "fiscal_doc": "{}"} for _ in range(3)))
         3
         """
-        new = arguments.new_receipts(many, exist_ok=exist_ok)
+        new = arguments.new_receipts(many, exist_ok=exist_ok, hold=hold)
         if not new:
             return []
         try:
@@ -143,7 +146,7 @@ class ReceiptRepository:
 
     def get_pending_receipts(self, limit: int = 50) -> list[Receipt]:
         """
-        The first pending receipts in HLC order, at most `limit`.
+        The first pending receipts in HLC order, at most `limit`, without the held ones.
 
         >>> repository.get_pending_receipts(limit=10)
         []
@@ -164,6 +167,21 @@ class ReceiptRepository:
             found: list[Receipt] = tx.load(receipts.RECEIPT, receipt_id=receipt_id)
         return found[0] if found else None
 
+    def list_receipts(
+        self, *, status: str, pos_id: str | None = None, after: Receipt | None = None, limit: int = 100
+    ) -> list[Receipt]:
+        """
+        One page of the receipts of one status, at most `limit`; of one till if `pos_id` is given.
+
+        In HLC order, synced ones in the order of their delivery. `after` is the last receipt of the page before.
+
+        >>> repository.list_receipts(status="failed", limit=10)
+        []
+        """
+        page = arguments.page(status, pos_id, after, limit)
+        with self._reading() as tx:
+            return receipts.list_receipts(tx, page)
+
     def mark_synced(self, receipt_id: str | uuid.UUID, server_time: int) -> bool:
         """
         Record that the OFD has accepted the receipt at `server_time` (the OFD's clock, Unix seconds).
@@ -180,7 +198,7 @@ class ReceiptRepository:
 
     def increment_retry_count(self, receipt_id: str | uuid.UUID, error: str) -> int:
         """
-        Count a failed attempt, store `error` as the last error, and return the new count.
+        Count a failed attempt, store `error` (which may be empty) as the last error, and return the new count.
 
         Changes neither the status nor the lease, and never dead-letters. Raises `ReceiptNotFoundError`.
 
@@ -188,7 +206,7 @@ class ReceiptRepository:
         >>> repository.increment_retry_count(receipt_id, "HTTP 500")
         1
         """
-        receipt_id, error = arguments.lookup_id(receipt_id), arguments.note("error", error)
+        receipt_id, error = arguments.lookup_id(receipt_id), arguments.error_text(error)
         with self._writing() as tx:
             return receipts.increment_retry_count(tx, receipt_id, error)
 
@@ -206,13 +224,13 @@ class ReceiptRepository:
         with self._writing() as tx:
             return receipts.move_to_dlq(tx, receipt_id, reason)
 
-    def update_receipt_status(self, receipt_id: str | uuid.UUID, status: str) -> bool:
+    def update_receipt_status(self, receipt_id: str | uuid.UUID, status: ReceiptStatus | StatusName) -> bool:
         """
         Move the receipt to another status; True, without a change, if it has this status already.
 
         False if there is no such receipt. `syncing` takes a lease for `lease_seconds`, `pending` gives it up, `synced`
         is `mark_synced` at the current time, `failed` is `move_to_dlq`. Raises `ValueError` for a status that does not
-        exist, `InvalidTransitionError` for a move that is not allowed.
+        exist, `InvalidTransitionError` for a move that is not allowed, such as `syncing` for a held receipt.
 
         >>> receipt_id = repository.insert_receipt({"pos_id": "till-1", "fiscal_doc": "{}"})
         >>> repository.update_receipt_status(receipt_id, "syncing")
@@ -221,6 +239,59 @@ class ReceiptRepository:
         receipt_id, wanted = arguments.lookup_id(receipt_id), arguments.status(status)
         with self._writing() as tx:
             return receipts.update_status(tx, receipt_id, wanted)
+
+    # Held receipts: print first, then deliver.
+
+    def update_receipt_fiscal_doc(self, receipt_id: str | uuid.UUID, fields: Mapping[str, Any]) -> bool:
+        """
+        Merge the fields that the fiscal drive returned into the document of a held receipt, and release it.
+
+        From this commit on it is delivered, in its place in the order. False if there is no such receipt. New fields
+        are written before the closing brace, a value that differs is replaced where it stands, every other byte stays.
+        Not held any more: True, without a change, if the document has all these fields with these values already. A
+        dead-lettered receipt takes the fields too, and goes on waiting for an operator.
+
+        Raises `InvalidTransitionError` for another change of a receipt that is not held, or was discarded.
+
+        >>> receipt_id = repository.insert_receipt({"pos_id": "till-1", "fiscal_doc": '{"totalSum": 10.10}'}, hold=True)
+        >>> repository.update_receipt_fiscal_doc(receipt_id, {"fiscalSign": 3141592653})
+        True
+        >>> [receipt.fiscal_doc for receipt in repository.get_pending_receipts()]
+        ['{"totalSum": 10.10,"fiscalSign":3141592653}']
+        """
+        receipt_id, new_fields = arguments.lookup_id(receipt_id), arguments.new_fields(fields)
+        with self._writing() as tx:
+            return held.complete(tx, receipt_id, new_fields)
+
+    def list_held(self, limit: int = 100, *, pos_id: str | None = None) -> list[Receipt]:
+        """
+        The held receipts in HLC order, at most `limit`; of one till if `pos_id` is given.
+
+        After a restart, a till asks its fiscal drive about each of its own: complete what was printed, print or discard
+        what was not.
+
+        >>> repository.list_held(pos_id="till-1")
+        []
+        """
+        limit = arguments.whole_number("limit", limit, 1)
+        pos_id = None if pos_id is None else arguments.name("pos_id", pos_id)
+        with self._reading() as tx:
+            return held.list_held(tx, limit, pos_id)
+
+    def discard_held(self, receipt_id: str | uuid.UUID, *, actor: str, reason: str) -> None:
+        """
+        Close a held receipt that was never printed. Final: it is dead-lettered and resolved in one commit.
+
+        `actor` is the person or program that decided it, `reason` the reason; both are recorded. Raises
+        `InvalidTransitionError` if the receipt is not held, `ReceiptNotFoundError`.
+
+        >>> receipt_id = repository.insert_receipt({"pos_id": "till-1", "fiscal_doc": "{}"}, hold=True)
+        >>> repository.discard_held(receipt_id, actor="till-1", reason="the customer left before it was printed")
+        """
+        receipt_id = arguments.lookup_id(receipt_id)
+        actor, reason = arguments.note("actor", actor), arguments.note("reason", reason)
+        with self._writing() as tx:
+            held.discard(tx, receipt_id, actor, reason)
 
     # Delivery. `kkt_buffer.deliver_pending` is built from these.
 
@@ -306,8 +377,8 @@ class ReceiptRepository:
         Count a failed attempt: the receipt waits for its backoff, or is dead-lettered at `max_retry_attempts`.
 
         The backoff doubles with each attempt from `retry_backoff_initial` to `retry_backoff_max` seconds. A random part
-        of up to a half is subtracted, so that tills do not retry at the same time. `error` is stored, cut to 2,000
-        characters. Returns the new status, pending or failed.
+        of up to a half is subtracted, so that tills do not retry at the same time. `error` (which may be empty) is
+        stored, cut to 2,000 characters. Returns the new status, pending or failed.
 
         Raises `LeaseLostError` if the token is not the present one (nothing is counted then), `ReceiptNotFoundError`.
 
@@ -316,7 +387,7 @@ class ReceiptRepository:
         >>> repository.record_failure(receipt.id, "HTTP 400", receipt.lease_token)
         <ReceiptStatus.PENDING: 'pending'>
         """
-        receipt_id, error = arguments.lookup_id(receipt_id), arguments.note("error", error)
+        receipt_id, error = arguments.lookup_id(receipt_id), arguments.error_text(error)
         token = arguments.name("lease_token", lease_token)
         return self._shared(_RECORD_FAILURE, leases.Failure(receipt_id, token, error, self._jitter))
 
@@ -433,6 +504,12 @@ class ReceiptRepository:
         with self._reading() as tx:
             return events.get_events(tx, limit, event_type, about)
 
+    @overload
+    def get_config(self, key: NumberKey) -> int: ...
+
+    @overload
+    def get_config(self, key: str) -> int | str | None: ...
+
     def get_config(self, key: str) -> int | str | None:
         """
         A setting: an int for the keys that the buffer reads, the text for other keys, None if it is not stored.
@@ -503,7 +580,8 @@ class ReceiptRepository:
         Read all of the buffer and report problems. It changes nothing and blocks no writer.
 
         It checks the pages and indexes of the file, foreign keys, CHECK constraints, text encoding, dead letters,
-        counts, settings, and the order of timestamps. A million receipts take some seconds.
+        counts, settings, the order of timestamps, and each document against its digest. A million receipts take some
+        seconds.
 
         >>> repository.check_integrity().is_sound
         True

@@ -16,7 +16,7 @@ from sqlalchemy.exc import DBAPIError, InvalidRequestError
 from sqlalchemy.orm import Session, scoped_session, sessionmaker
 
 from kkt_buffer import arguments
-from kkt_buffer.backend import OPERATION, READ_ONLY, Backend, Parameters, backend_of
+from kkt_buffer.backend import Backend, Parameters, backend_of
 from kkt_buffer.config import number_of
 from kkt_buffer.errors import BufferDamagedError, BufferStorageError, ReceiptBufferError
 from kkt_buffer.models import ConfigEntry
@@ -44,6 +44,7 @@ class Transaction:
         self._settings: dict[str, str] | None = None
         # Only operations of this thread may join, and only while no other operation runs in it.
         self.thread = threading.get_ident()
+        self.is_begun = False
         self.is_busy = True
         self.is_over = False
         self.outer: Transaction | None = None
@@ -64,6 +65,7 @@ class Transaction:
     def start_on(self, connection: Connection) -> None:
         """Use this connection from now on, and forget the time and the settings."""
         self.connection = connection
+        self.is_begun = True
         self._now = self._settings = None
 
     def forget_settings(self) -> None:
@@ -117,9 +119,8 @@ class Transactions:
 
     def __init__(self, engine: Engine, now: Callable[[], float]) -> None:
         self.backend = backend_of(engine)
+        self._engine = engine
         self._now = now
-        self._writers = engine.execution_options(**{OPERATION: True})
-        self._readers = engine.execution_options(**{OPERATION: True, READ_ONLY: True})
         # One session per thread.
         self._sessions = scoped_session(sessionmaker(expire_on_commit=False, join_transaction_mode="rollback_only"))
 
@@ -153,54 +154,48 @@ class Transactions:
         """
         A write transaction for one operation: a savepoint in the thread's open transaction, else a new transaction.
         """
-        with self.operation(write=True) as (tx, is_joined), self.explain_errors():
-            if is_joined:
-                with tx.connection.begin_nested():
-                    yield tx
-            else:
-                with self.begun(tx):
-                    yield tx
+        with self.operation(write=True) as tx, tx.connection.begin_nested() if tx.is_begun else self.begun(tx):
+            yield tx
 
     @contextmanager
     def reading(self) -> Iterator[Transaction]:
         """A read transaction for one operation: the thread's open transaction, else a new one."""
-        with self.operation(write=False) as (tx, is_joined), self.explain_errors():
-            if is_joined:
+        with self.operation(write=False) as tx:
+            if tx.is_begun:
                 yield tx
             else:
                 with self.begun(tx):
                     yield tx
 
     @contextmanager
-    def operation(self, *, write: bool) -> Iterator[tuple[Transaction, bool]]:
-        """Mark this thread as inside an operation; yield its transaction, and whether it is joined or not begun yet."""
-        tx = self.current
-        if tx is not None:
-            if write and not tx.write:
-                raise ReceiptBufferError(
-                    "an operation that writes was called inside reading(). Nothing was changed. Call it outside, or "
-                    "use transaction()."
-                )
+    def operation(self, *, write: bool) -> Iterator[Transaction]:
+        """
+        Mark this thread as inside an operation, and yield its transaction: the open one, or one that is not begun yet.
+
+        An error of a statement is raised as the domain error for it.
+        """
+        tx = self._to_join(write=write)
+        try:
+            if tx is None:
+                with self._as_innermost(Transaction(self.backend, self._now, write=write)) as tx:
+                    yield tx
+                return
             try:
                 tx.is_busy = True
                 tx.session.flush()
-                yield tx, True
+                yield tx
             finally:
                 tx.is_busy = False
-            return
-        if write:
-            self.backend.refuse_second()
-        tx = Transaction(self.backend, self._now, write=write)
-        with self._as_innermost(tx):
-            yield tx, False
+        except DBAPIError as error:
+            raise self.backend.explain(error) or error from error.orig
 
     @contextmanager
     def begun(self, tx: Transaction) -> Iterator[None]:
         """Begin a transaction on a connection of the pool and commit it at the end; an exception rolls it back."""
         try:
-            with self.backend.connect(self._writers if tx.write else self._readers) as connection:
-                tx.start_on(connection)
+            with self.backend.connect(self._engine, write=tx.write) as connection:
                 transaction = connection.begin()
+                tx.start_on(connection)
                 try:
                     yield
                     if tx.write:
@@ -213,53 +208,52 @@ class Transactions:
                         "one). Nothing in it was stored; what was acknowledged before is safe. Try again."
                     ) from error
         finally:
+            tx.is_begun = False
             if tx.write:
                 self.backend.end()
 
     @contextmanager
     def block(self, *, write: bool) -> Iterator[Session]:
         """The caller's transaction, which operations of this thread join; a savepoint if one is open already."""
-        tx = self.current
-        if tx is not None:
-            if write and not tx.write:
-                raise ReceiptBufferError("transaction() was called inside reading(). Nothing was changed.")
-            if write:
-                with tx.session.begin_nested():
+        tx = self._to_join(write=write)
+        if tx is None:
+            with self._as_innermost(Transaction(self.backend, self._now, write=write)) as tx, self.begun(tx):
+                self._sessions.remove()  # a session left by an exception at the end of this thread's last block
+                tx.session = self._sessions(bind=tx.connection)
+                try:
+                    tx.is_busy = False
                     yield tx.session
-            else:
-                tx.session.flush()
+                    tx.session.flush()
+                finally:
+                    tx.is_busy = True
+                    self._sessions.remove()
+        elif write:
+            with tx.session.begin_nested():
                 yield tx.session
-            return
-        if write:
-            self.backend.refuse_second()
-        tx = Transaction(self.backend, self._now, write=write)
-        with self._as_innermost(tx), self.begun(tx):
-            self._sessions.remove()  # a session left by an exception at the end of this thread's last block
-            tx.session = self._sessions(bind=tx.connection)
-            try:
-                tx.is_busy = False
-                yield tx.session
-                tx.session.flush()
-            finally:
-                tx.is_busy = True
-                self._sessions.remove()
+        else:
+            tx.session.flush()
+            yield tx.session
+
+    def _to_join(self, *, write: bool) -> Transaction | None:
+        """The open transaction of this thread; None if a new one may begin."""
+        tx = self.current
+        if tx is None:
+            if write:
+                self.backend.refuse_second()
+        elif write and not tx.write:
+            raise ReceiptBufferError(
+                "a write was asked for inside reading(). Nothing was changed. Call it outside, or use transaction()."
+            )
+        return tx
 
     @contextmanager
-    def _as_innermost(self, tx: Transaction) -> Iterator[None]:
+    def _as_innermost(self, tx: Transaction) -> Iterator[Transaction]:
         tx.outer = _innermost.get()
         try:
             _innermost.set(tx)
             _here.transactions = (*(other for other in _here.transactions if not other.is_over), tx)
-            yield
+            yield tx
         finally:
             tx.is_over = True
             _here.transactions = tuple(other for other in _here.transactions if other is not tx)
             _innermost.set(tx.outer)
-
-    @contextmanager
-    def explain_errors(self) -> Iterator[None]:
-        """Raise the domain error for an error of a statement."""
-        try:
-            yield
-        except DBAPIError as error:
-            raise self.backend.explain(error) or error from error.orig

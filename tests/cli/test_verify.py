@@ -3,7 +3,8 @@
 import subprocess
 import sys
 
-from builders import everything
+import pytest
+from builders import another_program, everything
 from damage import CHECKS, damage
 
 
@@ -17,7 +18,7 @@ class TestCommands:
     def test_verify(self, used):
         """What was checked is printed, and the exit status says whether all is well."""
         done = command("verify", used)
-        assert done.returncode == 0, done.stderr
+        assert (0, "") == (done.returncode, done.stderr)
         for what in (*CHECKS, "SQLite", "schema", "open leases", "settings of a connection"):
             assert what in done.stdout
         assert "synchronous 2" in done.stdout
@@ -31,8 +32,51 @@ class TestCommands:
         assert done.returncode == 1
         assert "is failed without a dead letter" in done.stdout
         assert "trigger trg_guard_capacity is missing" in done.stdout
-        assert "The buffer is NOT whole. Nothing was changed. Restore a backup." in done.stdout
+        assert "The buffer is DAMAGED. Nothing was changed. Restore a backup." in done.stdout
         assert before == used.read_bytes()
+
+    @pytest.mark.parametrize(
+        ("change", "told"),
+        [
+            ("CREATE INDEX mine ON receipts (pos_id)", "the index mine is not part of the buffer"),
+            ("DROP TRIGGER trg_guard_capacity", "the trigger trg_guard_capacity is missing"),
+            ("DROP VIEW v_buffer_status; CREATE VIEW v_buffer_status AS SELECT 1", "v_buffer_status differs"),
+            (
+                """
+                INSERT INTO receipts (id, pos_id, created_at, hlc_local_time, hlc_logical_counter, fiscal_doc)
+                VALUES ('a', 'till-1', 5, 5, 0, '{}')
+                """,
+                "receipt a has a timestamp that is not above the one before it",
+            ),
+            ("UPDATE config SET value = 'much' WHERE key = 'lease_seconds'", "lease_seconds is 'much'"),
+        ],
+    )
+    def test_verify_differs(self, used, change, told):
+        """What an old program or a hand has changed without harm to a receipt: nobody is told to restore anything."""
+        with another_program(used) as db:
+            db.executescript(change)
+        done = command("verify", used)
+        assert 3 == done.returncode, done.stderr
+        assert told in done.stdout
+        assert "NOTHING TO RESTORE" in done.stdout
+        assert "Restore a backup" not in done.stdout
+
+    @pytest.mark.parametrize("change", ["DROP TABLE buffer_state", "ALTER TABLE dlq DROP COLUMN last_error"])
+    def test_verify_table_missing(self, used, change):
+        """Without a table or a column nothing can go on."""
+        with another_program(used) as db:
+            db.executescript(f"DROP VIEW v_buffer_status; {change}")
+        done = command("verify", used)
+        assert 1 == done.returncode
+        assert "The buffer is DAMAGED" in done.stdout
+
+    def test_verify_damaged_page(self, used):
+        """Where not even the schema can be compared, that is damage, and it is told."""
+        content = bytearray(used.read_bytes())
+        content[4096:] = b"\xa5" * (len(content) - 4096)
+        used.write_bytes(content)
+        done = command("verify", used)
+        assert 1 == done.returncode, done.stdout
 
     def test_verify_nothing(self, tmp_path):
         done = command("verify", tmp_path / "buffer.db")

@@ -3,8 +3,9 @@
 import pytest
 from builders import NOON, STATUSES, a_foreign_receipt, a_receipt, snapshot, story
 from sqlalchemy import text
+from sqlalchemy.orm import Session
 
-from kkt_buffer import AcknowledgedReceiptError
+from kkt_buffer import AcknowledgedReceiptError, Receipt
 
 A_LETTER = "INSERT INTO dlq (id, original_receipt_id, failed_at, reason, fiscal_doc, retry_attempts)"
 
@@ -63,6 +64,18 @@ class TestGuards:
         before = snapshot(engine)
         with pytest.raises(AcknowledgedReceiptError), engine.begin() as connection:
             connection.execute(text(f"UPDATE receipts SET {change}"))
+        assert before == snapshot(engine)
+
+    def test_acknowledged_through_orm(self, repository, engine):
+        """Nor does it through the ORM, in a session of the service's own or in that of `transaction()`."""
+        receipt = a_receipt(repository)
+        before = snapshot(engine)
+        with Session(engine) as session:
+            session.get(Receipt, receipt.id).fiscal_doc = "{}"
+            with pytest.raises(AcknowledgedReceiptError):
+                session.commit()
+        with pytest.raises(AcknowledgedReceiptError), repository.transaction() as session:
+            session.get(Receipt, receipt.id).fiscal_doc = "{}"
         assert before == snapshot(engine)
 
     def test_acknowledged_while_held(self, repository, engine):

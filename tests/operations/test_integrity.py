@@ -11,6 +11,8 @@ class TestCheckIntegrity:
         before = snapshot(engine)
         found = repository.check_integrity()
         assert {()} == set(found.findings.values())
-        assert {"references", "settings", "rules of the tables", "dead letters", "counts"} <= set(found.findings)
+        assert {"references", "settings", "rules of the tables", "dead letters", "counts", "documents"} <= set(
+            found.findings
+        )
         assert (found.is_sound, str(found)) == (True, "")
         assert before == snapshot(engine)

@@ -104,6 +104,13 @@ class TestTogether:
         assert sorted(ids) == sorted(crowd.stored)
         assert [(NOON, number) for number in range(THREADS)] == stamps(crowd.repository.get_pending_receipts())
 
+    def test_held_and_not(self, crowd, assert_shared):
+        """Held receipts share commits with those that are not; each is what its caller asked for."""
+        receipts = [(new_receipt(id=an_id()), number % 2 == 0) for number in range(THREADS)]
+        assert_shared(crowd, *(partial(crowd.repository.insert_receipt, new, hold=hold) for new, hold in receipts))
+        assert {new["id"] for new, hold in receipts if hold} == {held.id for held in crowd.repository.list_held()}
+        assert {new["id"] for new, hold in receipts if not hold} == set(crowd.stored)
+
     def test_deliveries(self, crowd, assert_shared):
         """Threads that record deliveries share commits; each keeps its own time of the OFD."""
         receipts = crowd.claimed()

@@ -88,7 +88,14 @@ class TestIncrementRetryCount:
         repository.increment_retry_count(receipt.id, "\ud800\0" + "x" * 10**6)
         assert len(repository.get_receipt_by_id(receipt.id).last_error) == 2000
 
-    @pytest.mark.parametrize("error", ["", None, ValueError("x")])
+    @pytest.mark.parametrize("error", ["", "  \n"])
+    def test_no_message(self, repository, error):
+        """The text of an exception often is empty: the attempt is counted all the same."""
+        receipt = a_receipt(repository)
+        assert repository.increment_retry_count(receipt.id, error) == 1
+        assert repository.get_receipt_by_id(receipt.id).last_error == "(no message)"
+
+    @pytest.mark.parametrize("error", [None, ValueError("x")])
     def test_bad_error(self, repository, engine, error):
         receipt = a_receipt(repository)
         before = snapshot(engine)

@@ -204,6 +204,12 @@ class TestDown:
             connection.exec_driver_sql("UPDATE receipts SET held_at = NULL")
         downgrade_to(file_engine, "0002")
 
+    def test_discarded(self, file_engine, file_repository):
+        """A held receipt that was discarded is never delivered: it does not stand in the way."""
+        receipt_id = file_repository.insert_receipt(new_receipt(), hold=True)
+        file_repository.discard_held(receipt_id, actor="Anna", reason="not printed")
+        downgrade_to(file_engine, "0002")
+
     def test_works(self, file_engine, file_repository):
         """The capacity is guarded and the counts are kept there, as before."""
         file_repository.set_config("buffer_capacity", 2)

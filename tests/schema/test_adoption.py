@@ -104,15 +104,15 @@ class TestWhole:
 
     @pytest.mark.slow
     def test_large(self, tmp_path, caplog, opened):
-        """A hundred thousand receipts."""
-        path = predecessor.make(tmp_path / "old.db", 100_000)
+        """Twenty thousand receipts."""
+        path = predecessor.make(tmp_path / "old.db", 20_000)
         adopt(path)
         engine = opened(path)
         status = ReceiptRepository(engine).get_buffer_status()
         engine.dispose()
-        assert status.total_receipts == 100_000
+        assert status.total_receipts == 20_000
         assert "6 rows of config" in caplog.text
-        assert "100000 rows of receipts" in caplog.text
+        assert "20000 rows of receipts" in caplog.text
         with contextlib.closing(driver.connect(path)) as db:
             assert ("ok",) == db.execute("PRAGMA integrity_check").fetchone()
 

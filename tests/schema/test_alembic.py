@@ -159,66 +159,6 @@ class TestRevision:
         assert done.returncode != 0
 
 
-# What a host application adds to the env.py that `alembic init` has made.
-HOST_ENV = """
-import kkt_buffer
-from sqlalchemy import Column, Integer, MetaData, Table
-host = MetaData()
-Table("goods", host, Column("id", Integer, primary_key=True))
-target_metadata = [host, kkt_buffer.metadata]
-"""
-
-
-class TestHost:
-    """A host application with its own tables and its own Alembic history in the same database."""
-
-    @pytest.fixture
-    def host(self, tmp_path, path):
-        """Runs Alembic in the project of the host, made by `alembic init`."""
-        project = tmp_path / "host"
-        project.mkdir()
-        assert alembic("init", "history", cwd=project).returncode == 0
-        ini = project / "alembic.ini"
-        ini.write_text(re.sub("(?m)^sqlalchemy.url = .*", f"sqlalchemy.url = sqlite:///{path}", ini.read_text()))
-        env = project / "history" / "env.py"
-        assert env.read_text().count("target_metadata = None\n") == 1
-        env.write_text(env.read_text().replace("target_metadata = None\n", HOST_ENV))
-
-        def run(*arguments):
-            done = alembic(*arguments, cwd=project)
-            assert done.returncode == 0, done.stdout
-            return done.stdout
-
-        return project, run
-
-    def test_autogenerate(self, host, path, file_engine, file_repository):
-        """With one line in its env.py, its autogenerate leaves our tables alone, and its upgrade our receipts."""
-        a_receipt(file_repository)
-        file_engine.dispose()
-        before = everything(path)
-        project, run = host
-        run("revision", "--autogenerate", "-m", "goods")
-        [script] = (project / "history" / "versions").glob("*.py")
-        written = script.read_text()
-        assert ["goods", "goods"] == re.findall(r"op\.\w+_table\('(\w+)'", written)
-        assert not re.search(r"receipts|dlq|buffer_|config|kkt_buffer_version", written.replace("kkt_buffer.", ""))
-        run("upgrade", "head")
-        assert "No new upgrade operations detected" in run("check")
-        assert set(before) <= set(everything(path))
-        check(file_engine)
-        run("downgrade", "base")
-        check(file_engine)
-
-    def test_our_check(self, host, path):
-        """Our own `alembic check` leaves the tables of the host alone."""
-        _, run = host
-        run("revision", "--autogenerate", "-m", "goods")
-        run("upgrade", "head")
-        done = alembic("-x", f"db={path}", "check")
-        assert done.returncode == 0, done.stdout
-        assert "No new upgrade operations detected" in done.stdout
-
-
 def test_shows_its_steps(tmp_path):
     """The command line says which revisions it runs."""
     done = alembic("-x", f"db={tmp_path}/buffer.db", "upgrade", "head")

@@ -90,6 +90,15 @@ class TestCheck:
             command.check(migrate.alembic_config(engine))
         engine.dispose()
 
+    @pytest.mark.parametrize("change", [TAMPERED["a column less"][0], TAMPERED["a table less"][0]])
+    def test_advice(self, path, opened, change):
+        """A backup is restored if a table or a column is missing; nothing else that differs needs one."""
+        for statement, advice in (("CREATE INDEX mine ON dlq (reason)", "Undo what"), (change, "restore a backup")):
+            with contextlib.closing(driver.connect(path, isolation_level=None)) as db:
+                db.execute(statement)
+            with pytest.raises(SchemaError, match=f"Nothing was changed. .*{advice}"):
+                check(opened(path))
+
     def test_of_others(self, path, file_engine):
         """Other tables, views, triggers and columns are not ours to judge, on our tables either."""
         with file_engine.begin() as connection:

@@ -7,7 +7,7 @@ from sqlalchemy.dialects import postgresql
 from sqlalchemy.schema import CreateIndex
 
 from kkt_buffer import Receipt, metadata
-from kkt_buffer.models import digest_of
+from kkt_buffer.documents import digest_of
 
 INDEXES = {str(index.name): index for table in metadata.tables.values() for index in table.indexes}
 

@@ -301,6 +301,17 @@ class TestCompleted:
         [(receipt_id, moment, metadata)] = events(other, "receipt_completed")
         assert (held, True, None) == (receipt_id, moment > NOON, metadata)
 
+    def test_dead_lettered(self, other, held):
+        """A receipt that was given up may be completed too: a print is a fact."""
+        other.execute(
+            "INSERT INTO dlq (id, original_receipt_id, failed_at, reason, fiscal_doc, retry_attempts)"
+            f" VALUES ('l', '{held}', {NOON}, 'no', '{{}}', 0)"
+        )
+        other.execute("UPDATE receipts SET status = 'failed'")
+        assert [] == events(other, "receipt_completed")
+        other.execute(f"UPDATE receipts SET held_at = NULL, changed_at = {NOON + 3}")
+        assert [(held, NOON + 3)] == [event[:2] for event in events(other, "receipt_completed")]
+
     def test_delivered(self, other, held):
         """A receipt that is delivered while it is held was not completed."""
         other.execute(f"UPDATE receipts SET {SYNCED}")

@@ -78,7 +78,10 @@ class TestUpgrade:
             logging.getLogger(name).setLevel(logging.DEBUG)
         import kkt_buffer
         engine = kkt_buffer.create_buffer_engine(sys.argv[1])
-        kkt_buffer.upgrade(engine)
+        try:
+            kkt_buffer.check(engine)  # refused: there is no schema yet
+        except kkt_buffer.SchemaError:
+            kkt_buffer.upgrade(engine)
         engine.dispose()
         print(*(message for name, message in lines if name == "alembic"), sep="|")
         print(*(message for name, message in lines if name == "kkt_buffer" and "schema" in message))

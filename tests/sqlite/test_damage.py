@@ -46,6 +46,9 @@ class TestCheckIntegrity:
                 "order of timestamps",
                 "is not above the one before",
             ),
+            ("UPDATE receipts SET fiscal_doc = '{}' WHERE rowid = 3", "documents", "differs from its digest"),
+            ("UPDATE receipts SET fiscal_doc = CAST(X'7BCF7D' AS TEXT)", "documents", "differs from its digest"),
+            ("UPDATE receipts SET digest = 'x' WHERE status = 'synced'", "documents", "differs from its digest"),
             ("UPDATE dlq SET original_receipt_id = 'gone'", "references", "row 1 of dlq refers to a row of receipts"),
             ("UPDATE config SET value = 'much' WHERE key = 'lease_seconds'", "settings", "lease_seconds"),
             ("UPDATE receipts SET last_error = CAST(X'41CF' AS TEXT)", "texts", "last_error of receipt"),
@@ -97,7 +100,8 @@ class TestCheckIntegrity:
         damage(
             used,
             "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < 150) INSERT INTO receipts"
-            " (id, pos_id, created_at, hlc_local_time, hlc_logical_counter, fiscal_doc, status)"
-            " SELECT i, 't', 1, 1, i, '{}', 'failed' FROM n",
+            " (id, pos_id, created_at, hlc_local_time, hlc_logical_counter, fiscal_doc, status, digest)"
+            " SELECT i, 't', 1, 1, i, '{}', 'failed', 'x' FROM n",
         )
-        assert len(report(used).findings["dead letters"]) == 100
+        found = report(used).findings
+        assert (100, 100) == (len(found["dead letters"]), len(found["documents"]))

@@ -11,7 +11,10 @@ SMALL = {"SCAN config", "SCAN buffer_state", "SCAN m"}  # settings, counts, the 
 # By number from one end of the table to the LIMIT; and what no till waits for.
 # The heads of three indexes, put into order.
 HEADS = {"SCAN part", "SCAN oldest", "USE TEMP B-TREE FOR ORDER BY"}
+# Receipts with equal timestamps are sorted by id; SQLite has had two names for that.
+TIES = {"USE TEMP B-TREE FOR RIGHT PART OF ORDER BY", "USE TEMP B-TREE FOR LAST TERM OF ORDER BY"}
 KNOWN = {
+    "list_receipts": HEADS | TIES,
     "get_buffer_status": HEADS,
     "get_receipts_due": HEADS,
     "get_events": {"SCAN buffer_events"},

@@ -122,7 +122,7 @@ class TestProcesses:
             buffer.init_buffer_db(sys.argv[1])
             print("id", buffer.insert_receipt({"pos_id": "till-1", "fiscal_doc": "{}"}))
         """
-        for number in range(50 if PROOF else 5):
+        for number in range(50 if PROOF else 3):
             path = tmp_path / f"{number}" / "buffer.db"
             if buffer != "new":
                 path.parent.mkdir()

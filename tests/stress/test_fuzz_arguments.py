@@ -15,7 +15,7 @@ from decimal import Decimal
 from pathlib import Path
 
 import pytest
-from builders import NOON, PROOF, STATUSES, a_receipt, checkouts
+from builders import NOON, PROOF, STATUSES, a_receipt, checkouts, new_receipt
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from operations_table import OPERATIONS
@@ -116,7 +116,8 @@ receipts = st.one_of(
 
 # Ids that exist, so that not every case ends at "no such receipt".
 KNOWN = {
-    status: f"00000000-0000-4000-8000-{number:012}" for number, status in enumerate(("pending", "failed", "synced"))
+    status: f"00000000-0000-4000-8000-{number:012}"
+    for number, status in enumerate(("pending", "failed", "synced", "held"))
 }
 
 # What a parameter of this name gets half of the time, so that not every call ends at its first argument.
@@ -124,6 +125,7 @@ PLAUSIBLE = {
     "receipt_data": receipts,
     "many": st.lists(receipts, max_size=3),
     "receipt_id": st.sampled_from([*KNOWN.values()]),
+    "fields": st.dictionaries(texts, values, min_size=1, max_size=3),
     "limit": st.integers(1, 5),
     "server_time": st.integers(0, 2**40),
     "status": st.sampled_from(STATUSES),
@@ -158,13 +160,14 @@ ARGUMENTS = {name: arguments_of(call) for name, call in CALLS.items() if len(ins
 
 @pytest.fixture(scope="module")
 def fuzzed():
-    """A buffer in memory with a receipt of each status."""
+    """A buffer in memory with a receipt of each status, and a held one."""
     engine = create_buffer_engine(":memory:")
     upgrade(engine)
     repository = ReceiptRepository(engine, now=lambda: NOON)
     repository.set_config("buffer_capacity", 1_000_000)
-    for status, receipt_id in KNOWN.items():
-        a_receipt(repository, status, id=receipt_id)
+    for status in ("pending", "failed", "synced"):
+        a_receipt(repository, status, id=KNOWN[status])
+    repository.insert_receipt(new_receipt(id=KNOWN["held"]), hold=True)
     yield engine, repository
     engine.dispose()
 

@@ -1,30 +1,36 @@
 """
-The command line: `kkt-buffer demo | upgrade PATH | status PATH | verify PATH | backup PATH TARGET`.
+The command line, `kkt-buffer COMMAND`: a file for each kind of command, and what they share in `target` and `text`.
 
-Exit status: 0 for success, 1 for an error (one line on stderr) or a buffer with integrity problems, 2 for wrong usage.
+Exit status: 0 for success; 1 for an error (one line on stderr), a receipt that was not found, or a damaged buffer; 2
+for wrong usage; 3 if `verify` found a buffer that differs from what this release makes but is not damaged; 130 after
+Control-C. `check` has the statuses of a Nagios plugin.
 """
 
-import argparse
-import json
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
-from datetime import UTC, datetime
-from typing import Any
 
-from kkt_buffer import demo
-from kkt_buffer.engine import create_buffer_engine
+from kkt_buffer.cli import act, keep, look, monitor, play
+from kkt_buffer.cli.target import Parser
 from kkt_buffer.errors import ReceiptBufferError
-from kkt_buffer.migrate import check, current, require, stage, upgrade
-from kkt_buffer.repository import ReceiptRepository
-from kkt_buffer.sqlite.driver import known_bugs
-from kkt_buffer.sqlite.engine import pragmas
+from kkt_buffer.migrate import release
+
+_EPILOG = """\
+Every command takes --db PATH. Without it, the buffer is $BUFFER_DB_PATH, else data/buffer.db.
+`kkt-buffer COMMAND --help` explains a command.
+
+exit status: 0 success; 1 error, receipt not found, or damage; 2 wrong usage; 3 verify found something that differs
+but nothing to restore; 130 Control-C. `check` has its own: 0 OK, 1 WARNING, 2 CRITICAL, 3 UNKNOWN."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status."""
-    arguments = _parser().parse_args(argv)
+    # A character that the terminal cannot show must not stop a command.
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+    arguments, unknown = _parser().parse_known_args(argv)
+    if unknown:
+        arguments.parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     try:
         status: int = arguments.run(arguments) or 0
         sys.stdout.flush()
@@ -41,130 +47,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     return status
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="kkt-buffer", description="The offline buffer of fiscal receipts.")
+def _parser() -> Parser:
+    parser = Parser(prog="kkt-buffer", description="The offline buffer of fiscal receipts.", epilog=_EPILOG)
+    parser.add_argument("--version", action="version", version=f"%(prog)s {release()}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-
-    command = commands.add_parser("demo", help="play a shift on a real buffer, with a kill in the middle")
-    command.add_argument("path", nargs="?", default="data/demo.db", help="default: %(default)s")
-    command.set_defaults(run=_demo)
-
-    command = commands.add_parser("upgrade", help="create the buffer, or upgrade its schema to this release")
-    command.add_argument("path")
-    command.set_defaults(run=_upgrade)
-
-    command = commands.add_parser("backup", help="copy a buffer to another file, even while it is in use")
-    command.add_argument("path")
-    command.add_argument("target", help="replaced once the copy is complete")
-    command.set_defaults(run=_backup)
-
-    command = commands.add_parser("verify", help="read all of the buffer and report problems; changes nothing")
-    command.add_argument("path")
-    command.set_defaults(run=_verify)
-
-    command = commands.add_parser("status", help="show how full the buffer is; changes nothing")
-    command.add_argument("path")
-    command.add_argument("--json", action="store_true", help="print it as JSON, times as Unix seconds")
-    command.set_defaults(run=_status)
+    for kind in (look, act, keep, monitor, play):
+        kind.add(commands)
     return parser
-
-
-def _demo(arguments: argparse.Namespace) -> None:
-    demo.run(arguments.path)
-    _print_status(_read_status(arguments.path))
-
-
-def _upgrade(arguments: argparse.Namespace) -> None:
-    engine = create_buffer_engine(arguments.path)
-    try:
-        before = stage(engine)
-        upgrade(engine)
-        print(f"{arguments.path}: schema {current(engine)} (was {before})")
-    finally:
-        engine.dispose()
-
-
-def _status(arguments: argparse.Namespace) -> None:
-    status = _read_status(arguments.path)
-    if arguments.json:
-        print(json.dumps(status, ensure_ascii=False))
-    else:
-        _print_status(status)
-
-
-def _backup(arguments: argparse.Namespace) -> None:
-    engine = create_buffer_engine(arguments.path, read_only=True)
-    try:
-        require(engine)
-        ReceiptRepository(engine).backup(arguments.target)
-        print(f"{arguments.target}: complete, and on disk")
-    finally:
-        engine.dispose()
-
-
-def _verify(arguments: argparse.Namespace) -> int:
-    rows = {"buffer": arguments.path}
-    engine = create_buffer_engine(arguments.path, read_only=True)
-    try:
-        rows["SQLite"] = known_bugs(engine)
-        require(engine)
-        repository = ReceiptRepository(engine)
-        report = repository.check_integrity()
-        try:
-            check(engine)
-            findings = {"schema": (), **report.findings}
-        except ReceiptBufferError as error:
-            findings = {"schema": (str(error),), **report.findings}
-        rows |= {what: "\n".join(problems) or "ok" for what, problems in findings.items()}
-        is_sound = not any(findings.values())
-        if is_sound:
-            leased, lasts = repository.get_buffer_status().syncing, repository.get_config("lease_seconds")
-            rows["open leases"] = f"{leased} (each expires after {lasts} s)" if leased else "none"
-    finally:
-        engine.dispose()
-    if is_sound:
-        # Never open a damaged file for writing, not even to read its settings.
-        engine = create_buffer_engine(arguments.path)
-        rows["settings of a connection"] = ", ".join(f"{name} {value}" for name, value in pragmas(engine).items())
-        engine.dispose()
-    _print_rows(rows)
-    print("The buffer is whole." if is_sound else "The buffer is NOT whole. Nothing was changed. Restore a backup.")
-    return 0 if is_sound else 1
-
-
-def _read_status(path: str) -> dict[str, Any]:
-    engine = create_buffer_engine(path, read_only=True)
-    try:
-        require(engine)
-        status = ReceiptRepository(engine).get_buffer_status()
-        return {"path": str(path), "schema": current(engine), **asdict(status)}
-    finally:
-        engine.dispose()
-
-
-def _print_status(status: dict[str, Any]) -> None:
-    rows = {
-        "buffer": status["path"],
-        "schema": status["schema"],
-        "pending": f"{status['pending']}",
-        "syncing": f"{status['syncing']}",
-        "synced": f"{status['synced']}",
-        "failed": f"{status['failed']}  (open dead letters: {status['dlq_size']})",
-        "total": f"{status['total_receipts']}",
-        "full": f"{status['percent_full']:.2f} %  ({status['pending'] + status['syncing']} of {status['capacity']})",
-        "oldest undelivered": _local_time(status["oldest_undelivered_at"]),
-        "deliver before": _local_time(status["deadline_at"]),
-    }
-    _print_rows(rows)
-
-
-def _print_rows(rows: dict[str, str]) -> None:
-    width = max(map(len, rows))
-    for name, value in rows.items():
-        print(f"{name:<{width}} | " + value.replace("\n", f"\n{'':<{width}} | "))
-
-
-def _local_time(seconds: int | None) -> str:
-    if seconds is None:
-        return "nothing waits"
-    return datetime.fromtimestamp(seconds, UTC).astimezone().strftime("%Y-%m-%d %H:%M:%S %z")

@@ -6,16 +6,25 @@ from dataclasses import dataclass
 from sqlalchemy import CheckConstraint, Connection, select, text
 from sqlalchemy.exc import SQLAlchemyError
 
-from kkt_buffer.backend import AT_MOST
+from kkt_buffer.backend import AT_MOST, Backend
 from kkt_buffer.config import CONFIG_RULES
+from kkt_buffer.documents import is_intact
 from kkt_buffer.errors import InvalidConfigError, ReceiptBufferError
-from kkt_buffer.models import ConfigEntry, metadata
+from kkt_buffer.models import ConfigEntry, Receipt, metadata
 from kkt_buffer.transaction import Transactions
+
+# Problems with these subjects damage no receipt: a backup would not be better.
+_NO_DAMAGE = frozenset({"settings", "order of timestamps"})
 
 
 @dataclass(frozen=True, slots=True)
 class IntegrityReport:
-    """The problems of each checked subject; an empty tuple if there are none."""
+    """
+    The problems of each checked subject; an empty tuple if there are none.
+
+    `is_damaged` tells problems for which a backup must be restored from those for which nothing must be restored: a
+    setting that can be corrected, a timestamp that another program wrote out of order.
+    """
 
     findings: Mapping[str, tuple[str, ...]]
 
@@ -23,6 +32,11 @@ class IntegrityReport:
     def is_sound(self) -> bool:
         """Whether no problem was found."""
         return not any(self.findings.values())
+
+    @property
+    def is_damaged(self) -> bool:
+        """Whether a problem was found that only a backup can repair."""
+        return any(problems for what, problems in self.findings.items() if what not in _NO_DAMAGE)
 
     def __str__(self) -> str:
         return "; ".join(f"{what}: {problem}" for what, problems in self.findings.items() for problem in problems)
@@ -56,6 +70,26 @@ def _settings(connection: Connection) -> list[str]:
     return problems
 
 
+# yield_per: never more than these rows in memory.
+_DIGESTS = (
+    select(Receipt.id, Receipt.fiscal_doc, Receipt.digest)
+    .where(Receipt.digest.is_not(None))
+    .execution_options(yield_per=100)
+)
+
+
+def _documents(connection: Connection, backend: Backend) -> list[str]:
+    """Compare each document with its digest. SQLite has no checksums of its own."""
+    problems: list[str] = []
+    with backend.lenient_text(connection), connection.execute(_DIGESTS) as rows:
+        for receipt_id, document, digest in rows:
+            if not is_intact(document, digest):
+                problems.append(f"the document of receipt {receipt_id} differs from its digest")
+                if len(problems) == AT_MOST:
+                    break
+    return problems
+
+
 def check(transactions: Transactions) -> IntegrityReport:
     """Run every check in its own read transaction."""
     checks = {
@@ -63,6 +97,7 @@ def check(transactions: Transactions) -> IntegrityReport:
         "settings": _settings,
         "rules of the tables": _query(_RULES),
         "dead letters": _query(_DEAD_LETTERS),
+        "documents": lambda connection: _documents(connection, transactions.backend),
     }
     return IntegrityReport({what: _found(transactions, check) for what, check in checks.items()})
 

@@ -2,12 +2,13 @@
 
 import uuid
 from collections.abc import Sequence
+from functools import cache
 from typing import cast
 
-from sqlalchemy import Table, bindparam, insert, literal_column, null, select, text, update
+from sqlalchemy import Select, Table, bindparam, insert, literal_column, null, select, text, update
 from sqlalchemy.exc import IntegrityError
 
-from kkt_buffer.arguments import NewReceipt
+from kkt_buffer.arguments import NewReceipt, Page
 from kkt_buffer.errors import (
     BufferDamagedError,
     BufferFullError,
@@ -16,8 +17,11 @@ from kkt_buffer.errors import (
     ReceiptNotFoundError,
 )
 from kkt_buffer.models import (
+    HELD_ONLY,
     PENDING_ONLY,
+    SYNCED_ONLY,
     TRANSITIONS,
+    UNDELIVERED_REST,
     DeadLetter,
     Receipt,
     ReceiptStatus,
@@ -44,6 +48,16 @@ KNOWN = select(receipts.c.pos_id, receipts.c.fiscal_doc, receipts.c.inserted_dig
 )
 STATUS_OF = select(receipts.c.status).where(receipts.c.id == bindparam("receipt_id"))
 UNDELIVERED = select(buffer_state.c.pending + buffer_state.c.syncing)
+
+# Pages. Pending receipts are in two indexes, and each part is in HLC order; the other pages need one index.
+_BY_HLC = ("hlc_local_time", "hlc_logical_counter", "id")
+_BY_DELIVERY = ("synced_at", "id")
+_PARTS = {
+    ReceiptStatus.PENDING: (PENDING_ONLY, f"{HELD_ONLY} AND status = 'pending'"),
+    ReceiptStatus.SYNCING: (f"{UNDELIVERED_REST} AND status = 'syncing'",),
+    ReceiptStatus.FAILED: (f"{UNDELIVERED_REST} AND status = 'failed'",),
+    ReceiptStatus.SYNCED: (SYNCED_ONLY,),
+}
 
 # Values that clear the lease columns, and all columns of a delivery in progress.
 NO_LEASE = {"lease_token": null(), "lease_taken_at": null(), "lease_expires_at": null()}
@@ -98,8 +112,39 @@ LEASED = update(receipts).values(
     lease_taken_at=bindparam("now"),
     lease_expires_at=bindparam("expires"),
 )
-LEASE = LEASED.where(text("id = :receipt_id"))
+LEASE = LEASED.where(text("id = :receipt_id AND held_at IS NULL"))
 GIVE_UP_LEASE = update(receipts).where(text("id = :receipt_id")).values(status=literal_column("'pending'"), **NO_LEASE)
+
+
+@cache
+def _page(status: ReceiptStatus, *, of_pos: bool, after: bool) -> Select[Receipt]:
+    """The query for one page. Only the terms that are needed, so that each has its index."""
+    order = ", ".join(key := _page_key(status))
+    pos = " AND pos_id = :pos_id" if of_pos else ""
+    rest = f" AND ({order}) > ({', '.join(f':{name}' for name in key)})" if after else ""
+    parts = " UNION ALL ".join(
+        f"SELECT * FROM (SELECT {order} FROM receipts WHERE {part}{pos}{rest} ORDER BY {order} LIMIT :limit) AS part"
+        for part in _PARTS[status]
+    )
+    return (
+        select(Receipt)
+        .where(text(f"id IN (SELECT id FROM ({parts}) AS page)"))
+        .order_by(*(receipts.c[name] for name in key))
+        .limit(bindparam("limit"))
+    )
+
+
+def _page_key(status: ReceiptStatus) -> tuple[str, ...]:
+    return _BY_DELIVERY if status is ReceiptStatus.SYNCED else _BY_HLC
+
+
+def list_receipts(tx: Transaction, page: Page) -> list[Receipt]:
+    """One page of the receipts of one status: those after the last receipt of the page before."""
+    status, pos_id, after, limit = page
+    position = {} if after is None else {name: getattr(after, name) for name in _page_key(status)}
+    if pos_id is not None:
+        position["pos_id"] = pos_id
+    return tx.load(_page(status, of_pos=pos_id is not None, after=after is not None), limit=limit, **position)
 
 
 def insert_one(tx: Transaction, receipt: NewReceipt) -> str:
@@ -140,7 +185,7 @@ def _add(tx: Transaction, many: Sequence[NewReceipt]) -> None:
             "pos_id": receipt.pos_id,
             "fiscal_doc": receipt.fiscal_doc,
             "digest": receipt.digest,
-            "held_at": None,
+            "held_at": now if receipt.hold else None,
             "now": now,
         }
         for receipt in many
@@ -273,5 +318,11 @@ def update_status(tx: Transaction, receipt_id: str, wanted: ReceiptStatus) -> bo
         tx.connection.execute(GIVE_UP_LEASE, {"receipt_id": receipt_id})
     else:
         lease = {"token": str(uuid.uuid4()), "now": tx.now, "expires": tx.now + tx.number("lease_seconds")}
-        tx.connection.execute(LEASE, {"receipt_id": receipt_id, **lease})
+        if not tx.connection.execute(LEASE, {"receipt_id": receipt_id, **lease}).rowcount:
+            raise InvalidTransitionError(
+                receipt_id,
+                "held",
+                wanted,
+                "It was not printed yet: complete it with update_receipt_fiscal_doc, or close it with discard_held.",
+            )
     return True

@@ -8,7 +8,7 @@ from sqlalchemy import bindparam, select, text
 
 from kkt_buffer.config import number_of
 from kkt_buffer.errors import BufferDamagedError
-from kkt_buffer.models import HELD_ONLY, OPEN_ONLY, PENDING_ONLY, SYNCING_ONLY, UNDELIVERED_REST, Receipt
+from kkt_buffer.models import HELD_ONLY, OPEN_ONLY, PENDING_ONLY, RARE_EVENTS, SYNCING_ONLY, UNDELIVERED_REST, Receipt
 from kkt_buffer.transaction import Transaction
 
 SECONDS_PER_DAY = 86_400
@@ -37,6 +37,10 @@ def _undelivered(where: str, limit: str) -> str:
     )
 
 
+def _last_event(event_type: str) -> str:
+    return f"SELECT MAX(id) FROM buffer_events WHERE event_type = '{event_type}' AND {RARE_EVENTS}"
+
+
 _figures = {
     "held": f"SELECT COUNT(*) FROM receipts WHERE {HELD_ONLY} AND status = 'pending'",
     "expired_leases": f"SELECT COUNT(*) FROM receipts WHERE {SYNCING_ONLY} AND lease_expires_at <= :now",
@@ -47,6 +51,10 @@ _figures = {
     "last_outage_at": (
         "SELECT timestamp FROM buffer_events WHERE event_type = 'sync_failed'"
         " AND event_type NOT IN ('receipt_added', 'receipt_synced') ORDER BY id DESC LIMIT 1"
+    ),
+    "circuit_opened_at": (
+        f"SELECT timestamp FROM buffer_events WHERE id = ({_last_event('circuit_opened')})"
+        f" AND id > COALESCE(({_last_event('circuit_closed')}), 0)"
     ),
     "capacity_setting": "SELECT value FROM config WHERE key = 'buffer_capacity'",
     "deadline_days": "SELECT value FROM config WHERE key = 'ofd_deadline_days'",
@@ -86,7 +94,8 @@ class BufferStatus:
     receipts that are not printed yet. `oldest_undelivered_at` is the creation time of the oldest receipt that the OFD
     does not have, open dead letters included; `deadline_at` is its deadline (54-ФЗ: 30 calendar days,
     `ofd_deadline_days`); both are None if there is no such receipt. `last_synced_at` is the time of the last delivery,
-    also if that receipt was pruned; `last_outage_at` is the time of the last logged delivery run with an outage.
+    also if that receipt was pruned; `last_outage_at` is the time of the last logged delivery run with an outage;
+    `circuit_opened_at` is the time at which the circuit breaker was opened, None while it is closed.
     `expired_leases` counts leases that expired without an outcome.
     """
 
@@ -104,6 +113,7 @@ class BufferStatus:
     deadline_at: int | None
     last_synced_at: int | None
     last_outage_at: int | None
+    circuit_opened_at: int | None
 
 
 def get_buffer_status(tx: Transaction) -> BufferStatus:

@@ -50,7 +50,8 @@ class GuardedConnection(sqlite3.Connection if TYPE_CHECKING else object):  # typ
     query_only = False
     is_writing = False
     is_begun = False
-    is_operation = False  # True: opened by `Transactions`; False: by the caller on the engine
+    is_reader = False  # in the pool of the operations that read
+    is_operation = False  # the next or open transaction is of an operation, not the caller's own on the engine
     began = 0.0
 
     def begin(self, *, write: bool) -> None:
@@ -118,7 +119,7 @@ class GuardedConnection(sqlite3.Connection if TYPE_CHECKING else object):  # typ
     def finish(self) -> None:
         """Release the gate at the end of a transaction, and log a warning if it was long."""
         lasted = time.monotonic() - self.began if self.is_writing and self.is_begun else 0.0
-        self.is_begun = False
+        self.is_begun = self.is_operation = False
         if self.is_writing:
             self.database.gate.release(self)
             self.is_writing = False

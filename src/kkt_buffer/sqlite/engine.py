@@ -31,12 +31,12 @@ from sqlalchemy import (
 )
 from sqlalchemy.exc import DBAPIError
 
-from kkt_buffer.backend import OPERATION, OPTION, READ_ONLY, Backend, Parameters, Reference
+from kkt_buffer.backend import OPTION, READ_ONLY, Backend, Parameters, Reference
 from kkt_buffer.errors import BufferStorageError, ReceiptBufferError
 from kkt_buffer.sqlite import file, fork
 from kkt_buffer.sqlite.connection import Files, GuardedConnection, Identity, Sizes
 from kkt_buffer.sqlite.ddl import REFERENCES
-from kkt_buffer.sqlite.driver import load_driver
+from kkt_buffer.sqlite.driver import Driver, load_driver
 from kkt_buffer.sqlite.errors import statement_error, storage_error, storage_errors
 from kkt_buffer.sqlite.gate import WriteGate
 from kkt_buffer.sqlite.pool import ThreadPool
@@ -59,21 +59,22 @@ def create(
     *,
     read_only: bool,
     busy_timeout: float,
+    driver: Driver | ModuleType | None = None,
     cache_size: int = CACHE_SIZE,
     **options: Any,  # noqa: ANN401 (passed on to create_engine)
 ) -> Engine:
     """Create an engine on a file or in memory, and connect once to check that it can be used."""
-    driver = load_driver(writing=not read_only)
-    path = _path(path_or_url)
+    module = load_driver(driver, writing=not read_only)
+    path = file_of(path_or_url)
     if path is None and read_only:
         raise ValueError("read_only: an in-memory buffer that is read-only would stay empty")
-    database = Database(driver, path, read_only=read_only, busy_timeout=busy_timeout, cache_size=cache_size)
+    database = Database(module, path, read_only=read_only, busy_timeout=busy_timeout, cache_size=cache_size)
     engine = create_engine(
         URL.create("sqlite+pysqlite", database=":memory:" if path is None else str(path)),
         **{"poolclass": QueuePool if {"max_overflow", "pool_timeout"} & options.keys() else ThreadPool} | options,
         execution_options={OPTION: database, **options.pop("execution_options", {})},
         creator=database.open,
-        module=driver,
+        module=module,
     )
     database.watch(engine)
     try:
@@ -85,7 +86,7 @@ def create(
     return engine
 
 
-def _path(path_or_url: str | os.PathLike[str] | URL) -> Path | None:
+def file_of(path_or_url: str | os.PathLike[str] | URL) -> Path | None:
     """The path with symbolic links resolved, because SQLite puts the WAL beside the real file; None: in memory."""
     if isinstance(path_or_url, str) and "://" in path_or_url:
         path_or_url = make_url(path_or_url)
@@ -145,10 +146,9 @@ class Database(Backend):
                 raise BufferStorageError(f"{path} is a folder; give the path of a file in it. Nothing was opened.")
             if path.exists() and not path.is_file():
                 raise BufferStorageError(f"{path} is a device or a pipe, not a file. Nothing was opened.")
-            if read_only:
-                path.stat()
-            else:
+            if not read_only:
                 file.create(path, self.gate)
+            file.refuse_second_name(path)
         self.identity = file.identity(path)
 
     def __str__(self) -> str:
@@ -220,10 +220,8 @@ class Database(Backend):
             )
 
     def _begin(self, connection: Connection) -> None:
-        options = connection.get_execution_options()
         driver = driver_connection(connection)
-        driver.is_operation = options.get(OPERATION, False)
-        driver.begin(write=not options.get(READ_ONLY, False))
+        driver.begin(write=not (driver.is_reader or connection.get_execution_options().get(READ_ONLY, False)))
 
     def _savepoint(self, connection: Connection, _name: str) -> None:
         driver_connection(connection).refuse_child()
@@ -268,19 +266,23 @@ class Database(Backend):
 
     # Called by operations.
 
-    def connect(self, engine: Engine) -> Connection:
+    def connect(self, engine: Engine, *, write: bool) -> Connection:
         """
         A connection for a transaction: to write from the engine's pool, to read from a second pool.
 
         A change of `query_only` makes SQLite prepare all statements of a connection again.
         """
-        if not engine.get_execution_options().get(READ_ONLY):
-            return engine.connect()
+        if write:
+            connection = engine.connect()
+            driver_connection(connection).is_operation = True
+            return connection
         with self._readers_lock:
             if self._readers is None:
                 self._readers = engine.pool.recreate()  # created late, so that it has all listeners of the engine
             readers = self._readers
-        return Connection(engine, readers.connect())
+        connection = Connection(engine, readers.connect())
+        driver_connection(connection).is_reader = True
+        return connection
 
     def _close_readers(self) -> None:
         readers, self._readers = self._readers, None

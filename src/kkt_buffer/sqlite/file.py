@@ -1,5 +1,5 @@
 """
-The database file: creation, backup, and checks for damage.
+The database file: creation, refusal of second names, backup, and checks for damage.
 
 SQLite itself makes the copy. The file is never opened directly: closing it would cancel the locks that SQLite holds in
 this process (https://www.sqlite.org/howtocorrupt.html, section 2.2).
@@ -7,6 +7,8 @@ this process (https://www.sqlite.org/howtocorrupt.html, section 2.2).
 
 import contextlib
 import os
+import re
+import uuid
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
@@ -14,7 +16,7 @@ from typing import TYPE_CHECKING, cast
 from sqlalchemy import Connection, Engine, text
 
 from kkt_buffer.backend import AT_MOST, READ_ONLY, Backend
-from kkt_buffer.errors import BufferDamagedError
+from kkt_buffer.errors import BufferDamagedError, BufferStorageError
 from kkt_buffer.progress import progress
 from kkt_buffer.sqlite.connection import GuardedConnection, Identity
 from kkt_buffer.sqlite.errors import storage_errors
@@ -25,6 +27,12 @@ if TYPE_CHECKING:
 
 PAGES_AT_ONCE = 1000
 
+# The files of a database, by what follows its name.
+SUFFIXES = ("", "-wal", "-shm", "-journal", "-gate")
+
+# A backup that has not written for so long was killed.
+ABANDONED_SECONDS = 3600
+
 
 def identity(path: Path) -> Identity | None:
     """Device and inode of a file; None if there is none."""
@@ -33,6 +41,34 @@ def identity(path: Path) -> Identity | None:
     except OSError:
         return None
     return status.st_dev, status.st_ino
+
+
+def refuse_second_name(path: Path) -> None:
+    """
+    Raise `BufferStorageError` if other processes can reach the file by another name, in another folder.
+
+    SQLite puts the WAL beside the name by which the file was opened. Two WALs overwrite each other's receipts.
+    """
+    names = path.stat().st_nlink
+    if names > 1:
+        raise BufferStorageError(
+            f"{path} has {names} names (hard links). Programs that open it under different names overwrite what the "
+            "others have acknowledged. Nothing was opened. Stop every program that uses it; list the names with "
+            f"`find -samefile {path}`; keep the name that has a -wal beside it, and remove the other name."
+        )
+    if _is_mount_point(path):
+        raise BufferStorageError(
+            f"{path} is mounted by itself. Its -wal is not, so programs inside and outside overwrite what the others "
+            f"have acknowledged. Nothing was opened. Mount its folder instead, and put nothing else into that folder."
+        )
+
+
+def _is_mount_point(path: Path) -> bool:
+    mounts = b""
+    with contextlib.suppress(OSError):  # macOS has no such file, and cannot mount a file
+        mounts = Path("/proc/self/mountinfo").read_bytes()
+    escaped = re.sub(rb"[ \t\n\\]", lambda found: b"\\%03o" % ord(found[0]), os.fsencode(path))
+    return any(line.split(b" ")[4] == escaped for line in mounts.splitlines())
 
 
 def create(path: Path, gate: WriteGate) -> None:
@@ -73,14 +109,15 @@ def backup(backend: Backend, engine: Engine, path: str | os.PathLike[str]) -> No
     if not Path(path).name or "\0" in str(path):
         raise ValueError(f"path: expected the path of a file, got {path!r}")
     target = Path(os.path.realpath(path))
-    if str(target) in {f"{engine.url.database}{suffix}" for suffix in ("", "-wal", "-shm", "-gate")}:
+    if _belongs(target, Path(str(engine.url.database))):
         raise ValueError(f"path: {target} belongs to the buffer itself; give another one. Nothing was copied.")
-    unfinished = target.with_name(f".{target.name}.unfinished")
+    # A name of its own: another backup to the same path must not write into this one, or put it in place half done.
+    unfinished = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.unfinished")
     with storage_errors(f"the backup {target}", backend.driver):
         target.parent.mkdir(parents=True, exist_ok=True)
-        unfinished.unlink(missing_ok=True)
         descriptor = os.open(unfinished, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         try:
+            _remove_abandoned(target, os.fstat(descriptor).st_mtime)
             _copy(backend, engine, unfinished)
             os.fsync(descriptor)
             unfinished.replace(target)
@@ -90,6 +127,28 @@ def backup(backend: Backend, engine: Engine, path: str | os.PathLike[str]) -> No
         finally:
             os.close(descriptor)
         sync_folder(target.parent)
+
+
+def _belongs(target: Path, database: Path) -> bool:
+    """
+    Whether `target` is one of the files of the database, under whatever name.
+
+    The folder is compared too, because a file of the database need not exist at this moment.
+    """
+    own = [database.with_name(f"{database.name}{suffix}") for suffix in SUFFIXES]
+    in_its_folder = identity(target.parent) == identity(database.parent)
+    return (in_its_folder and target.name in {file.name for file in own}) or (
+        target.exists() and identity(target) in {identity(file) for file in own}
+    )
+
+
+def _remove_abandoned(target: Path, now: float) -> None:
+    """Remove what killed backups to this target have left. `now` is by the clock of the file system."""
+    with contextlib.suppress(OSError):  # what cannot be removed does no harm
+        for file in target.parent.iterdir():
+            is_unfinished = file.name.startswith(f".{target.name}.") and file.name.endswith(".unfinished")
+            if is_unfinished and now - file.stat().st_mtime > ABANDONED_SECONDS:
+                file.unlink()
 
 
 def _copy(backend: Backend, engine: Engine, path: Path) -> None:

@@ -1,5 +1,5 @@
 """
-Open buffers when the process forks.
+The open buffers of this process: one SQLite library for each file, and what becomes of them in a fork.
 
 A connection must not be used after a fork (https://www.sqlite.org/howtocorrupt.html, section 2.6): SQLite in the child
 assumes that it holds locks that only the parent has. So idle connections are closed before a fork. If a connection was
@@ -9,17 +9,21 @@ in use, the child may not use the buffer. No connection is opened during a fork.
 import os
 import threading
 import weakref
+from types import ModuleType
 from typing import Protocol
 
 from sqlalchemy import Engine
 
+from kkt_buffer.errors import BufferStorageError
 from kkt_buffer.sqlite.connection import GuardedConnection, Identity
+from kkt_buffer.sqlite.driver import is_same_library
 from kkt_buffer.sqlite.gate import WriteGate
 
 
 class Forkable(Protocol):
     """The open resources of an engine."""
 
+    driver: ModuleType
     gate: WriteGate
     connections: "weakref.WeakSet[GuardedConnection]"
     identity: Identity | None  # of the file; None: in memory
@@ -38,8 +42,22 @@ lock = threading.RLock()  # held while a connection is opened
 
 
 def watch(engine: Engine, database: Forkable) -> None:
-    """Handle forks for this engine from now on."""
-    _open[engine] = database
+    """
+    Handle forks for this engine from now on.
+
+    Raises `BufferStorageError` if an engine of this process uses the file through another SQLite library: POSIX locks
+    belong to the process, so each library would cancel the locks of the other.
+    """
+    with lock:
+        for other in list(_open.values()):
+            is_same_file = other.identity is not None and other.identity == database.identity
+            if is_same_file and not is_same_library(other.driver, database.driver):
+                raise BufferStorageError(
+                    f"{database} is in use in this process through {other.driver.__name__}, and "
+                    f"{database.driver.__name__} is another SQLite library: they would cancel each other's locks. "
+                    "Nothing was opened. Give all engines of a process the same driver."
+                )
+        _open[engine] = database
 
 
 def is_inherited(identity: Identity | None) -> bool:

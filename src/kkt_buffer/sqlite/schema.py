@@ -79,7 +79,7 @@ BEGIN
 END""",
     "trg_receipt_completed": """\
 CREATE TRIGGER trg_receipt_completed AFTER UPDATE OF held_at ON receipts
-WHEN OLD.held_at IS NOT NULL AND NEW.held_at IS NULL AND NEW.status = 'pending'
+WHEN OLD.held_at IS NOT NULL AND NEW.held_at IS NULL AND NEW.status <> 'synced'
 BEGIN
     INSERT INTO buffer_events (event_type, receipt_id, timestamp, metadata)
     VALUES ('receipt_completed', NEW.id, COALESCE(NEW.changed_at, unixepoch()),

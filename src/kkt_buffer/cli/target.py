@@ -1,0 +1,73 @@
+"""Which buffer a command works on, and how it is opened."""
+
+import argparse
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from sqlalchemy import Engine
+
+from kkt_buffer.buffer import DEFAULT_PATH, PATH_VARIABLE
+from kkt_buffer.engine import create_buffer_engine
+from kkt_buffer.migrate import require
+from kkt_buffer.repository import ReceiptRepository
+
+if TYPE_CHECKING:
+    Commands = argparse._SubParsersAction["Parser"]  # noqa: SLF001 (the type has no public name)
+
+Run = Callable[[argparse.Namespace], int | None]
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser that keeps the lines of its texts, and whose exit status for wrong usage can be set."""
+
+    usage_status = 2
+
+    def __init__(self, **options: Any) -> None:  # noqa: ANN401 (argparse's own options)
+        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, **options)
+
+    def exit(self, status: int = 0, message: str | None = None) -> NoReturn:
+        """Exit; with `usage_status` instead of argparse's 2."""
+        super().exit(self.usage_status if status else 0, message)
+
+
+def add_command(commands: "Commands", name: str, run: Run, text: str, *, path: bool = True) -> Parser:
+    """Add a command with `--db`, and with PATH as an argument if it has no arguments of its own."""
+    parser = commands.add_parser(name, help=text.split("\n", 1)[0], description=text)
+    parser.add_argument("--db", metavar="PATH", help=f"the buffer; else ${PATH_VARIABLE}, else {DEFAULT_PATH}")
+    if path:
+        parser.add_argument("path", nargs="?", metavar="PATH", help="the buffer, like --db PATH")
+    parser.set_defaults(run=run, parser=parser)
+    return parser
+
+
+def path_of(arguments: argparse.Namespace) -> str:
+    """The path of the buffer."""
+    named, positional = arguments.db, getattr(arguments, "path", None)
+    if named is not None and positional is not None:
+        arguments.parser.error(f"the buffer is named twice: {named} and {positional}")
+    path: str | None = positional if named is None else named
+    return os.environ.get(PATH_VARIABLE) or DEFAULT_PATH if path is None else path
+
+
+@contextmanager
+def engine_for(path: str, *, write: bool = False) -> Iterator[Engine]:
+    """An engine on a buffer that exists and has the schema of this release."""
+    # Read-only first, also to write: a missing file must not be created.
+    engine = create_buffer_engine(path, read_only=True)
+    try:
+        require(engine)
+        if write:
+            engine.dispose()
+            engine = create_buffer_engine(path)
+        yield engine
+    finally:
+        engine.dispose()
+
+
+@contextmanager
+def repository_for(arguments: argparse.Namespace, *, write: bool = False) -> Iterator[ReceiptRepository]:
+    """The repository that a command works on; read-only unless it writes."""
+    with engine_for(path_of(arguments), write=write) as engine:
+        yield ReceiptRepository(engine)

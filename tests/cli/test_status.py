@@ -1,0 +1,157 @@
+"""`status` and `watch`: how full the buffer is, for people and for programs."""
+
+import json
+import re
+
+import pytest
+from builders import NOON, new_receipt
+from terminal import in_terminal, without_distances
+
+from kkt_buffer.migrate import revisions
+
+HEAD = revisions()[-1]
+DAY = 86_400
+
+
+class TestStatus:
+    def test_table(self, used, done, moscow):
+        """Times are shown as the wall clock of the shop shows them."""
+        expected = f"""\
+buffer             | {used}
+schema             | {HEAD}
+full               | 1.00 %  (2 of 200)
+pending            | 1  (held, not printed yet: 0)
+syncing            | 1  (expired leases: 1)
+synced             | 1
+failed             | 1  (open dead letters: 1)
+total              | 4
+oldest undelivered | 2026-03-01 15:00:00 +0300
+deliver before     | 2026-03-31 15:00:00 +0300
+last delivery      | 2026-03-01 15:00:00 +0300
+last outage        | none on record
+circuit breaker    | closed
+"""
+        assert expected == without_distances(done("status", used))
+
+    def test_empty_table(self, path, done):
+        expected = [
+            "oldest undelivered | nothing waits",
+            "deliver before     | nothing waits",
+            "last delivery      | none yet",
+            "last outage        | none on record",
+            "circuit breaker    | closed",
+        ]
+        assert expected == done("status", path).splitlines()[-5:]
+
+    def test_json(self, used, done):
+        """For programs: one JSON object, times as Unix seconds."""
+        expected = {
+            "path": str(used),
+            "schema": HEAD,
+            "total_receipts": 4,
+            "pending": 1,
+            "syncing": 1,
+            "synced": 1,
+            "failed": 1,
+            "dlq_size": 1,
+            "capacity": 200,
+            "percent_full": 1.0,
+            "held": 0,
+            "expired_leases": 1,
+            "oldest_undelivered_at": NOON,
+            "deadline_at": NOON + 30 * DAY,
+            "last_synced_at": NOON,
+            "last_outage_at": None,
+            "circuit_opened_at": None,
+        }
+        assert expected == json.loads(done("status", used, "--json"))
+
+    def test_circuit(self, file_engine, file_repository, path, done, moscow):
+        file_repository.log_event("circuit_opened")
+        file_engine.dispose()
+        assert done("status", path).splitlines()[-1].startswith("circuit breaker    | OPEN since 2026-03-01 15:00:00")
+
+    @pytest.mark.parametrize("options", [[], ["--json"]])
+    def test_changes_nothing(self, used, options, done):
+        before = used.read_bytes()
+        done("status", used, *options)
+        assert before == used.read_bytes()
+
+    @pytest.mark.parametrize("named", ["positional", "option", "variable", "default"])
+    def test_which_buffer(self, used, done, named, monkeypatch):
+        """The path is an argument, or `--db`, or BUFFER_DB_PATH, or else data/buffer.db."""
+        monkeypatch.delenv("BUFFER_DB_PATH", raising=False)
+        if named == "default":
+            (used.parent / "data").mkdir()
+            used.rename(used.parent / "data" / "buffer.db")
+            monkeypatch.chdir(used.parent)
+        if named == "variable":
+            monkeypatch.setenv("BUFFER_DB_PATH", str(used))
+        arguments = {"positional": [used], "option": ["--db", used]}.get(named, [])
+        assert "total              | 4" in done("status", *arguments)
+
+    def test_full(self, used, done):
+        """A full buffer is the first thing that is said, with what to do; on paper and on a terminal."""
+        done("config", "--db", used, "buffer_capacity", 2)
+        for out in (done("status", used), in_terminal("status", used).out):
+            assert "THE TILL IS REFUSING RECEIPTS" in out.splitlines()[0]
+            assert f"kkt-buffer config --db {used} buffer_capacity 4" in out.replace("\n", " ").replace("  ", " ")
+
+    @pytest.mark.parametrize(("capacity", "colour"), [(200, 32), (24, 33), (21, 31)])
+    def test_bar(self, file_engine, file_repository, path, capacity, colour):
+        """On a terminal there is a bar: green, yellow from 80 %, red from 95 %."""
+        file_repository.insert_receipts(new_receipt() for _ in range(20))
+        file_repository.set_config("buffer_capacity", capacity)
+        file_engine.dispose()
+        out = in_terminal("status", path).out
+        assert re.search(rf"full +\| \x1b\[{colour}m█+░+\x1b\[0m  \d", out), out
+
+    @pytest.mark.parametrize("variables", [{"NO_COLOR": "1"}, {"TERM": "dumb"}])
+    def test_no_colour(self, used, variables):
+        """Whoever wants no colour gets none; the bar stays."""
+        out = in_terminal("status", used, **variables).out
+        assert "\x1b" not in out
+        assert "░" in out
+
+    def test_plain_bar(self, used):
+        """A terminal that is not UTF-8 has a bar too."""
+        out = in_terminal("status", used, PYTHONUTF8="0", PYTHONIOENCODING="ascii").out
+        assert "." * 30 in out
+
+
+class TestWatch:
+    def test_terminal(self, used):
+        """The status is redrawn in place, with the last events; Control-C is the way to end it."""
+        ended = in_terminal("watch", used, "--every", 0.1, until="\x1b[Jbuffer")
+        assert 0 == ended.status
+        first, redrawn, *_ = ended.out.split("\x1b[19F\x1b[J")
+        assert 19 == len(first.splitlines())
+        assert redrawn.startswith("buffer ")
+        assert "2026-03-01" in first.splitlines()[-1]
+
+    def test_low_terminal(self, used):
+        """What does not fit is left out: else the lines above would scroll away."""
+        ended = in_terminal("watch", used, "--every", 0.1, lines=10, until="\x1b[J")
+        assert "\x1b[9F\x1b[J" in ended.out
+
+    def test_pipe(self, used, capfd, monkeypatch):
+        """In a file or a pipe each status stands below the one before, with its time."""
+        naps = []
+
+        def sleep(seconds):
+            naps.append(seconds)
+            if len(naps) == 2:
+                raise KeyboardInterrupt
+
+        monkeypatch.setattr("kkt_buffer.cli.look.sleep", sleep)
+        from kkt_buffer.cli import main  # noqa: PLC0415
+
+        assert 0 == main(["watch", str(used), "--every", "7"])
+        out = capfd.readouterr().out
+        assert [7.0, 7.0] == naps
+        assert 2 == out.count("circuit breaker")
+        assert "\x1b" not in out
+
+    @pytest.mark.parametrize("every", [0, -1, "nan"])
+    def test_no_time(self, used, refused, every):
+        assert "--every: expected a number of seconds above 0" in refused("watch", used, "--every", every)
