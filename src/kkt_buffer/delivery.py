@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import TypeAlias, cast
+from typing import TypeAlias
 
 from kkt_buffer import arguments
 from kkt_buffer.errors import (
@@ -228,7 +228,9 @@ class _Run:
             return True
         except self._outage_types as error:
             pause = error.retry_after if isinstance(error, DeliveryUnavailable) else None
-            self._streak.unavailable(receipt.id, _describe(error), self._setting("circuit_breaker_threshold"), pause)
+            self._streak.unavailable(
+                receipt.id, _describe(error), self._repository.get_config("circuit_breaker_threshold"), pause
+            )
             with self._lock:
                 self._failures.append(_Failure(receipt, _describe(error), is_outage=True))
             return False
@@ -248,7 +250,7 @@ class _Run:
         self._settle()
 
     def _fail(self, receipt: Receipt, error: Exception) -> bool:
-        self._streak.failed(receipt.id, _describe(error), self._setting("circuit_breaker_threshold"))
+        self._streak.failed(receipt.id, _describe(error), self._repository.get_config("circuit_breaker_threshold"))
         with self._lock:
             self._failures.append(_Failure(receipt, _describe(error), is_outage=False))
         return self._streak.outage is None
@@ -283,7 +285,7 @@ class _Run:
         if failure.is_outage and not self._streak.is_suspect(receipt.id):
             return self._release(receipt, wait_seconds=0)
         if failure.is_outage or not counts:
-            return self._release(receipt, wait_seconds=self._setting("retry_backoff_max"))
+            return self._release(receipt, wait_seconds=self._repository.get_config("retry_backoff_max"))
         try:
             status = self._repository.record_failure(receipt.id, failure.error, str(receipt.lease_token))
         except (LeaseLostError, ReceiptNotFoundError):
@@ -310,9 +312,6 @@ class _Run:
             counts["error"] = arguments.note("error", self._streak.outage)
         event_type = EventType.SYNC_FAILED if self._streak.outage else EventType.SYNC_COMPLETED
         self._repository.log_event(event_type, metadata=counts)
-
-    def _setting(self, key: str) -> int:
-        return cast("int", self._repository.get_config(key))
 
 
 def _describe(error: Exception) -> str:

@@ -320,7 +320,7 @@ class ReceiptRepository:
         pos_id = None if pos_id is None else arguments.name("pos_id", pos_id)
         seconds = None if lease_seconds is None else arguments.setting("lease_seconds", lease_seconds)
         with self._writing() as tx:
-            return leases.claim(tx, limit, pos_id, seconds, retries_last=retries_last)
+            return leases.claim(tx, limit, pos_id, seconds, retries_last=bool(retries_last))
 
     def renew_lease(self, receipt_id: str | uuid.UUID, lease_token: str, *, lease_seconds: int | None = None) -> int:
         """

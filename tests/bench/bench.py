@@ -4,14 +4,16 @@ How fast the buffer is: beside plain `sqlite3` that does the same, in big files,
 Everything is measured in one run, on one disk, with synchronous=FULL and documents of about 2 KB. What is compared is
 interleaved: a round is a block of calls of each side, the sides of a pair one after the other, and which comes first
 alternates. A round's figure is its mean per call, so that it bears its share of the WAL's checkpoints (ours and the
-floor's: one in some 15 commits). The table has the median of the rounds and the 99th percentile of the single calls;
+floor's: one in some nine commits). The table has the median of the rounds and the 99th percentile of the single calls;
 the ratio is that of the medians unless it says p99. Each section is a module beside this one, whose docstring says what
-is compared with what: `operations`, `threads`, `flat`, `pruning`, `start`, `memory`, `peers`. No time makes this fail:
-what is over its budget is marked.
+is compared with what: `operations`, `threads`, `peers`, `flat`, `pruning`, `start`, `memory`. The first three are
+measured on a till's disk too: `till`. A full run writes the table to RESULTS.md here, and the plot to speed.svg. No
+time makes this fail: what has missed its goal is told.
 """
 
 import argparse
 import contextlib
+import functools
 import importlib
 import json
 import os
@@ -20,29 +22,20 @@ import re
 import sys
 import tempfile
 import time
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
+import plot
+import report
 import sqlalchemy
-from figures import table
+import till
+from figures import Scale
 
 from kkt_buffer import create_buffer_engine
 
-SECTIONS = ("operations", "threads", "flat", "pruning", "start", "memory", "peers")
-
-
-@dataclass(frozen=True)
-class Scale:
-    """How much is done."""
-
-    rounds: int = 60
-    many: int = 1_000_000  # synced receipts, and events
-    backlog: int = 100_000  # the capacity of a full buffer
-    starts: int = 20  # pairs of fresh processes
-    memory: int = 100_000  # receipts that one process inserts and delivers
-    before_pruning: float = 10.0  # seconds
-
-
+HERE = Path(__file__).parent
+ON_BOTH_DISKS = ("operations", "threads", "peers")
+SECTIONS = (*ON_BOTH_DISKS, *(f"till-{name}" for name in ON_BOTH_DISKS), "flat", "pruning", "start", "memory")
 QUICK = Scale(rounds=2, many=20_000, backlog=2_000, starts=2, memory=1_000, before_pruning=0.5)
 
 
@@ -62,26 +55,45 @@ def main():
     scale = QUICK if options.quick else Scale()
     if options.rounds:
         scale = replace(scale, rounds=options.rounds)
-    modules = {name: importlib.import_module(name) for name in names}  # whatever is missing is seen at once
+    sections = [Section(name) for name in names]  # whatever is missing is seen at once
     with tempfile.TemporaryDirectory(prefix=".bench-", dir=options.dir) as folder:
-        found = {name: measured(name, module, Path(folder).resolve(), scale) for name, module in modules.items()}
+        for section in sections:
+            section.measure(Path(folder).resolve(), scale)
         line = f"{scale.rounds} rounds; {machine(Path(folder).resolve())}"
     if options.quick:
         line += "; --quick: only to see that it works"
-    print(
-        *table((modules[name].TITLE, modules[name].REFERENCE, rows) for name, rows in found.items()), "", line, sep="\n"
-    )
+    tables = list(report.tables(sections))
+    print(*tables, "", line, sep="\n")
+    rows = [{"section": section.name} | row.as_dict() for section in sections for row in section.rows]
     if options.json:
-        figures = [{"section": name} | row.as_dict() for name, rows in found.items() for row in rows]
-        options.json.write_text(json.dumps({"machine": line, "rows": figures}, indent=2, ensure_ascii=False))
+        options.json.write_text(json.dumps({"machine": line, "rows": rows}, indent=2, ensure_ascii=False))
+    if names == list(SECTIONS) and not options.quick:
+        report.write(HERE / "RESULTS.md", tables, line)
+        plot.write(HERE / "speed.svg", rows)
 
 
-def measured(name, module, folder, scale):
-    print(f"{name} …", file=sys.stderr, flush=True)
-    start = time.monotonic()
-    rows = list(module.rows(folder, scale))
-    print(f"{name}: {time.monotonic() - start:.0f} s", file=sys.stderr, flush=True)
-    return rows
+class Section:
+    """A part of the benchmark, and what it has found."""
+
+    def __init__(self, name):
+        self.name = name
+        module = importlib.import_module(name.removeprefix("till-"))
+        self.title, self.reference = module.TITLE, module.REFERENCE
+        self.rows, self.left_out = [], None
+        self._measure = module.rows
+        if name.startswith("till-"):
+            self.title += ", on a till's disk"
+            self._measure = functools.partial(till.rows, module.__name__)
+
+    def measure(self, folder, scale):
+        print(f"{self.name} …", file=sys.stderr, flush=True)
+        start = time.monotonic()
+        try:
+            self.rows = list(self._measure(folder, scale))
+        except till.LeftOutError as error:
+            self.left_out = f"LEFT OUT: {error}"
+            print(f"{self.name}: {self.left_out}", file=sys.stderr, flush=True)
+        print(f"{self.name}: {time.monotonic() - start:.0f} s", file=sys.stderr, flush=True)
 
 
 def machine(folder):

@@ -1,5 +1,5 @@
 """
-From calls to the table: blocks of calls in interleaved rounds, medians of the rounds, rows with their budgets.
+From calls to rows: blocks of calls in interleaved rounds, medians of the rounds, rows with their budgets.
 
 What is called is in the other modules; this one knows clocks and numbers only.
 """
@@ -9,23 +9,45 @@ import itertools
 import statistics
 import time
 from dataclasses import dataclass
+from threading import Barrier
 from typing import NamedTuple
 
 WARM_UP = 3  # rounds that are not counted
 
 
+@dataclass(frozen=True)
+class Scale:
+    """How much is done."""
+
+    rounds: int = 60
+    many: int = 1_000_000  # synced receipts, and events
+    backlog: int = 100_000  # the capacity of a full buffer
+    starts: int = 20  # pairs of fresh processes
+    memory: int = 100_000  # receipts that one process inserts and delivers
+    before_pruning: float = 10.0  # seconds
+    till: bool = False  # on a till's disk, for which there are other budgets
+
+    def on_good(self, budget):
+        """A budget that holds on a good disk."""
+        return None if self.till else budget
+
+
 class Taken(NamedTuple):
-    """One block: what a call took on the whole (what its round counts for), and each of the calls, in µs."""
+    """One block, in µs: a call on the whole (what its round counts for), each of the calls; what a call used."""
 
     per_call: float
     calls: list
+    cpu: float | None = None  # processor time of the whole process, in µs
+    syncs: float | None = None
 
 
 class Figures(NamedTuple):
-    """The median of the rounds, and the 99th percentile of the single calls where it says something."""
+    """The median of the rounds, and where they say something: the p99 of the calls, and what a call used."""
 
     median: float
     p99: float | None = None
+    cpu: float | None = None  # µs, median of the rounds
+    syncs: float | None = None  # mean of the rounds: a checkpoint does not come in each of them
 
 
 @dataclass(frozen=True)
@@ -34,7 +56,8 @@ class Row:
     A line of the table.
 
     The ratio is ours to the reference, of the medians or of the p99s (`compares`). The budget is the most that the
-    ratio may be; with `at_least` the least; with `absolute` it is the most that our own figure may be.
+    ratio may be; with `at_least` the least; with `absolute` it bounds our own figure. A `point` of the plot is that
+    many threads of that side, the reference.
     """
 
     what: str
@@ -45,6 +68,7 @@ class Row:
     compares: str = "median"
     at_least: bool = False
     absolute: bool = False
+    point: tuple[int, str] | None = None
 
     @property
     def ratio(self):
@@ -53,7 +77,7 @@ class Row:
         return getattr(self.ours, self.compares) / getattr(self.reference, self.compares)
 
     @property
-    def over_budget(self):
+    def missed(self):
         if self.budget is None:
             return False
         found = getattr(self.ours, self.compares) if self.absolute else self.ratio
@@ -68,23 +92,82 @@ class Row:
             "ratio": self.ratio,
             "compares": self.compares,
             "budget": self.budget,
-            "budget_is": "least ratio" if self.at_least else "most of ours" if self.absolute else "most ratio",
-            "over_budget": self.over_budget,
+            "budget_is": f"{'least' if self.at_least else 'most'} {'of ours' if self.absolute else 'ratio'}",
+            "missed": self.missed,
+            "point": self.point,
         }
+
+
+# The number of syncs so far; set where they are counted, in `till`.
+count_syncs = None
+
+
+class Meter:
+    """What this process uses inside `with`, added up: processor time, and syncs where they are counted."""
+
+    def __init__(self):
+        self._cpu, self._syncs = 0, 0
+
+    def __enter__(self):
+        self._add(-1)
+
+    def __exit__(self, *_):
+        self._add(1)
+
+    def _add(self, sign):
+        self._cpu += sign * time.process_time_ns() / 1000
+        self._syncs += sign * count_syncs() if count_syncs else 0
+
+    def per_receipt(self, receipts):
+        return self._cpu / receipts, self._syncs / receipts if count_syncs else None
+
+
+def timed(operation):
+    """What a call takes, in µs."""
+    start = time.perf_counter_ns()
+    operation()
+    return (time.perf_counter_ns() - start) / 1000
 
 
 def block(operation, calls, *, receipts=1, after=None):
     """A block of calls of `operation`, each for so many receipts, each followed by one of `after`, off the clock."""
 
     def run():
-        taken = []
+        taken, meter = [], Meter()
         for _ in range(calls):
-            start = time.perf_counter_ns()
-            operation()
-            taken.append((time.perf_counter_ns() - start) / 1000 / receipts)
+            with meter:
+                taken.append(timed(operation) / receipts)
             if after is not None:
                 after()
-        return Taken(statistics.fmean(taken), taken)
+        return Taken(statistics.fmean(taken), taken, *meter.per_receipt(calls * receipts))
+
+    return run
+
+
+def at_once(pool, threads, operation, calls, *, after=None):
+    """
+    A block in which so many threads of the pool call the operation so many times each.
+
+    A call on the whole is the time from the first start to the last end by the number of all calls.
+    """
+    barrier = Barrier(threads)
+
+    def work():
+        barrier.wait()
+        start = time.perf_counter_ns()
+        taken = [timed(operation) for _ in range(calls)]
+        return start, taken, time.perf_counter_ns()
+
+    def run():
+        meter = Meter()
+        with meter:
+            done = [job.result() for job in [pool.submit(work) for _ in range(threads)]]
+        if after is not None:
+            after()
+        starts, taken, ends = zip(*done, strict=True)
+        receipts = threads * calls
+        per_call = (max(ends) - min(starts)) / 1000 / receipts
+        return Taken(per_call, [*itertools.chain(*taken)], *meter.per_receipt(receipts))
 
     return run
 
@@ -108,37 +191,20 @@ def interleaved(blocks, rounds):
 def figures(taken):
     """The figures of one name in what `interleaved` returns."""
     calls = itertools.chain.from_iterable(found.calls for found in taken)
-    return Figures(statistics.median(found.per_call for found in taken), p99(calls))
+    cpu = [found.cpu for found in taken if found.cpu is not None]
+    syncs = [found.syncs for found in taken if found.syncs is not None]
+    return Figures(
+        statistics.median(found.per_call for found in taken),
+        p99(calls),
+        statistics.median(cpu) if cpu else None,
+        statistics.fmean(syncs) if syncs else None,
+    )
+
+
+def rate(found):
+    """The same as receipts per second."""
+    return found._replace(median=1_000_000 / found.median, p99=None)
 
 
 def p99(values):
     return statistics.quantiles(values, n=100, method="inclusive")[98]
-
-
-def table(sections):
-    """The lines of the table: of each section (title, name of the reference, rows)."""
-    for title, reference, rows in sections:
-        yield ""
-        yield f"{title:50}{'unit':>10}{'ours':>9}{'p99':>9}{reference:>14}{'p99':>9}{'ratio':>8}{'budget':>12}"
-        for row in rows:
-            median, tail = row.reference or (None, None)
-            yield (
-                f"{row.what:50}{row.unit:>10}{number(row.ours.median):>9}{number(row.ours.p99):>9}"
-                f"{number(median):>14}{number(tail):>9}{number(row.ratio):>8}{_budget(row):>12}"
-                f"{'  <- over budget' if row.over_budget else ''}"
-            )
-
-
-def _budget(row):
-    if row.budget is None:
-        return "-"
-    of = "p99 " if row.compares == "p99" else ""
-    return f"{of}{'≥' if row.at_least else '≤'} {row.budget:g}{' ' + row.unit if row.absolute else ''}"
-
-
-def number(value):
-    """Three digits of it, or more before the point."""
-    if value is None:
-        return "-"
-    digits = 0 if abs(value) >= 100 else 1 if abs(value) >= 10 else 2
-    return f"{value:,.{digits}f}"

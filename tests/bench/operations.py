@@ -1,6 +1,9 @@
-"""Each operation beside its floor, on two files that grow alike."""
+"""Each operation beside its floor, on two files that grow alike, and the pages that an insert writes."""
 
-from figures import Row, block, figures, interleaved
+from statistics import fmean
+
+import wal
+from figures import Figures, Row, block, figures, interleaved
 from ours_and_floor import BATCH, Floor, Ours
 
 TITLE, REFERENCE = "operations", "floor"
@@ -27,9 +30,13 @@ def rows(folder, scale):
         blocks |= {(what, "ours"): mine, (what, "floor"): its}
     taken = interleaved(blocks, scale.rounds)
     assert (ours.status(), ours.pending()) == (floor.status(), floor.pending()), "they have not done the same"
-    ours.close()
     floor.close()
-    return [
-        Row(what, "µs", figures(taken[what, "ours"]), figures(taken[what, "floor"]), budget)
-        for what, _, _, budget in pairs
-    ]
+    for what, _, _, budget in pairs:
+        mine, its = figures(taken[what, "ours"]), figures(taken[what, "floor"])
+        yield Row(what, "µs", mine, its, scale.on_good(budget))
+    ours.close()
+    if not scale.till:
+        fresh = Ours(folder / "pages.db")
+        pages = wal.pages(fresh.engine, fresh.path, fresh.insert, 1000)
+        yield Row("insert_receipt, pages of the WAL", "pages", Figures(fmean(pages)), budget=11, absolute=True)
+        fresh.close()

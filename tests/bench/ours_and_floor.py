@@ -1,23 +1,29 @@
 """
 The two sides: the buffer as a service calls it, and its floor, which does the same with nothing but the driver.
 
-The floor's file has the same schema and PRAGMAs, both taken over from ours (synchronous=FULL included). It runs the
-statements that each operation needs, in as many transactions, without checking arguments and without guarding the
-connection. Its insert looks at the capacity in a statement of its own, beside the trigger that both sides have.
+The floor's file has the same schema and PRAGMAs (synchronous=FULL included), and it runs the same statements in as many
+transactions; all of that is taken over from ours. It checks no arguments and does not guard the connection.
 """
 
+import hashlib
 import itertools
 import json
 import logging
 import sys
+import threading
 import time
 import uuid
 from collections import deque
 from pathlib import Path
 
 from sqlalchemy import text
+from sqlalchemy.dialects import sqlite
 
 from kkt_buffer import Outcome, ReceiptRepository, create_buffer_engine, deliver_pending, upgrade
+from kkt_buffer.operations import leases, receipts
+from kkt_buffer.operations.receipts import MARK_SYNCED
+from kkt_buffer.operations.status import _status
+from kkt_buffer.sqlite.engine import INSERT, Database
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # a script, to which pytest gives no path
 from samples import sample_receipts
@@ -32,46 +38,22 @@ CAPACITY = 1_000_000
 PRAGMAS = ("journal_mode", "synchronous", "foreign_keys", "wal_autocheckpoint", "journal_size_limit", "cache_size")
 PRAGMAS += ("secure_delete", "busy_timeout", "fullfsync", "checkpoint_fullfsync")
 
-CAPACITY_LEFT = """\
-SELECT (SELECT CAST(value AS INTEGER) FROM config WHERE key = 'buffer_capacity')
-     - (SELECT pending + syncing FROM buffer_state)"""
-LAST_HLC = "SELECT hlc_local_time, hlc_logical_counter FROM buffer_state"
-ADD = """\
-INSERT INTO receipts (id, pos_id, created_at, hlc_local_time, hlc_logical_counter, fiscal_doc)
-VALUES (?, ?, ?, ?, ?, ?)"""
-COLUMNS = """\
-id, pos_id, created_at, hlc_local_time, hlc_logical_counter, hlc_server_time, fiscal_doc, status, retry_count,
-last_error, synced_at, changed_at, next_attempt_at, lease_token, lease_taken_at, lease_expires_at"""
-IN_ORDER = "ORDER BY hlc_local_time, hlc_logical_counter"
-PENDING = f"SELECT {COLUMNS} FROM receipts WHERE status = 'pending' AND held_at IS NULL {IN_ORDER} LIMIT ?"
-PENDING_IDS = f"SELECT id FROM receipts WHERE status = 'pending' AND held_at IS NULL {IN_ORDER}"
-STATUS = """\
-SELECT v_buffer_status.*, (SELECT value FROM config WHERE key = 'ofd_deadline_days'), (
-    SELECT created_at FROM receipts WHERE status <> 'synced' AND (status <> 'failed' OR EXISTS (
-        SELECT 1 FROM dlq WHERE original_receipt_id = receipts.id AND resolved_at IS NULL))
-    ORDER BY created_at LIMIT 1)
-FROM v_buffer_status"""
-MARK_SYNCED = """\
-UPDATE receipts SET status = 'synced', synced_at = :now, changed_at = :now, hlc_server_time = :now,
-    next_attempt_at = NULL, lease_token = NULL, lease_taken_at = NULL, lease_expires_at = NULL
-WHERE id = :id AND status IN ('pending', 'syncing')"""
+NAMED = sqlite.dialect(paramstyle="named")
+PENDING, RECOVER, CLAIM, CLAIMED = (
+    str(statement.compile(dialect=NAMED))
+    for statement in (receipts.PENDING, leases.RECOVER, leases.CLAIM, leases.CLAIMED)
+)
+_, STATUS = _status(Database.json_array, Database.last_synced_at)
 SETTINGS = "SELECT key, value FROM config"
-RECOVER = """\
-UPDATE receipts SET status = 'pending', lease_token = NULL, lease_taken_at = NULL, lease_expires_at = NULL
-WHERE status = 'syncing' AND (lease_expires_at <= :now OR lease_taken_at > :now + 60)"""
-TAKE = f"""\
-UPDATE receipts SET status = 'syncing', lease_token = :token, lease_taken_at = :now, lease_expires_at = :expires
-WHERE id IN (
-    SELECT id FROM receipts
-    WHERE status = 'pending' AND held_at IS NULL AND COALESCE(next_attempt_at NOT BETWEEN :now + 1 AND :horizon, TRUE)
-    {IN_ORDER} LIMIT :limit)"""
-TAKEN = f"SELECT {COLUMNS} FROM receipts WHERE status = 'syncing' AND lease_token = ? {IN_ORDER}"
+PENDING_IDS = "SELECT id FROM receipts WHERE status = 'pending' ORDER BY hlc_local_time, hlc_logical_counter"
+NO_OFFSET = {"param_1": 0}  # SQLAlchemy gives each LIMIT an OFFSET
 
 
 class Ours:
     """The operations as a service calls them, on a file that is made where it is not there."""
 
     def __init__(self, path, capacity=CAPACITY):
+        self.path = path
         self.engine = create_buffer_engine(path)
         upgrade(self.engine)
         self.repository = ReceiptRepository(self.engine)
@@ -114,42 +96,55 @@ class Ours:
 
 
 class Floor:
-    """The same with nothing but the driver."""
+    """The same with nothing but the driver; each thread has a connection of its own."""
 
     def __init__(self, path):
         ours = Ours(path)  # makes the file and its schema
         with ours.engine.connect() as connection:
-            settings = {name: connection.exec_driver_sql(f"PRAGMA {name}").scalar() for name in PRAGMAS}
+            self.settings = {name: connection.exec_driver_sql(f"PRAGMA {name}").scalar() for name in PRAGMAS}
         ours.close()
-        self.connection = ours.engine.dialect.dbapi.connect(path, isolation_level=None)
-        for name, value in settings.items():
-            self.connection.execute(f"PRAGMA {name} = {value}").fetchone()
-            assert self.connection.execute(f"PRAGMA {name}").fetchone()[0] == value
-        self.documents = itertools.cycle(documents())
+        self.path, self.driver = path, ours.engine.dialect.dbapi
+        self.of_thread, self.connections = threading.local(), []
+        self.documents = itertools.cycle([*documents()])
         self.undelivered = deque()
+
+    @property
+    def connection(self):
+        try:
+            return self.of_thread.connection
+        except AttributeError:
+            connection = self.driver.connect(self.path, isolation_level=None, check_same_thread=False)
+            for name, value in self.settings.items():
+                connection.execute(f"PRAGMA {name} = {value}").fetchone()
+                assert connection.execute(f"PRAGMA {name}").fetchone()[0] == value
+            self.connections.append(connection)
+            self.of_thread.connection = connection
+            return connection
 
     def insert(self):
         execute = self.connection.execute
-        receipt_id = str(uuid.uuid4())
+        document = next(self.documents)
+        receipt = {"id": str(uuid.uuid4()), "pos_id": "till-1", "fiscal_doc": document, "held_at": None}
+        receipt["digest"] = hashlib.sha256(document.encode()).hexdigest()
         execute("BEGIN IMMEDIATE")
-        assert execute(CAPACITY_LEFT).fetchone()[0] > 0
-        now = int(time.time())
-        last = execute(LAST_HLC).fetchone()
-        hlc = (last[0], last[1] + 1) if last and now <= last[0] else (now, 0)
-        execute(ADD, (receipt_id, "till-1", now, *hlc, next(self.documents)))
+        receipt["now"] = int(time.time())
+        execute(INSERT, receipt)
         execute("COMMIT")
-        self.undelivered.append(receipt_id)
+        self.undelivered.append(receipt["id"])
 
     def pending(self):
-        return [json.loads(row[6]) for row in self.connection.execute(PENDING, (BATCH,)).fetchall()]
+        rows = self.connection.execute(PENDING, {"limit": BATCH, **NO_OFFSET}).fetchall()
+        return [json.loads(row[6]) for row in rows]
 
     def status(self):
-        return self.connection.execute(STATUS).fetchone()[0]
+        return json.loads(self.connection.execute(STATUS, {"now": int(time.time())}).fetchone()[0])[0]
 
     def mark_synced(self):
-        self.connection.execute("BEGIN IMMEDIATE")
-        self.connection.execute(MARK_SYNCED, {"now": int(time.time()), "id": self.undelivered.popleft()})
-        self.connection.execute("COMMIT")
+        execute = self.connection.execute
+        execute("BEGIN IMMEDIATE")
+        now = int(time.time())
+        execute(MARK_SYNCED, {"now": now, "server_time": now, "receipt_id": self.undelivered.popleft()})
+        execute("COMMIT")
 
     def claim_and_ack(self):
         execute = self.connection.execute
@@ -158,16 +153,17 @@ class Floor:
         settings = dict(execute(SETTINGS).fetchall())
         now = int(time.time())
         lease = {"now": now, "token": token, "expires": now + int(settings["lease_seconds"]), "limit": BATCH}
-        execute(RECOVER, {"now": now})
-        execute(TAKE, {**lease, "horizon": now + int(settings["retry_backoff_max"])})
-        rows = execute(TAKEN, (token,)).fetchall()
+        execute(RECOVER, lease)
+        execute(CLAIM, {**lease, **NO_OFFSET, "horizon": now + int(settings["retry_backoff_max"])})
+        rows = execute(CLAIMED, lease).fetchall()
         execute("COMMIT")
-        for row in rows:
+        for row in sorted(rows, key=lambda row: row[3:5]):
             assert row[0] == self.undelivered[0]
             self.mark_synced()
 
     def close(self):
-        self.connection.close()
+        for connection in self.connections:
+            connection.close()
 
 
 def documents():

@@ -1,21 +1,24 @@
 """
-Other durable queues over SQLite, beside ours: persist-queue, litequeue and huey's storage.
+Other queues over SQLite, beside ours: persist-queue, litequeue and huey's storage; and plain `sqlite3`, our floor.
 
 All of them are set to WAL and synchronous=FULL, read back from the connection that they write with, and commit once
-for each message; everything else is as they come (they let the WAL grow to 1,000 pages before a checkpoint, we to 100).
-The payload is our 2 KB document, as text or bytes. They use Python's own `sqlite3`, as ours does unless the extra
-`sqlite` is installed.
+for each message; everything else is as they come (they let the WAL grow to 1,000 pages before a checkpoint, ours and
+the floor to 100). The payload is our 2 KB document, as text or bytes. They use Python's own `sqlite3`, as ours does
+unless the extra `sqlite` is installed. Their threads share one queue and its one connection (one litequeue
+for each thread was slower); the floor's have one connection each and SQLite's busy handler.
 
 To claim and acknowledge 50 takes 51 commits here, which lease the batch and record each delivery; 100 in persist-queue
 and litequeue, which take a message at a time; 50 in huey, which has no acknowledgement: what is taken is deleted, and a
-worker that dies has lost it. They keep few messages here, as they search among them all: at most 100 wait, and what is
-done is cleared away between the rounds, off the clock. Ours keeps it.
+worker that dies has lost it. They keep few messages here, as they search among them all: what was put is deleted
+between the rounds, off the clock, and claims have a queue of their own with 50 in it. Ours keeps it all.
 """
 
-from itertools import cycle
+import functools
+from concurrent.futures import ThreadPoolExecutor
+from itertools import cycle, product
 
-from figures import Row, block, figures, interleaved
-from ours_and_floor import BATCH, Ours, documents
+from figures import Row, at_once, block, figures, interleaved, rate
+from ours_and_floor import BATCH, Floor, Ours, documents
 
 try:
     from huey.storage import SqliteStorage
@@ -28,17 +31,20 @@ except ImportError as error:
 
 TITLE, REFERENCE = "other queues over SQLite", "theirs"
 
+THREADS = (1, 4, 8, 16)
+FLOOR = "plain sqlite3"
+
 
 class PersistQueue:
-    name = "persist-queue SQLiteAckQueue"
+    name = "persist-queue"
 
     def __init__(self, folder):
-        self.queue = SQLiteAckQueue(str(folder / "persist-queue"))
+        self.queue = SQLiteAckQueue(str(folder / "persist-queue"), multithreading=True)
         self.connection = self.queue._putter
         self.connection.execute("PRAGMA synchronous = FULL")
-        self.documents = cycle(documents())
+        self.documents = cycle([*documents()])
 
-    def enqueue(self):
+    def insert(self):
         self.queue.put(next(self.documents))
 
     def claim_and_ack(self):
@@ -46,22 +52,23 @@ class PersistQueue:
             self.queue.ack(id=message["pqid"])
 
     def clear(self):
-        self.queue.clear_acked_data(max_delete=BATCH, keep_latest=0)
+        with self.connection:
+            self.connection.execute("DELETE FROM ack_queue_default")
 
     def close(self):
         self.queue.close()
 
 
 class Lite:
-    name = "litequeue LiteQueue"
+    name = "litequeue"
 
     def __init__(self, folder):
         self.queue = LiteQueue(folder / "litequeue.db")
         self.connection = self.queue.conn
         self.connection.execute("PRAGMA synchronous = FULL")
-        self.documents = cycle(documents())
+        self.documents = cycle([*documents()])
 
-    def enqueue(self):
+    def insert(self):
         self.queue.put(next(self.documents))
 
     def claim_and_ack(self):
@@ -69,21 +76,21 @@ class Lite:
             self.queue.done(message.message_id)
 
     def clear(self):
-        self.queue.prune()
+        self.connection.execute("DELETE FROM Queue")
 
     def close(self):
         self.queue.close()
 
 
 class Huey:
-    name = "huey SqliteStorage"
+    name = "huey"
 
     def __init__(self, folder):
         self.storage = SqliteStorage(filename=str(folder / "huey.db"), fsync=True)
         self.connection = self.storage.conn
         self.documents = cycle([document.encode() for document in documents()])
 
-    def enqueue(self):
+    def insert(self):
         self.storage.enqueue(next(self.documents))
 
     def claim_and_ack(self):
@@ -91,33 +98,64 @@ class Huey:
             assert message
 
     def clear(self):
-        """Nothing is left of what was taken."""
+        self.storage.flush_queue()
 
     def close(self):
         self.storage.close()
 
 
+PEERS = (PersistQueue, Lite, Huey)
+NAMES = [peer.name for peer in PEERS]
+OURS = "ours"
+
+
 def rows(folder, scale):
-    ours = Ours(folder / "beside-peers.db")
-    peers = [PersistQueue(folder), Lite(folder), Huey(folder)]
-    blocks = {}
-    for side in (ours, *peers):
-        enqueue = ours.insert if side is ours else side.enqueue
-        for _ in range(BATCH):  # so that every second round can begin with a claim
-            enqueue()
-        blocks["enqueue", side] = block(enqueue, BATCH)
-    for side in (ours, *peers):
-        after = None if side is ours else side.clear
-        blocks["claim and ack", side] = block(side.claim_and_ack, 1, after=after)
-    for peer in peers:
-        assert_durable(peer)
-    taken = interleaved(blocks, scale.rounds)
-    found = {key: figures(rounds) for key, rounds in taken.items()}
-    for what, told in (("enqueue", "enqueue"), ("claim and ack", f"claim and ack of {BATCH}")):
-        for peer in peers:
-            yield Row(f"{told}: {peer.name}", "µs", found[what, ours], found[what, peer], 1)
-    for side in (ours, *peers):
+    found = measured(folder, scale.rounds)
+    goals = {1: 0.75, 16: 4} if scale.till else {}
+    for threads, name in product(THREADS, (FLOOR, *NAMES)):
+        told = "1 thread" if threads == 1 else f"{threads} threads"
+        ours, theirs = rate(found[threads, OURS]), rate(found[threads, name])
+        goal = None if name == FLOOR else goals.get(threads)
+        point = threads, name
+        yield Row(f"insert, {told}: {name}", "receipts/s", ours, theirs, goal, at_least=True, point=point)
+    for name in NAMES:
+        ours, theirs = found["claim", OURS], found["claim", name]
+        yield Row(f"claim and ack of {BATCH}, per receipt: {name}", "µs", ours, theirs, scale.on_good(1))
+
+
+def measured(folder, rounds):
+    """The figures of each side, by the number of threads that insert, or what else is done."""
+    inserts = {OURS: Ours(folder / "beside-peers.db"), FLOOR: Floor(folder / "floor-beside-peers.db")}
+    claims = {OURS: Ours(folder / "claimed-beside-peers.db")}
+    for kind, sides in (("put", inserts), ("claimed", claims)):
+        (folder / kind).mkdir()
+        sides |= {peer.name: peer(folder / kind) for peer in PEERS}
+    for name in NAMES:
+        assert_durable(inserts[name])
+        assert_durable(claims[name])
+    with ThreadPoolExecutor(max(THREADS)) as pool:
+        blocks = {}
+        for threads, (name, side) in product(THREADS, inserts.items()):
+            after = getattr(side, "clear", None)
+            blocks[threads, name] = at_once(pool, threads, side.insert, 10 if threads > 1 else 20, after=after)
+        for name, side in claims.items():
+            fill(side)
+            after = functools.partial(fill, side)
+            blocks["claim", name] = block(side.claim_and_ack, 1, receipts=BATCH, after=after)
+        taken = interleaved(blocks, rounds)
+    for side in (*inserts.values(), *claims.values()):
         side.close()
+    return {key: figures(found) for key, found in taken.items()}
+
+
+def fill(side):
+    """Have 50 messages in a queue that is claimed from, and no others."""
+    if isinstance(side, Ours):
+        side.insert_batch()
+    else:
+        side.clear()
+        for _ in range(BATCH):
+            side.insert()
 
 
 def assert_durable(peer):
@@ -126,7 +164,7 @@ def assert_durable(peer):
     assert settings == ["wal", 2], (peer.name, settings)
     commits = []
     peer.connection.set_trace_callback(lambda statement: commits.append(statement.split()[0].upper() == "COMMIT"))
-    peer.enqueue()
+    peer.insert()
     peer.connection.set_trace_callback(None)
     assert sum(commits) <= 1, (peer.name, "more than one commit")  # none: a statement that commits by itself
     assert not peer.connection.in_transaction, peer.name

@@ -91,6 +91,20 @@ class TestOutage:
         deliver_pending(repository, ofd)
         assert ([new.id], 1) == (ofd.received[-1:], repository.get_buffer_status().pending)
 
+    def test_ended_meanwhile(self, repository, three):
+        """An outage that another thread's delivery ends before this receipt is handed back burns no attempt either."""
+
+        class OfflineError(DeliveryUnavailable):
+            def __str__(self):
+                repository.streak.answered("another")
+                return "offline"
+
+        repository.streak.failed(three[0], "500", 5)
+        repository.streak.answered("another")  # so the first one is a suspect
+        report = deliver_pending(repository, Ofd(OfflineError()), 1)
+        assert ({three[0]: Outcome.RELEASED}, None) == (report.outcomes, report.outage)
+        assert repository.get_receipt_by_id(three[0]).retry_count == 0
+
     def test_nothing_due(self, repository, clock, three):
         """It lasts although no receipt is due."""
         deliver_pending(repository, Ofd(ValueError("cut off"), third=DeliveryUnavailable("offline")))

@@ -214,6 +214,19 @@ class TestEightHours:
         assert (99, 1, 0) == (status.pending, status.synced, status.dlq_size)
 
 
+def test_answered_itself():
+    """A receipt that was answered is no suspect, however often it has failed."""
+    streak = Streak(Clock())
+    streak.failed("a", "500", THRESHOLD)
+    streak.answered("a")
+    assert not streak.is_suspect("a")
+    streak.failed("a", "500", THRESHOLD)
+    streak.answered("b")
+    assert streak.is_suspect("a")
+    streak.answered("a")
+    assert not streak.is_suspect("a")
+
+
 def test_memory():
     """What a process remembers of failed receipts has a bound."""
     streak = Streak(Clock())

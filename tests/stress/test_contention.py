@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 from builders import PROOF, new_receipt, start_python, together, unproven
 from sqlalchemy import event, text
+from wal import slow_syncs
 
 from kkt_buffer import ReceiptRepository, create_buffer_engine
 from kkt_buffer.backend import READ_ONLY
@@ -70,25 +71,14 @@ for worker in workers:
 print(json.dumps({"ids": ids, "longest": max(inserts), "read": max(reads), "errors": errors}))
 """
 
-# Each sync returns later; seccomp leaves every other system call alone.
-SLOW = [
-    "strace",
-    "-f",
-    "--seccomp-bpf",
-    "-o",
-    "/dev/null",
-    "-e",
-    "trace=fsync,fdatasync",
-    "-e",
-    f"inject=fsync,fdatasync:delay_exit={SLOWER * 1_000_000:.0f}",
-]
-
 
 def start(stack, program, *arguments, slow=False):
     """Start a process that waits for its `go`."""
     if slow and not shutil.which("strace"):
         unproven("contention on a slow disk: there is no strace")
-    process = stack.enter_context(start_python(program, *arguments, stdin=-1, before=SLOW if slow else ()))
+    process = stack.enter_context(
+        start_python(program, *arguments, stdin=-1, before=slow_syncs(SLOWER) if slow else ())
+    )
     stack.callback(process.kill)
     return process
 
