@@ -24,7 +24,7 @@ MODULES = {
 }
 SPEAKING = {"__main__", "cli", "demo"}  # programs
 LONGEST = 350  # lines of a file
-EXCEPTIONS = {"repository": 640}  # every operation, with its documentation
+EXCEPTIONS = {"repository": 660}  # every operation, with its documentation
 
 
 def lint_imports(folder):

@@ -40,6 +40,7 @@ from kkt_buffer.models import (
     metadata,
 )
 from kkt_buffer.repository import BufferStatus, IntegrityReport, PruneReport, ReceiptData, ReceiptRepository
+from kkt_buffer.worker import DeliveryWorker, WorkerStatus
 
 __all__ = [
     "AcknowledgedReceiptError",
@@ -55,6 +56,7 @@ __all__ = [
     "DeliveryRejected",
     "DeliveryReport",
     "DeliveryUnavailable",
+    "DeliveryWorker",
     "DuplicateReceiptError",
     "EventType",
     "HybridLogicalClock",
@@ -75,6 +77,7 @@ __all__ = [
     "Resolution",
     "SchemaError",
     "Send",
+    "WorkerStatus",
     "check",
     "create_buffer_engine",
     "current",

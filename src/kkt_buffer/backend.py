@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 from sqlalchemy import Connection, CursorResult, Engine
 from sqlalchemy.exc import DBAPIError
 
+from kkt_buffer.bell import Bell  # noqa: TC001 (the annotation of an attribute may be evaluated)
 from kkt_buffer.errors import ReceiptBufferError
 
 OPTION = "kkt_buffer_backend"
@@ -41,13 +42,17 @@ class Backend(ABC):
     `str(backend)` names the buffer in messages. `driver` is the DBAPI module. `insert` stores one receipt with its
     timestamp, from the parameters id, pos_id, fiscal_doc, digest, held_at and now. `last_synced_at` is a
     query for the time of the last delivery (Unix seconds, or null), including receipts that were pruned since.
-    `json_array` is the SQL function that makes a JSON array of its arguments.
+    `json_array` is the SQL function that makes a JSON array of its arguments. `bells` are rung after each commit of a
+    write transaction in this process.
     """
 
     driver: ModuleType
     insert: str
     last_synced_at: str
     json_array: str
+
+    def __init__(self) -> None:
+        self.bells: set[Bell] = set()
 
     @abstractmethod
     def connect(self, engine: Engine, *, write: bool) -> Connection:

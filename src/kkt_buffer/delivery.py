@@ -8,6 +8,7 @@ failures are an outage is decided in `streak`.
 import contextlib
 import inspect
 import logging
+import threading
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from kkt_buffer.errors import (
     ReceiptBufferError,
     ReceiptNotFoundError,
 )
+from kkt_buffer.lanes import Lanes
 from kkt_buffer.models import EventType, Receipt, ReceiptStatus
 from kkt_buffer.repository import ReceiptRepository
 
@@ -32,6 +34,16 @@ Send: TypeAlias = Callable[[Receipt], int]
 
 # Errors that mean that the OFD cannot be reached. They say nothing about the receipt.
 OUTAGE = (DeliveryUnavailable, ConnectionError, TimeoutError)
+
+
+def check_sender(send: Send, outage: tuple[type[Exception], ...]) -> None:
+    """Raise `TypeError` if these are no arguments for `deliver_pending`."""
+    if not callable(send) or inspect.iscoroutinefunction(send):
+        raise TypeError(f"send: expected a plain function of a receipt, got {send!r}; nothing was claimed")
+    if not isinstance(outage, tuple) or not all(
+        isinstance(kind, type) and issubclass(kind, Exception) for kind in outage
+    ):
+        raise TypeError(f"outage: expected a tuple of exception classes, got {outage!r}; nothing was claimed")
 
 
 class Outcome(StrEnum):
@@ -65,16 +77,19 @@ class DeliveryReport:
         return sum(found == outcome for found in self.outcomes.values())
 
 
-def deliver_pending(
+def deliver_pending(  # noqa: PLR0913 (all but three are keywords)
     repository: ReceiptRepository,
     send: Send,
     limit: int = 50,
     *,
     outage: tuple[type[Exception], ...] = (),
     should_stop: Callable[[], bool] | None = None,
+    concurrency: int = 1,
 ) -> DeliveryReport:
     """
     Send the receipts that are due, at most `limit`, in HLC order.
+
+    With `concurrency`, as many threads call `send` at once, never two of them for receipts of the same `pos_id`.
 
     `send(receipt)` returns the OFD's time (whole Unix seconds). If it raises
 
@@ -99,15 +114,11 @@ def deliver_pending(
 
     Raises `ReceiptBufferError` inside `transaction()`, where an outcome cannot be committed at once.
     """
-    if not callable(send) or inspect.iscoroutinefunction(send):
-        raise TypeError(f"send: expected a plain function of a receipt, got {send!r}; nothing was claimed")
-    if not isinstance(outage, tuple) or not all(
-        isinstance(kind, type) and issubclass(kind, Exception) for kind in outage
-    ):
-        raise TypeError(f"outage: expected a tuple of exception classes, got {outage!r}; nothing was claimed")
+    check_sender(send, outage)
     if not (should_stop is None or callable(should_stop)):
         raise TypeError(f"should_stop: expected a function without arguments, got {should_stop!r}; nothing was claimed")
     limit = arguments.whole_number("limit", limit, 1)
+    concurrency = arguments.whole_number("concurrency", concurrency, 1)
     if repository.in_transaction:
         raise ReceiptBufferError(
             "deliver_pending was called inside transaction(): the outcomes would not be stored before that commit, and "
@@ -115,7 +126,7 @@ def deliver_pending(
         )
     if pause := repository.streak.pause:
         return DeliveryReport({}, pause)
-    return _Run(repository, send, (*OUTAGE, *outage), should_stop or _never).deliver(limit)
+    return _Run(repository, send, (*OUTAGE, *outage), should_stop or _never, concurrency).deliver(limit)
 
 
 def _never() -> bool:
@@ -140,12 +151,15 @@ class _Run:
         send: Send,
         outage_types: tuple[type[Exception], ...],
         should_stop: Callable[[], bool],
+        concurrency: int,
     ) -> None:
         self._repository = repository
         self._streak = repository.streak
         self._send = send
         self._outage_types = outage_types
         self._should_stop = should_stop
+        self._concurrency = concurrency
+        self._lock = threading.Lock()  # of the leases and the failures
         self._leased: set[str] = set()
         self._leased_at = 0.0
         self._outcomes: dict[str, Outcome | None] = {}  # of everything that was claimed; None: not known yet
@@ -173,14 +187,7 @@ class _Run:
 
     def _send_all(self, batch: list[Receipt]) -> None:
         try:
-            for receipt in batch:
-                if self._should_stop():
-                    break
-                self._renew(receipt)
-                if receipt.id not in self._leased:
-                    self._finish(receipt, Outcome.LEASE_LOST)
-                elif not self._deliver(receipt):
-                    break
+            Lanes(batch, self._send_one).run(self._concurrency)
             self._settle(batch)
         except BaseException:
             # The buffer itself failed, or the process was asked to stop.
@@ -188,14 +195,25 @@ class _Run:
                 self._settle(batch)
             raise
 
+    def _send_one(self, receipt: Receipt) -> bool:
+        """Send a receipt, unless its lease was lost; False if nothing more should be sent."""
+        if self._should_stop():
+            return False
+        self._renew(receipt)
+        if receipt.id in self._leased:
+            return self._deliver(receipt)
+        self._finish(receipt, Outcome.LEASE_LOST)
+        return True
+
     def _renew(self, receipt: Receipt) -> None:
         """Once half of the lease is over, renew it for the whole batch."""
         seconds = (receipt.lease_expires_at or 0) - (receipt.lease_taken_at or 0)
-        now = self._repository.now()
-        # A clock that was set back is a reason too.
-        if not 0 <= now - self._leased_at < seconds / 2:
-            self._leased = set(self._repository.renew_leases(str(receipt.lease_token), lease_seconds=seconds))
-            self._leased_at = now
+        with self._lock:
+            now = self._repository.now()
+            # A clock that was set back is a reason too.
+            if not 0 <= now - self._leased_at < seconds / 2:
+                self._leased = set(self._repository.renew_leases(str(receipt.lease_token), lease_seconds=seconds))
+                self._leased_at = now
 
     def _deliver(self, receipt: Receipt) -> bool:
         """Send a receipt and record the outcome, if it is known; False if the rest should not be sent."""
@@ -213,7 +231,8 @@ class _Run:
             self._streak.unavailable(
                 receipt.id, _describe(error), self._repository.get_config("circuit_breaker_threshold"), pause
             )
-            self._failures.append(_Failure(receipt, _describe(error), is_outage=True))
+            with self._lock:
+                self._failures.append(_Failure(receipt, _describe(error), is_outage=True))
             return False
         except Exception as error:  # noqa: BLE001 (any other error of a sender is a failed attempt)
             return self._fail(receipt, error)
@@ -232,7 +251,8 @@ class _Run:
 
     def _fail(self, receipt: Receipt, error: Exception) -> bool:
         self._streak.failed(receipt.id, _describe(error), self._repository.get_config("circuit_breaker_threshold"))
-        self._failures.append(_Failure(receipt, _describe(error), is_outage=False))
+        with self._lock:
+            self._failures.append(_Failure(receipt, _describe(error), is_outage=False))
         return self._streak.outage is None
 
     def _dead_letter(self, receipt: Receipt, reason: str) -> None:
@@ -245,7 +265,8 @@ class _Run:
 
     def _settle(self, batch: Sequence[Receipt] = ()) -> None:
         """Record the failures since the last answer, and release what else of the batch has no outcome."""
-        failures, self._failures = self._failures, []
+        with self._lock:
+            failures, self._failures = self._failures, []
         failed = {failure.receipt.id for failure in failures}
         unsent = [one for one in batch if self._outcomes[one.id] is None and one.id not in failed]
         if not (failures or unsent):

@@ -19,6 +19,7 @@ from typing import Any, Generic, TypeVar
 
 from sqlalchemy.exc import SQLAlchemyError
 
+from kkt_buffer.bell import Bell
 from kkt_buffer.errors import BufferStorageError, ReceiptBufferError
 from kkt_buffer.transaction import NotTogetherError, Transaction, Transactions
 
@@ -51,18 +52,12 @@ class _Member:
         self.error: Exception | None = None
         self.is_committing = False
         self.is_done = False
-        self.wakeup = threading.Lock()
-        self.wakeup.acquire()
+        self.bell = Bell()
 
     def finish(self) -> None:
         """Mark the call as committed or refused, and wake its thread."""
         self.is_done = True
-        self.wake()
-
-    def wake(self) -> None:
-        """Wake the waiting thread to check the state of its call."""
-        with contextlib.suppress(RuntimeError):  # it was woken already
-            self.wakeup.release()
+        self.bell.ring()
 
 
 class GroupCommit:
@@ -89,7 +84,7 @@ class GroupCommit:
             self._waiting.append(member)
             while not member.is_done:
                 if self._lock.locked():
-                    member.wakeup.acquire(timeout=POLL_SECONDS)
+                    member.bell.wait(POLL_SECONDS)
                     continue
                 with self._lock:
                     if not member.is_done:  # pragma: no branch (another thread can be faster, but seldom is)
@@ -123,7 +118,7 @@ class GroupCommit:
             raise
         finally:
             with contextlib.suppress(IndexError):
-                self._waiting[0].wake()  # it becomes the next leader
+                self._waiting[0].bell.ring()  # it becomes the next leader
 
     def _commit(
         self, tx: Transaction, members: list[_Member], run: Callable[[Transaction, list[_Member]], None]

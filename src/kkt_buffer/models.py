@@ -80,6 +80,8 @@ class EventType(StrEnum):
     SYNC_STARTED = "sync_started"
     SYNC_COMPLETED = "sync_completed"
     SYNC_FAILED = "sync_failed"
+    MAINTENANCE_STARTED = "maintenance_started"
+    MAINTENANCE_COMPLETED = "maintenance_completed"
 
 
 class JsonText(TypeDecorator[Any]):

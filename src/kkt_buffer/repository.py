@@ -60,7 +60,7 @@ class ReceiptRepository:
     ) -> None:
         self.now = now
         self.streak = Streak(now)
-        self._engine = engine
+        self.engine = engine
         self._transactions = Transactions(engine, now)
         self._group = GroupCommit(self._transactions)
         self._jitter = jitter
@@ -391,6 +391,18 @@ class ReceiptRepository:
         token = arguments.name("lease_token", lease_token)
         return self._shared(_RECORD_FAILURE, leases.Failure(receipt_id, token, error, self._jitter))
 
+    def next_due_at(self) -> int | None:
+        """
+        The moment from which `claim_pending` finds a receipt (Unix seconds; in the past or now: at once), or None.
+
+        It is the next attempt that is due, or the next lease that expires. Locks nobody.
+
+        >>> repository.next_due_at() is None
+        True
+        """
+        with self._reading() as tx:
+            return leases.next_due_at(tx)
+
     def recover_expired_leases(self) -> int:
         """
         Make receipts with expired leases pending; returns how many.
@@ -607,7 +619,7 @@ class ReceiptRepository:
                 "backup was called inside transaction(): its changes so far would not be in the copy. "
                 "Nothing was copied. Call it outside."
             )
-        backend_of(self._engine).backup(self._engine, path)
+        backend_of(self.engine).backup(self.engine, path)
 
     def close(self) -> None:
         """
@@ -615,7 +627,7 @@ class ReceiptRepository:
 
         >>> repository.close()
         """
-        self._engine.dispose()
+        self.engine.dispose()
 
     # The transaction of an operation.
 
@@ -634,5 +646,5 @@ class ReceiptRepository:
     def _require_schema(self) -> None:
         """Raise `SchemaError` unless the schema is that of this release; checked until it was right once."""
         if not self._has_schema and self._transactions.current is None:
-            require(self._engine)
+            require(self.engine)
             self._has_schema = True

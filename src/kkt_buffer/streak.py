@@ -31,7 +31,8 @@ class Streak:
         self._failed: dict[str, None] = {}  # have failed, and are no suspects
         self._suspects: dict[str, None] = {}
         self._streak: set[str] = set()  # those of `_failed` that have failed since the last answer
-        self._is_in_doubt = False
+        self._in_a_row = 0  # attempts, of whichever receipts, since the last answer
+        self._failed_at = 0.0
         self._outage: str | None = None
         self._pause = (0.0, 0.0, "")  # since when, for how many seconds, and why
 
@@ -43,7 +44,17 @@ class Streak:
     @property
     def is_in_doubt(self) -> bool:
         """Whether the last receipt that was tried has failed."""
-        return self._is_in_doubt
+        return self._in_a_row > 0
+
+    @property
+    def is_open(self) -> bool:
+        """Whether the circuit is open: the OFD is down, and the threshold of attempts have failed in a row."""
+        return self._outage is not None and self._in_a_row >= self._threshold
+
+    @property
+    def failed_at(self) -> float:
+        """The time of the last failed attempt."""
+        return self._failed_at
 
     @property
     def pause(self) -> str | None:
@@ -59,7 +70,7 @@ class Streak:
     def answered(self, receipt_id: str) -> None:
         """Note that the OFD has accepted or rejected the receipt."""
         with self._lock:
-            self._is_in_doubt = False
+            self._in_a_row = 0
             self._outage = None
             self._streak.clear()
             for known in (self._failed, self._suspects):
@@ -85,7 +96,8 @@ class Streak:
 
     def _add(self, receipt_id: str, threshold: int) -> None:
         self._threshold = threshold
-        self._is_in_doubt = True
+        self._in_a_row += 1
+        self._failed_at = self._now()
         if receipt_id not in self._suspects:
             _remember(self._failed, receipt_id)
             self._streak.add(receipt_id)

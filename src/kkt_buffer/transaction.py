@@ -200,6 +200,8 @@ class Transactions:
                     yield
                     if tx.write:
                         transaction.commit()
+                        for bell in tuple(self.backend.bells):
+                            bell.ring()
                 except (DBAPIError, InvalidRequestError) as error:
                     if not connection.invalidated:
                         raise

@@ -29,7 +29,7 @@ LAUNCHER = """
 import os, random, signal, sys, threading, time, uuid
 from kkt_buffer import (
     BufferFullError, DeliveryRejected, DeliveryUnavailable, InvalidTransitionError, LeaseLostError,
-    ReceiptNotFoundError, ReceiptRepository, create_buffer_engine, deliver_pending,
+    ReceiptNotFoundError, ReceiptRepository, create_buffer_engine, DeliveryWorker,
 )
 from kkt_buffer.sqlite.engine import Database
 
@@ -42,6 +42,7 @@ class Worker(threading.Thread):
     def __init__(self, repository, log, seed):
         super().__init__(daemon=True)
         self.repository, self.log, self.chance = repository, log, random.Random(seed)
+        self.worker = DeliveryWorker(repository, self.send, batch=6)
 
     def write(self, kind, receipt_id="-"):
         os.write(self.log, f"{self.name} {kind} {receipt_id}\\n".encode())
@@ -88,7 +89,8 @@ class Worker(threading.Thread):
         return self.take(receipt)
 
     def deliver(self):
-        deliver_pending(self.repository, self.send, 6)
+        self.worker.wake()  # a breaker that is open makes no load
+        self.worker.tick()
 
     def by_hand(self):
         for receipt in self.repository.claim_pending(self.chance.choice((1, 5))):

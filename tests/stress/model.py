@@ -2,7 +2,15 @@
 
 from dataclasses import dataclass, field
 
-from kkt_buffer import Outcome
+from kkt_buffer import DeliveryReport, DeliveryWorker, Outcome
+
+
+def work(repository, send, limit):
+    """What `deliver_pending` does, by a worker, also if the circuit is open."""
+    worker = DeliveryWorker(repository, send, batch=limit)
+    worker.wake()
+    worker.tick()
+    return worker.status.report or DeliveryReport({})
 
 
 @dataclass

@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from sqlalchemy import text
-from stress.model import Model, StreakModel
+from stress.model import Model, StreakModel, work
 
 from kkt_buffer import (
     BufferFullError,
@@ -260,8 +260,12 @@ class BufferMachine(RuleBasedStateMachine):
             one.open_letter, one.resolved = False, True
             one.tell("receipt_resolved")
 
-    @rule(answers=st.lists(st.sampled_from(ANSWERS), min_size=8, max_size=8), limit=st.integers(1, 4))
-    def deliver(self, answers, limit):
+    @rule(
+        answers=st.lists(st.sampled_from(ANSWERS), min_size=8, max_size=8),
+        limit=st.integers(1, 4),
+        by_worker=st.booleans(),
+    )
+    def deliver(self, answers, limit, by_worker):
         left = iter(answers)
 
         def send(receipt):
@@ -270,7 +274,7 @@ class BufferMachine(RuleBasedStateMachine):
                 return self.now
             raise {"no": ValueError, "never": DeliveryRejected, "offline": DeliveryUnavailable}[answer]
 
-        report = deliver_pending(self.repository, send, limit)
+        report = (work if by_worker else deliver_pending)(self.repository, send, limit)
         self.recover()
         expected, rest = {}, iter(answers)
         if self.streak.outage:
@@ -279,7 +283,9 @@ class BufferMachine(RuleBasedStateMachine):
             batch = self.due(limit - len(expected), retries_last=self.streak.doubt)
             expected |= self.streak.deliver(batch, rest, self.now, self.count_attempt)
         assert expected == report.outcomes
-        assert self.streak.outage == (report.outage is not None)
+        assert self.streak.outage == (self.repository.streak.outage is not None)
+        if by_worker and expected and not self.streak.doubt:
+            assert self.repository.get_buffer_status().circuit_opened_at is None
 
     @rule(seconds=st.sampled_from([1, 6, 61, LEASE, 3600, 8 * DAY, 91 * DAY, -1, -60, -3600, -8 * DAY]))
     def clock_jumps(self, seconds):

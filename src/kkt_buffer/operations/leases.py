@@ -34,6 +34,16 @@ _due = (
     .where(text(PENDING_ONLY + " AND COALESCE(next_attempt_at NOT BETWEEN :now + 1 AND :horizon, TRUE)"))
     .limit(bindparam("limit"))
 )
+# The same conditions as in CLAIM and RECOVER.
+NEXT_DUE = f"""\
+SELECT MIN(due_at) FROM (
+    SELECT CASE WHEN next_attempt_at BETWEEN :now + 1 AND :horizon THEN next_attempt_at ELSE :now END AS due_at
+    FROM receipts WHERE {PENDING_ONLY}
+    UNION ALL
+    SELECT CASE WHEN lease_taken_at > :now + 60 THEN :now ELSE lease_expires_at END
+    FROM receipts WHERE {SYNCING_ONLY}
+) AS waiting"""
+
 _in_order = (receipts.c.hlc_local_time, receipts.c.hlc_logical_counter)
 # Those never tried, then those that have been due for the longest time. It sorts, but no more rows than the capacity.
 _retries_last = (func.coalesce(receipts.c.next_attempt_at, 0), *_in_order)
@@ -99,6 +109,14 @@ def claim(
         return last or 0, receipt.hlc_local_time, receipt.hlc_logical_counter
 
     return sorted(found, key=place)
+
+
+def next_due_at(tx: Transaction) -> int | None:
+    """The moment from which `claim` finds a receipt; None if none is waiting."""
+    due_at: int | None = tx.run(
+        NEXT_DUE, {"now": tx.now, "horizon": tx.now + tx.number("retry_backoff_max")}
+    ).scalar_one()
+    return due_at
 
 
 def recover(tx: Transaction) -> int:

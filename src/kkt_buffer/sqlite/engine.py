@@ -118,6 +118,7 @@ class Database(Backend):
     def __init__(
         self, driver: ModuleType, path: Path | None, *, read_only: bool, busy_timeout: float, cache_size: int
     ) -> None:
+        super().__init__()
         self.driver = driver
         self.path = path
         self.read_only = read_only
