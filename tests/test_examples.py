@@ -10,7 +10,7 @@ import doctest
 import pytest
 from operations_table import public_names
 
-from kkt_buffer import ReceiptRepository, create_buffer_engine, upgrade
+from kkt_buffer import DeliveryWorker, ReceiptRepository, create_buffer_engine, upgrade
 
 
 def examples(name):
@@ -31,6 +31,15 @@ def fresh():
     upgrade(engine)
     yield ReceiptRepository(engine)
     engine.dispose()
+
+
+def test_worker(fresh):
+    """The example of `DeliveryWorker`."""
+    [test] = doctest.DocTestFinder(recurse=False).find(DeliveryWorker, globs={"DeliveryWorker": DeliveryWorker})
+    test.globs["repository"] = fresh
+    told = []
+    doctest.DocTestRunner(verbose=False).run(test, out=told.append)
+    assert ([], True) == (told, bool(test.examples))
 
 
 @pytest.mark.parametrize("name", sorted(public_names()))
