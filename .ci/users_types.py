@@ -1,5 +1,5 @@
 """
-The types as users meet them: the README's code and a sample service, under mypy and pyright, both strict.
+The types as users meet them: the code of the documents and a sample service, under mypy and pyright, both strict.
 
 `users_types.py` checks them with the tools of the Python that runs it.
 """
@@ -10,23 +10,29 @@ import sys
 import tempfile
 from pathlib import Path
 
-README = Path("README.md")
+DOCUMENTS = {
+    "readme": Path("README.md"),
+    "reference": Path("src/kkt_buffer/README.md"),
+    "migrations": Path("migrations/README.md"),
+}
 SERVICE = Path("tests/service.py")
 
 
 def main() -> int:
-    """Write the README's blocks into one program, as `tests/test_readme.py` runs them, and check it."""
-    blocks = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+    """Write the blocks of each document into one program, as `tests/test_readme.py` runs them, and check it."""
     bin_folder = Path(sys.executable).parent
     with tempfile.TemporaryDirectory() as folder:
-        program = Path(folder) / "readme.py"
-        program.write_text("\n".join(blocks))
+        programs = []
+        for name, document in DOCUMENTS.items():
+            program = Path(folder) / f"{name}.py"
+            program.write_text("\n".join(re.findall(r"```python\n(.*?)```", document.read_text(), re.DOTALL)))
+            programs.append(program)
         service = Path(folder) / "service.py"
         service.write_text(SERVICE.read_text())
         config = Path(folder) / "pyrightconfig.json"
         config.write_text('{"typeCheckingMode": "strict", "reportUnnecessaryTypeIgnoreComment": true}')
         commands = (
-            [bin_folder / "mypy", "--strict", "--config-file=", "--no-incremental", program, service],
+            [bin_folder / "mypy", "--strict", "--config-file=", "--no-incremental", *programs, service],
             [bin_folder / "pyright", "--pythonpath", sys.executable, "--project", config],
         )
         return max(subprocess.run(command, check=False).returncode for command in commands)

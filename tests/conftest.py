@@ -2,6 +2,7 @@
 
 import contextlib
 import shutil
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -10,6 +11,9 @@ from builders import STATUSES, Clock, a_receipt
 from sqlalchemy import Engine
 
 from kkt_buffer import ReceiptRepository, create_buffer_engine, testing, upgrade
+
+# A run that was started in the background ignores Control-C, and the programs that it starts would ignore it too.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture

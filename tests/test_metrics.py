@@ -14,7 +14,7 @@ from kkt_buffer import DeliveryReport, Outcome, deliver_pending
 from kkt_buffer.metrics import COUNTER, FIGURES, BufferCollector, as_text
 from kkt_buffer.testing import FakeOFD
 
-README = (Path(__file__).parents[1] / "README.md").read_text()
+REFERENCE = (Path(__file__).parents[1] / "src" / "kkt_buffer" / "README.md").read_text()
 DAY = 86_400
 
 
@@ -132,8 +132,8 @@ class TestCollector:
 
 
 def test_alert_rules():
-    """The rules in the README name figures that there are."""
-    [rules] = re.findall(r"```yaml\n(groups:.*?)```", README, re.DOTALL)
+    """The rules in the reference name figures that there are."""
+    [rules] = re.findall(r"```yaml\n(groups:.*?)```", REFERENCE, re.DOTALL)
     named = set(re.findall(r"\bkkt_\w+", rules))
     assert named <= {figure.name for figure in FIGURES} | {f"{COUNTER}_total"}
     assert {"kkt_buffer_percent_full", "kkt_dlq_size", "kkt_deadline_seconds", "kkt_circuit_breaker_state"} <= named

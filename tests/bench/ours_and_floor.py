@@ -41,7 +41,7 @@ PRAGMAS += ("secure_delete", "busy_timeout", "fullfsync", "checkpoint_fullfsync"
 NAMED = sqlite.dialect(paramstyle="named")
 PENDING, RECOVER, CLAIM, CLAIMED = (
     str(statement.compile(dialect=NAMED))
-    for statement in (receipts.PENDING, leases.RECOVER, leases.CLAIM, leases.CLAIMED)
+    for statement in (receipts.PENDING, leases.RECOVER, leases.CLAIM[False, False], leases.CLAIMED)
 )
 _, STATUS = _status(Database.json_array, Database.last_synced_at)
 SETTINGS = "SELECT key, value FROM config"

@@ -1,17 +1,19 @@
-"""The shift that `kkt-buffer demo` plays."""
+"""The day that `kkt-buffer demo` plays."""
 
 import json
 import multiprocessing
-import os
 import re
-import signal
 import sys
+import tempfile
+from multiprocessing import resource_tracker
 
 import pytest
 from builders import a_receipt, another_program, open_files, run_python
 
 from kkt_buffer import BufferFullError, ReceiptRepository, demo
 from kkt_buffer.cli import main
+
+SALES = len(demo.TILLS) * demo.SALES
 
 # Counts by status, and open dead letters, as any other program would find them.
 COUNT = """
@@ -32,126 +34,125 @@ def rows(path, query):
         return connection.execute(query).fetchall()
 
 
-def column(path, query):
-    return [value for (value,) in rows(path, query)]
+@pytest.fixture(autouse=True)
+def short_leases(monkeypatch):
+    monkeypatch.setitem(demo.SETTINGS, "lease_seconds", 1)
 
 
-class TestDemo:
-    @pytest.fixture(autouse=True)
-    def short_leases(self, monkeypatch):
-        monkeypatch.setattr(demo, "LEASE_SECONDS", 1)
+@pytest.fixture
+def said():
+    return []
 
-    @pytest.fixture
-    def said(self):
-        return []
 
-    def test_twice(self, tmp_path, capfd):
-        """The whole story, with its real kills, twice on one file; what it tells is what the file then holds."""
+@pytest.fixture
+def operate(path):
+    """Runs a command of an operator, like a shell."""
+
+    def run(*words):
+        assert 0 == main(words)
+
+    return run
+
+
+@pytest.mark.slow
+class TestDay:
+    def test_whole(self, tmp_path, capfd):
+        """The whole story, with its real kills; what it tells is what the file then holds."""
         path = tmp_path / "shop" / "demo.db"
-        for shift, target in enumerate((str(path), f"sqlite:///{path}"), start=1):
-            assert 0 == main(["demo", target])
-            out, err = capfd.readouterr()
-            assert "" == err  # nor do the processes of the demo repeat a warning
-            assert "earlier run" not in out
-            [sold] = re.findall(r"After (\d+) receipts its process is killed with SIGKILL", out)
-            assert 40 <= int(sold) <= 60
-            assert f"all {sold} acknowledged receipts are there, none is missing" in out
-            assert "finishes the shift with 60 receipts" in out
-            assert "tries to deliver: DeliveryUnavailable: no route to the OFD." in out
-            assert "All 60 receipts are released, and no attempt is counted" in out
-            [(received, held)] = re.findall(
-                r"The OFD has (\d+) when the worker is killed with SIGKILL; it had leased (\d+) more", out
-            )
-            assert 20 <= int(received) <= 60
-            assert "in 1 s (here; usually 60) its leases expire" in out
-            [delivered] = re.findall(r"Another worker delivers (\d+); one is rejected, and becomes a dead letter", out)
-            assert int(held) == int(delivered) + 1
-            assert "requeues it: 1 more delivered" in out
-            [twice] = re.findall(r"The OFD has all of them, (\d) of them twice", out)
-            assert 60 + int(twice) == int(received) + int(delivered) + 1
-            assert re.search(rf"^buffer +\| {target}$", out, re.MULTILINE)
-            assert re.search(rf"^synced +\| {60 * shift}$", out, re.MULTILINE)
-            assert re.search(r"^failed +\| 0  \(open dead letters: 0\)$", out, re.MULTILINE)
-            assert {"synced": 60 * shift, "open": 0} == counts(path)
-        assert [("60",)] == rows(path, "SELECT value FROM config WHERE key = 'lease_seconds'")
+        assert 0 == main(["demo", str(path)])
+        out, err = capfd.readouterr()
+        assert "" == err  # nor do the processes of the demo repeat a warning
+        [sold] = re.findall(r"After (\d+) sales of demo-till-1 its process is killed with SIGKILL", out)
+        assert demo.KILL_TILL_AFTER <= int(sold) <= demo.SALES
+        assert "opened its circuit" in out
+        assert re.search(r"It has \d+ when the worker is killed with SIGKILL, with \d+ leased", out)
+        assert "rejected by the OFD: DeliveryRejected: unknown tax rate" in out
+        assert "1 of 1 receipts requeued" in out
+        assert "on SIGTERM the worker ends, with status 0" in out
+        assert f"{SALES} sales: each was printed once, and the OFD has all of them" in out
+        assert re.search(rf"^synced +\| {SALES}$", out, re.MULTILINE)
+        assert {"synced": SALES, "open": 0} == counts(path)
+        # The settings are as they were.
+        settings = "SELECT key, value FROM config WHERE key LIKE 'circuit%' OR key = 'lease_seconds' ORDER BY key"
+        expected = [("circuit_breaker_threshold", "5"), ("circuit_breaker_timeout", "60"), ("lease_seconds", "60")]
+        assert expected == rows(path, settings)
+        events = dict(rows(path, "SELECT event_type, COUNT(*) FROM buffer_events GROUP BY event_type"))
+        for fact in ("added", "completed", "synced"):
+            assert SALES == events[f"receipt_{fact}"]
+        assert 1 == events["receipt_failed"] == events["receipt_requeued"]
+        assert 1 == events["circuit_opened"] == events["circuit_closed"]
+        # An outage counts no attempt; each document has the number of its print.
+        assert [(0,)] == rows(path, "SELECT DISTINCT retry_count FROM receipts")
+        numbers = "SELECT COUNT(DISTINCT json_extract(fiscal_doc, '$.fiscalDocumentNumber')) FROM receipts"
+        assert [(demo.SALES,)] == rows(path, numbers)
+        assert [("requeued", "Anna")] == rows(path, "SELECT resolution, resolved_by FROM dlq")
 
-        # What the file itself has to tell of both shifts.
-        events = "SELECT event_type, COUNT(*) FROM buffer_events WHERE event_type LIKE 'receipt%' GROUP BY event_type"
-        expected = {"receipt_added": 120, "receipt_failed": 2, "receipt_requeued": 2, "receipt_synced": 120}
-        assert expected == dict(rows(path, events))
-        assert [0] == column(path, "SELECT DISTINCT retry_count FROM receipts")
-        letter = ("rejected by the OFD: DeliveryRejected: unknown tax rate", "requeued", "Anna, support")
-        assert [letter] * 2 == rows(path, "SELECT reason, resolution, resolved_by FROM dlq")
-        # In the order in which they were made, but for the two that were requeued.
-        others = "NOT IN (SELECT original_receipt_id FROM dlq)"
-        made = f"SELECT id FROM receipts WHERE id {others} ORDER BY hlc_local_time, hlc_logical_counter"
-        synced = f"SELECT receipt_id FROM buffer_events WHERE event_type = 'receipt_synced' AND receipt_id {others}"
-        assert column(path, made) == column(path, f"{synced} ORDER BY id")
-
-    @pytest.mark.slow
-    def test_all_that_waits(self, file_repository, path, said):
-        """Receipts that an earlier run has left are told of, and leave with the others."""
+    def test_all_that_waits(self, file_repository, path, said, operate):
+        """Receipts that an earlier run has left are delivered with the others."""
         for _ in range(3):
-            a_receipt(file_repository, pos_id=demo.TILL)
-        demo.run(str(path), said.append)
-        assert "   3 receipts of an earlier run are still waiting in it." in said
-        assert {"synced": 63, "open": 0} == counts(path)
+            a_receipt(file_repository, pos_id=demo.TILLS[0], fiscal_doc=demo.plain_receipt(0))
+        demo.run(str(path), operate, said.append)
+        assert {"synced": SALES + 3, "open": 0} == counts(path)
 
-    def test_killed_too_late(self, path, said, monkeypatch):
-        """A till that has sold everything before the kill has acknowledged everything."""
-        kill, kills = os.kill, []
+    def test_printed_twice(self, path, said, operate, tmp_path, monkeypatch):
+        """A second print of one receipt ends the demo: it proves, it does not play."""
+        monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
 
-        def late(pid, number):
-            if not kills:
-                os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
-            kills.append(number)
-            kill(pid, number)
+        def print_again(*words):
+            [journal] = tmp_path.glob(f"*/{demo.TILLS[0]}")
+            demo.Journal(journal).append(demo.Journal(journal).lines[0])
+            operate(*words)
 
-        monkeypatch.setattr(os, "kill", late)
-        demo.run(str(path), said.append)
-        assert f"3. A new process checks: all {demo.RECEIPTS_PER_SHIFT} acknowledged receipts are there" in "\n".join(
-            said
-        )
-        assert [signal.SIGKILL] * 2 == kills
-        assert {"synced": demo.RECEIPTS_PER_SHIFT, "open": 0} == counts(path)
+        with pytest.raises(RuntimeError, match=f"^{SALES} sold, {SALES + 2} printed, {SALES} at the OFD"):
+            demo.run(str(path), print_again, said.append)
         assert [] == multiprocessing.active_children()
         assert [] == open_files(path)
 
-    def test_broken_till(self, path, said, monkeypatch):
+    def test_missing(self, path, said, operate, monkeypatch):
+        """A receipt that was acknowledged and is not there ends it too."""
+        monkeypatch.setattr(ReceiptRepository, "get_receipt_by_id", lambda self, receipt_id: None)
+        with pytest.raises(RuntimeError, match=r"^\d+ acknowledged receipts are not in the buffer: \['"):
+            demo.run(str(path), operate, said.append)
+        assert [] == [line for line in said if "are there" in line]
+        assert [] == open_files(path)
+
+    def test_broken_process(self, path, said, operate):
         """A process that fails by itself is told as such, and not taken for a kill."""
-        monkeypatch.setattr(demo, "RECEIPTS_PER_SHIFT", 2)
+        resource_tracker.ensure_running()  # it is a process of the same executable
         multiprocessing.set_executable("/bin/false")
         try:
-            with pytest.raises(RuntimeError, match="the process failed before it could be killed, with status 1"):
-                demo.run(str(path), said.append)
+            with pytest.raises(RuntimeError, match="^a process of the demo has failed, with status 1$"):
+                demo.run(str(path), operate, said.append)
         finally:
             multiprocessing.set_executable(sys.executable)
         assert [] == open_files(path)
 
-    def test_missing(self, path, said, monkeypatch):
-        """A receipt that was acknowledged and is not there ends the demo: it proves, it does not play."""
-        monkeypatch.setattr(ReceiptRepository, "get_receipt_by_id", lambda self, receipt_id: None)
-        with pytest.raises(RuntimeError, match=r"^\d+ acknowledged receipts are not in the buffer: \['"):
-            demo.run(str(path), said.append)
-        assert [] == [line for line in said if "none is missing" in line]
+    def test_impatient(self, path, said, operate, monkeypatch):
+        """What does not happen is told, and all processes are ended."""
+        monkeypatch.setattr(demo, "PATIENCE_SECONDS", 0.0)
+        with pytest.raises(RuntimeError, match="^the demo has waited 0 s for sales$"):
+            demo.run(str(path), operate, said.append)
+        assert [] == multiprocessing.active_children()
         assert [] == open_files(path)
 
-    @pytest.mark.slow
-    def test_left(self, file_engine, path, said):
-        """A receipt that somebody else keeps is not delivered in the end, and that is told as what it is."""
-        repository = ReceiptRepository(file_engine)
-        repository.set_config("lease_seconds", 3600)
-        a_receipt(repository, "syncing", pos_id=demo.TILL)
-        file_engine.dispose()
-        with pytest.raises(RuntimeError, match="^the buffer should be empty, but 1 receipts are waiting$"):
-            demo.run(str(path), said.append)
-        assert [] == [line for line in said if "has all of them" in line]
-        assert [] == open_files(path)
 
-    def test_no_room(self, file_engine, file_repository, path, said):
-        file_repository.set_config("buffer_capacity", 59)
+class TestRefused:
+    def test_no_room(self, file_engine, file_repository, path, said, operate):
+        file_repository.set_config("buffer_capacity", SALES - 1)
         file_engine.dispose()
         with pytest.raises(BufferFullError) as caught:
-            demo.run(str(path), said.append)
-        assert (0, 59, 60) == (caught.value.undelivered, caught.value.capacity, caught.value.wanted)
+            demo.run(str(path), operate, said.append)
+        assert (0, SALES - 1, SALES) == (caught.value.undelivered, caught.value.capacity, caught.value.wanted)
         assert [] == open_files(path)
+
+    def test_real_receipts(self, file_engine, file_repository, path, said, operate):
+        """A buffer with receipts of a real till is left alone: the demo would mark them as delivered."""
+        a_receipt(file_repository)
+        file_engine.dispose()
+        with pytest.raises(ValueError, match="holds 1 receipts that are not the demo's"):
+            demo.run(str(path), operate, said.append)
+        assert {"pending": 1, "open": 0} == counts(path)
+
+    def test_in_memory(self, said, operate):
+        with pytest.raises(ValueError, match="needs a file"):
+            demo.run(":memory:", operate, said.append)

@@ -3,6 +3,7 @@
 import argparse
 import logging
 import pkgutil
+import shlex
 import sys
 from datetime import time
 from pathlib import Path
@@ -51,7 +52,7 @@ def add(commands: "Commands") -> None:
         commands,
         "demo",
         _demo,
-        "play a shift on a real buffer, with a kill in the middle\n\n"
+        "play a day of two tills on a real buffer, with kills in the middle\n\n"
         f"Without a path it uses {DEMO_PATH}, never the buffer of the till.",
     )
 
@@ -87,5 +88,13 @@ def _named(name: str) -> Any:  # noqa: ANN401 (the worker checks what it is)
 
 def _demo(arguments: argparse.Namespace) -> None:
     path = arguments.path or arguments.db or DEMO_PATH
-    demo.run(path)
+    demo.run(path, _operate)
     print_status(path)
+
+
+def _operate(*words: str) -> None:
+    from kkt_buffer.cli import main  # noqa: PLC0415 (it imports this module)
+
+    print(f"$ kkt-buffer {shlex.join(words)}", flush=True)
+    main(words)
+    print()
