@@ -10,7 +10,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from kkt_buffer.cli import act, keep, look, monitor, play
+from kkt_buffer.cli import act, keep, look, monitor, run
 from kkt_buffer.cli.target import Parser
 from kkt_buffer.errors import ReceiptBufferError
 from kkt_buffer.migrate import release
@@ -51,6 +51,6 @@ def _parser() -> Parser:
     parser = Parser(prog="kkt-buffer", description="The offline buffer of fiscal receipts.", epilog=_EPILOG)
     parser.add_argument("--version", action="version", version=f"%(prog)s {release()}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for kind in (look, act, keep, monitor, play):
+    for kind in (look, act, keep, monitor, run):
         kind.add(commands)
     return parser
