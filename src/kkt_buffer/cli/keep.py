@@ -54,7 +54,7 @@ def add(commands: "Commands") -> None:
         _verify,
         "read all of the buffer and report problems; changes nothing\n\n"
         "exit status: 0 the buffer is whole; 1 it is damaged: restore a backup; 3 it differs from this release, but\n"
-        "no backup is needed.",
+        "there is no need to restore a backup.",
     )
     add_command(
         commands,
