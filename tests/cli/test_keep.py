@@ -199,6 +199,11 @@ class TestExport:
         assert 280 < len(saved) < 300
         assert ["error: more receipts may be lost: the index with their ids is damaged too"] == ended.err.splitlines()
 
+    def test_index_alone(self, many, path, done):
+        """Where the index alone is damaged, nothing is lost, and nothing is said to be."""
+        break_pages(path, lambda _: (), index=True)
+        assert many == [row["id"] for row in lines_of(done("export", path))]
+
     def test_cut(self, many, path, run):
         """Of a file that was cut, what is left of it; and it is told that nobody knows what else there was."""
         with another_program(path) as db:
