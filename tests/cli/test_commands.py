@@ -5,7 +5,7 @@ import subprocess
 import sys
 
 import pytest
-from builders import a_receipt, another_program, everything
+from builders import another_program, everything
 
 import kkt_buffer
 from kkt_buffer import create_buffer_engine, demo
