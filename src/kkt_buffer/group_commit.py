@@ -81,14 +81,20 @@ class GroupCommit:
             if self._pid != os.getpid():
                 self._reset()  # in a forked child the queued threads do not exist
             member = _Member(work, argument)
-            self._waiting.append(member)
-            while not member.is_done:
-                if self._lock.locked():
-                    member.bell.wait(POLL_SECONDS)
-                    continue
-                with self._lock:
-                    if not member.is_done:  # pragma: no branch (another thread can be faster, but seldom is)
-                        self._lead(tx, member)
+            try:
+                self._waiting.append(member)
+                while not member.is_done:
+                    if self._lock.locked():
+                        member.bell.wait(POLL_SECONDS)
+                        continue
+                    with self._lock:
+                        if not member.is_done:  # pragma: no branch (another thread can be faster, but seldom is)
+                            self._lead(tx, member)
+            except BaseException:
+                # The caller is told of a failure, so no later leader may run this call.
+                with contextlib.suppress(ValueError):
+                    self._waiting.remove(member)
+                raise
             if member.error is not None:
                 raise member.error
             result: R = member.result

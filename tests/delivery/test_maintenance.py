@@ -3,7 +3,7 @@
 import datetime as dt
 
 import pytest
-from builders import NOON, a_receipt, another_program
+from builders import NOON, a_receipt, another_program, commits
 
 from kkt_buffer import DeliveryWorker, ReceiptRepository, create_buffer_engine
 from kkt_buffer.rotation import backups
@@ -55,6 +55,10 @@ class TestTime:
             worker.tick()
             assert expected == len(backups(folder))
         assert ["maintenance_completed", *["maintenance_started", "maintenance_completed"] * 2] == history(repository)
+        clock.advance(2 * HOUR)
+        with commits(repository.engine) as seen:
+            worker.tick()
+        assert [] == seen
 
     def test_off_at_that_time(self, repository, clock, folder):
         """If no worker ran at that time, it is done by the next one, also when that is on the next day."""
@@ -109,6 +113,9 @@ class TestWorkers:
         worker = a_worker(repository, folder)
         worker.tick()
         assert not folder.exists()
+        with commits(repository.engine) as seen:
+            worker.tick()
+        assert [] == seen
         clock.advance(HOUR)
         worker.tick()
         assert 1 == len(backups(folder))

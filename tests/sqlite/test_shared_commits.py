@@ -1,5 +1,11 @@
 """What befalls a commit that several threads share on one file: a full disk, a lock that never comes, a fork."""
 
+import contextlib
+import ctypes
+import sys
+import threading
+import time
+
 import pytest
 from builders import an_id, commits, new_receipt, run_python, start_python, together, unmeasured
 from sqlalchemy import event, text
@@ -225,3 +231,34 @@ class TestFork:
         """A child of an idle parent inserts as its parent does."""
         with start_python(FORK, path, "idle") as parent:
             assert ["stored", "stored", "stored", "3"] == parent.stdout.read().split()
+
+
+def test_abandoned(file_repository):
+    """A call that was interrupted while it waited for its turn has failed: no other thread stores its receipt."""
+    receipts = [new_receipt(id=an_id()) for _ in range(3)]
+
+    def insert(receipt):
+        with contextlib.suppress(TimeoutError):
+            file_repository.insert_receipt(receipt)
+
+    threads = [threading.Thread(target=insert, args=(receipt,)) for receipt in receipts]
+    with file_repository.transaction():
+        for thread in threads:
+            thread.start()
+        for thread in threads[1:]:
+            while is_not_waiting(thread):
+                time.sleep(0.001)
+            ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident), ctypes.py_object(TimeoutError))
+            thread.join()
+    threads[0].join()
+    assert {receipts[0]["id"]} == stored(file_repository)
+
+
+def is_not_waiting(thread):
+    """Whether the thread does not wait for another one to commit yet."""
+    names = []
+    frame = sys._current_frames().get(thread.ident)
+    while frame is not None:
+        names.append(frame.f_code.co_qualname)
+        frame = frame.f_back
+    return "GroupCommit.run" not in names or "GroupCommit._lead" in names

@@ -10,7 +10,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from kkt_buffer.cli import act, keep, look, monitor, play
+from kkt_buffer.cli import act, keep, look, monitor, run
 from kkt_buffer.cli.target import Parser
 from kkt_buffer.errors import ReceiptBufferError
 from kkt_buffer.migrate import release
@@ -19,8 +19,8 @@ _EPILOG = """\
 Every command takes --db PATH. Without it, the buffer is $BUFFER_DB_PATH, else data/buffer.db.
 `kkt-buffer COMMAND --help` explains a command.
 
-exit status: 0 success; 1 error, receipt not found, or damage; 2 wrong usage; 3 verify found something that differs
-but nothing to restore; 130 Control-C. `check` has its own: 0 OK, 1 WARNING, 2 CRITICAL, 3 UNKNOWN."""
+exit status: 0 success; 1 error, receipt not found, or damage; 2 wrong usage; 3 verify found a
+difference, but no need to restore; 130 Control-C. `check` has its own: 0 OK, 1 WARNING, 2 CRITICAL, 3 UNKNOWN."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -51,6 +51,6 @@ def _parser() -> Parser:
     parser = Parser(prog="kkt-buffer", description="The offline buffer of fiscal receipts.", epilog=_EPILOG)
     parser.add_argument("--version", action="version", version=f"%(prog)s {release()}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for kind in (look, act, keep, monitor, play):
+    for kind in (look, act, keep, monitor, run):
         kind.add(commands)
     return parser

@@ -113,15 +113,19 @@ def _status_lines(repository: ReceiptRepository, path: str, schema: str | None) 
     }
     if status.deadline_at is not None and status.deadline_at - time() < 10 * SECONDS_PER_DAY:
         table["deliver before"] = text.styled(table["deliver before"], "red")
-    cry = []
+    alarm = []
     if undelivered >= status.capacity:
         advice = (
             "The buffer is full. Everything in it is safe; new receipts are refused until there is room.",
             "`kkt-buffer events` tells why nothing is delivered. To go on selling meanwhile:",
             f"kkt-buffer config --db {text.printable(path)} buffer_capacity {2 * status.capacity}",
         )
-        cry = [text.styled(f" {REFUSING} ", "alarm"), *(part for line in advice for part in text.wrapped(line, 0)), ""]
-    return [*cry, *text.rows(table)]
+        alarm = [
+            text.styled(f" {REFUSING} ", "alarm"),
+            *(part for line in advice for part in text.wrapped(line, 0)),
+            "",
+        ]
+    return [*alarm, *text.rows(table)]
 
 
 def _style_of(status: BufferStatus) -> str:
@@ -304,16 +308,16 @@ def matching(repository: ReceiptRepository, error: str | None) -> list[DeadLette
 
 
 def _event_lines(events: list[BufferEvent], *, about: bool = True) -> list[str]:
-    """What happened, oldest first. With `about`, the receipt is named; else the details are told."""
+    """What happened, oldest first. With `about`, the receipt is named; else the details are given."""
     lines = []
     for event in events:
         kind = event.event_type.removeprefix("receipt_").replace("_", " ")
         details = event.details if isinstance(event.details, dict) else {}
-        told = ", ".join(f"{key}: {value}" for key, value in details.items())
+        message = ", ".join(f"{key}: {value}" for key, value in details.items())
         if about and event.receipt_id is not None:
-            told = event.receipt_id
+            message = event.receipt_id
         start = f"{text.local_time(event.timestamp)[:19]}  {kind:<{KIND_WIDTH}}  "
-        lines += text.wrapped((start + text.printable(told)).rstrip(), len(start), 0)
+        lines += text.wrapped((start + text.printable(message)).rstrip(), len(start), 0)
     return lines
 
 
