@@ -79,7 +79,7 @@ class TestSignals:
         worker.send_signal(number)
         status, printed, seconds = end(worker)
         assert (0, ["ended"]) == (status, printed)
-        assert seconds < 2.5
+        assert seconds < 4  # two sends
         assert 1 == repository.get_buffer_status().synced
         assert 49 == len(repository.claim_pending(100))
 
