@@ -3,7 +3,7 @@
 import uuid
 from collections.abc import Sequence
 from functools import cache
-from typing import cast
+from typing import Any, cast
 
 from sqlalchemy import Select, Table, bindparam, insert, literal_column, null, select, text, update
 from sqlalchemy.exc import IntegrityError
@@ -118,7 +118,7 @@ GIVE_UP_LEASE = update(receipts).where(text("id = :receipt_id")).values(status=l
 
 
 @cache
-def _page(status: ReceiptStatus, *, of_pos: bool, after: bool) -> Select[Receipt]:
+def _page(status: ReceiptStatus, *, of_pos: bool, after: bool) -> Select[Any]:
     """The query for one page. Only the terms that are needed, so that each has its index."""
     order = ", ".join(key := _page_key(status))
     pos = " AND pos_id = :pos_id" if of_pos else ""
