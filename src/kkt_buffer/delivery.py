@@ -1,8 +1,8 @@
 """
 `deliver_pending`: claim the receipts that are due, send each one, and record its outcome.
 
-The database is used only through the repository, and no transaction is open while a receipt is sent. When several
-failures are an outage is decided in `streak`.
+The database is used only through the repository, and no transaction is open while a receipt is sent. `streak`
+decides whether several failures are an outage.
 """
 
 import contextlib
@@ -89,7 +89,7 @@ def deliver_pending(  # noqa: PLR0913 (all but three are keywords)
     """
     Send the receipts that are due, at most `limit`, in HLC order.
 
-    With `concurrency`, as many threads call `send` at once, never two of them for receipts of the same `pos_id`.
+    Up to `concurrency` threads call `send` at the same time, never two of them for receipts of the same `pos_id`.
 
     `send(receipt)` returns the OFD's time (whole Unix seconds). If it raises
 
@@ -108,9 +108,10 @@ def deliver_pending(  # noqa: PLR0913 (all but three are keywords)
     is not sent but dead-lettered. One send must take less than `lease_seconds`.
 
     Each receipt is sent at least once. It is sent again if this process dies, is interrupted or loses the lease between
-    the send and its record, and if `send` raises although the OFD has accepted the receipt. Each call that claimed
-    something logs events; during an outage only the first call does, and then the first one after it. Every outcome is
-    one log record of `kkt_buffer.delivery` with the fields `receipt_id`, `pos_id`, `outcome` and `error`.
+    the send and its record, if its outcome cannot be stored, and if `send` raises although the OFD has accepted the
+    receipt. Each call that claimed something logs events; during an outage only the first call does, and then the first
+    one after it. Every outcome is one log record of `kkt_buffer.delivery` with the fields `receipt_id`, `pos_id`,
+    `outcome` and `error`.
 
     Raises `ReceiptBufferError` inside `transaction()`, where an outcome cannot be committed at once.
     """
@@ -139,7 +140,7 @@ class _Failure:
 
     receipt: Receipt
     error: str
-    is_outage: bool  # reported as one by the sender
+    is_outage: bool  # the sender reported an outage
 
 
 class _Run:
@@ -167,13 +168,12 @@ class _Run:
 
     def deliver(self, limit: int) -> DeliveryReport:
         if self._streak.outage:
-            self._send_all(self._claim(1, retries_last=True))
+            self._send_all(self._claim(1, retries_last=True), is_logged=False)
         if not self._streak.outage:
             rest = limit - len(self._outcomes)
             batch = self._claim(rest, retries_last=self._streak.is_in_doubt) if rest else []
             if self._outcomes:
-                self._repository.log_event(EventType.SYNC_STARTED, metadata={"claimed": len(self._outcomes)})
-                self._send_all(batch)
+                self._send_all(batch, is_logged=True)
                 self._log_end()
         known = {receipt_id: outcome for receipt_id, outcome in self._outcomes.items() if outcome is not None}
         return DeliveryReport(known, self._streak.outage)
@@ -185,8 +185,10 @@ class _Run:
         self._outcomes.update((receipt.id, None) for receipt in batch)
         return batch
 
-    def _send_all(self, batch: list[Receipt]) -> None:
+    def _send_all(self, batch: list[Receipt], *, is_logged: bool) -> None:
         try:
+            if is_logged:
+                self._repository.log_event(EventType.SYNC_STARTED, metadata={"claimed": len(self._outcomes)})
             Lanes(batch, self._send_one).run(self._concurrency)
             self._settle(batch)
         except BaseException:
@@ -308,9 +310,10 @@ class _Run:
 
     def _log_end(self) -> None:
         counts: dict[str, object] = dict(Counter(str(outcome) for outcome in self._outcomes.values()))
-        if self._streak.outage:
-            counts["error"] = arguments.note("error", self._streak.outage)
-        event_type = EventType.SYNC_FAILED if self._streak.outage else EventType.SYNC_COMPLETED
+        outage = self._streak.outage  # once: another thread may end it
+        if outage:
+            counts["error"] = arguments.note("error", outage)
+        event_type = EventType.SYNC_FAILED if outage else EventType.SYNC_COMPLETED
         self._repository.log_event(event_type, metadata=counts)
 
 

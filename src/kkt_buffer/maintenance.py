@@ -3,7 +3,7 @@
 import logging
 import os
 from collections.abc import Callable
-from datetime import datetime, time
+from datetime import datetime, time, timedelta
 from pathlib import Path
 
 from kkt_buffer.errors import BufferDamagedError
@@ -13,15 +13,15 @@ from kkt_buffer.rotation import back_up
 
 logger = logging.getLogger(__name__)
 
-RETRY_SECONDS = 3600  # longer than it ever takes: if it is not complete by then, it has failed or was killed
+RETRY_SECONDS = 3600  # no maintenance takes longer: if it is not complete by then, it failed or its process died
 
 
 class Maintenance:
     """
     Done once a day, at the local time `at` or at the first call after it, by one of all workers of the buffer.
 
-    The events of the buffer tell whether another worker has done it or is doing it. `error` says what has failed last
-    time; None if nothing has.
+    The events of the buffer tell whether another worker has done it or is doing it. `error`: why the last run failed;
+    None if it succeeded.
     """
 
     def __init__(
@@ -44,7 +44,9 @@ class Maintenance:
             return
         local = datetime.fromtimestamp(now)  # noqa: DTZ006 (the time of day at the till)
         due = datetime.combine(local.date(), self._at)
-        if local < due or self._done == due:
+        if local < due:
+            due -= timedelta(days=1)  # the till may have been off at that time
+        if self._done == due:
             return
         self._looked_at = now
         if not self._is_ours(due, now):
@@ -56,10 +58,11 @@ class Maintenance:
             self._done = due
 
     def _is_ours(self, due: datetime, now: float) -> bool:
-        """Whether no other worker has done it or is doing it; then that is on record."""
+        """Whether this worker should do it. If so, `maintenance_started` is logged, so that no other worker starts."""
         with self._repository.transaction():
             if self._last(EventType.MAINTENANCE_COMPLETED) >= due.timestamp():
                 self._done = due
+                self.error = None
                 return False
             if 0 <= now - self._last(EventType.MAINTENANCE_STARTED) < RETRY_SECONDS:
                 return False

@@ -22,10 +22,11 @@ def back_up(
     now: Callable[[], float] = time.time,
 ) -> tuple[Path, IntegrityReport]:
     """
-    Copy the buffer to `folder`/`name`-DATETTIME.db, check the copy, and delete all but the `keep` newest copies.
+    Copy the buffer to `folder`/`name`-DATETIME.db, check the copy, and delete all but the `keep` newest copies.
 
-    Returns the path of the copy and what the check found. Nothing is deleted if the copy is damaged: an older one may
-    be what has to be restored. Other files in the folder stay.
+    Returns the path of the copy and what the check found. A copy that is damaged, or could not be checked, is renamed
+    to `name`-damaged.db and replaces the one of before. No other copy is deleted then: an older one may be what has to
+    be restored. Other files in the folder stay.
 
     Raises what `ReceiptRepository.backup` raises.
     """
@@ -34,11 +35,18 @@ def back_up(
     stamp = time.strftime("%Y%m%dT%H%M%S", time.localtime(now()))
     copy = Path(folder) / f"{name}-{stamp}.db"
     repository.backup(copy)
-    report = _check(copy)
-    if not report.is_damaged:
+    # Only one: a damaged buffer is copied again at each attempt, and must not fill the disk.
+    kept = Path(folder) / f"{name}-damaged.db"
+    try:
+        report = _check(copy)
+        if not report.is_damaged:
+            kept = copy
+    finally:
+        copy.replace(kept)
+    if kept == copy:
         for old in [path for path in backups(folder, name=name) if path != copy][: -keep + 1 or None]:
             old.unlink(missing_ok=True)
-    return copy, report
+    return kept, report
 
 
 def backups(folder: str | os.PathLike[str], *, name: str = "buffer") -> list[Path]:
@@ -53,5 +61,5 @@ def _check(copy: Path) -> IntegrityReport:
         return ReceiptRepository(engine).check_integrity()
     finally:
         engine.dispose()
-        for suffix in ("-wal", "-shm"):  # a reader of SQLite leaves them behind, empty
+        for suffix in ("-wal", "-shm"):  # a read-only connection does not remove them
             Path(f"{copy}{suffix}").unlink(missing_ok=True)

@@ -18,9 +18,11 @@ class Streak:
     The failures since the last answer, that is, since the OFD last accepted or rejected a receipt. Safe for threads.
 
     Failures of `threshold` different receipts are an outage, and so is an error with which the sender reports one. The
-    next answer ends it. Receipts that failed before an answer become *suspects*: their further failures are no sign of
-    an outage. One answer makes `threshold` suspects and no more, those that failed first. Otherwise a single success in
-    the middle of an outage would lay the blame on every receipt that is waiting.
+    next answer ends it.
+
+    If a receipt fails and then the OFD answers for another, the first becomes a *suspect*: its later failures do not
+    count towards an outage. One answer makes at most `threshold` suspects, the earliest failures first. Otherwise one
+    success during an outage would blame every waiting receipt.
     """
 
     def __init__(self, now: Callable[[], float]) -> None:
@@ -33,6 +35,9 @@ class Streak:
         self._streak: set[str] = set()  # those of `_failed` that have failed since the last answer
         self._in_a_row = 0  # attempts, of whichever receipts, since the last answer
         self._failed_at = 0.0
+        self._has_answered = False
+        self._is_open = False
+        self._changed_at = 0.0
         self._outage: str | None = None
         self._pause = (0.0, 0.0, "")  # since when, for how many seconds, and why
 
@@ -49,7 +54,17 @@ class Streak:
     @property
     def is_open(self) -> bool:
         """Whether the circuit is open: the OFD is down, and the threshold of attempts have failed in a row."""
-        return self._outage is not None and self._in_a_row >= self._threshold
+        return self._is_open
+
+    @property
+    def changed_at(self) -> float:
+        """The time at which the circuit opened or closed; 0 if it has never been open."""
+        return self._changed_at
+
+    @property
+    def has_answered(self) -> bool:
+        """Whether the OFD has answered at the last attempt. Before the first attempt nothing is known: False."""
+        return self._has_answered
 
     @property
     def failed_at(self) -> float:
@@ -58,10 +73,8 @@ class Streak:
 
     @property
     def pause(self) -> str | None:
-        """The error with which the OFD asked not to be called for a while, until that time has passed; or None."""
-        since, seconds, error = self._pause
-        # If the clock was set back, the pause is over.
-        return error if 0 <= self._now() - since < seconds else None
+        """The error that came with `retry_after`, while that time lasts; else None."""
+        return self._pause[2] if self._pause_left() else None
 
     def is_suspect(self, receipt_id: str) -> bool:
         """Whether the receipt has failed while the OFD answered for others."""
@@ -72,6 +85,8 @@ class Streak:
         with self._lock:
             self._in_a_row = 0
             self._outage = None
+            self._has_answered = True
+            self._note_circuit()
             self._streak.clear()
             for known in (self._failed, self._suspects):
                 known.pop(receipt_id, None)
@@ -80,27 +95,42 @@ class Streak:
                 _remember(self._suspects, suspect)
 
     def failed(self, receipt_id: str, error: str, threshold: int) -> None:
-        """Note that the receipt has failed; the last of `threshold` different ones makes it an outage."""
+        """Note a failure. The `threshold`-th different receipt in a row starts an outage."""
         with self._lock:
             self._add(receipt_id, threshold)
             if self._outage is None and len(self._streak) >= threshold:
                 self._outage = f"{threshold} different receipts have failed in a row, the last one with {error}"
+            self._note_circuit()
 
     def unavailable(self, receipt_id: str, error: str, threshold: int, retry_after: float | None) -> None:
         """Note that the sender has reported an outage, and for how many seconds it should not be called."""
         with self._lock:
             self._add(receipt_id, threshold)
             self._outage = error
-            if retry_after is not None:
-                self._pause = (self._now(), min(retry_after, MAX_PAUSE), error)
+            self._note_circuit()
+            # Of two senders that were told to wait, the longer wait counts.
+            if retry_after is not None and (seconds := min(retry_after, MAX_PAUSE)) > self._pause_left():
+                self._pause = (self._now(), seconds, error)
 
     def _add(self, receipt_id: str, threshold: int) -> None:
         self._threshold = threshold
         self._in_a_row += 1
+        self._has_answered = False
         self._failed_at = self._now()
         if receipt_id not in self._suspects:
             _remember(self._failed, receipt_id)
             self._streak.add(receipt_id)
+
+    def _note_circuit(self) -> None:
+        is_open = self._outage is not None and self._in_a_row >= self._threshold
+        if is_open != self._is_open:
+            self._is_open, self._changed_at = is_open, self._now()
+
+    def _pause_left(self) -> float:
+        since, seconds, _ = self._pause
+        passed = self._now() - since
+        # If the clock was set back, the pause is over.
+        return seconds - passed if 0 <= passed < seconds else 0
 
 
 def _remember(ids: dict[str, None], receipt_id: str) -> None:

@@ -17,6 +17,7 @@ from sqlalchemy.orm import Session, scoped_session, sessionmaker
 
 from kkt_buffer import arguments
 from kkt_buffer.backend import Backend, Parameters, backend_of
+from kkt_buffer.bell import own_bell
 from kkt_buffer.config import number_of
 from kkt_buffer.errors import BufferDamagedError, BufferStorageError, ReceiptBufferError
 from kkt_buffer.models import ConfigEntry
@@ -200,7 +201,7 @@ class Transactions:
                     yield
                     if tx.write:
                         transaction.commit()
-                        for bell in tuple(self.backend.bells):
+                        for bell in self.backend.bells - {own_bell.get()}:
                             bell.ring()
                 except (DBAPIError, InvalidRequestError) as error:
                     if not connection.invalidated:

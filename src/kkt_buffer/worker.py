@@ -11,14 +11,13 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from datetime import time
-from typing import Self
+from typing import Self, TypeVar
 
 from kkt_buffer import arguments
 from kkt_buffer.backend import backend_of
-from kkt_buffer.bell import Bell
+from kkt_buffer.bell import Bell, own_bell
 from kkt_buffer.delivery import DeliveryReport, Send, check_sender, deliver_pending
 from kkt_buffer.maintenance import Maintenance
 from kkt_buffer.models import EventType
@@ -28,8 +27,7 @@ logger = logging.getLogger(__name__)
 
 MAX_POLL_SECONDS = 3600
 
-# The worker that runs in this thread, or in the thread that has started this one to send.
-_present: ContextVar["DeliveryWorker | None"] = ContextVar("kkt_buffer_worker", default=None)
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,8 +37,8 @@ class WorkerStatus:
 
     `is_open`: the circuit is open, so the OFD is only probed; `since`: the time at which it opened or closed, or at
     which the worker was made. `report`: of the last delivery that claimed something. `error`: why the worker cannot
-    deliver at present, and since when; an OFD that is down is no error. `maintenance_error`: why the last maintenance
-    has failed.
+    deliver now, and since when; an OFD that is down is no error. `maintenance_error`: why the last maintenance
+    failed.
     """
 
     since: float
@@ -57,18 +55,19 @@ class DeliveryWorker:
     Delivers what is due, in this thread (`run`) or in one of its own (`start`, or `with`).
 
     `send`, `outage` and `concurrency` are those of `deliver_pending`; up to `batch` receipts are claimed at a time for
-    each of the `concurrency` senders. A commit in this process wakes the worker at once. It notices receipts of other
-    processes within `poll_seconds`; looking for them locks nobody.
+    each of the `concurrency` senders. A commit through the same engine wakes the worker at once. It notices other
+    receipts within `poll_seconds`; looking for them takes no lock.
 
     The circuit opens after `circuit_breaker_threshold` failed attempts in a row, if they are an outage (see
     `deliver_pending`). Then one receipt is tried every `circuit_breaker_timeout` seconds. The first answer closes it.
-    The events `circuit_opened` and `circuit_closed` are logged once per outage of the buffer, by whichever worker.
+    The events `circuit_opened` and `circuit_closed` are logged once per outage, by the worker that notices it first.
 
-    Every day at the local time `maintenance_at`, or at the first look after it, one worker of the buffer prunes it and
-    writes a backup into the folder `backup_to`, which is checked; the last seven are kept. Delivery in that worker
-    waits. What fails is logged, shown in `status`, and tried again after an hour.
+    Every day at the local time `maintenance_at`, or as soon as a worker runs after that time, one worker of the buffer
+    prunes it and writes a backup into the folder `backup_to`, which is checked; the last seven are kept. Delivery in
+    that worker waits. What fails is logged, shown in `status`, and tried again after an hour.
 
-    `on_report` is called with each `DeliveryReport` that is not empty, for example a `BufferCollector`.
+    `on_report` is called with each `DeliveryReport` that is not empty, for example a `BufferCollector`. An error that
+    it raises is logged.
 
     >>> with DeliveryWorker(repository, lambda receipt: 1_772_366_400):
     ...     receipt_id = repository.insert_receipt({"pos_id": "till-1", "fiscal_doc": "{}"})
@@ -100,7 +99,6 @@ class DeliveryWorker:
         self._poll_seconds = poll_seconds
         self._maintenance = Maintenance(repository, maintenance_at, backup_to)
         self._on_report = on_report
-        self._is_noted_open: bool | None = None  # the circuit, in the events
         self._bell = Bell()
         self._is_stopping = False
         self._is_called = False
@@ -109,8 +107,15 @@ class DeliveryWorker:
 
     @property
     def status(self) -> WorkerStatus:
-        """The present state."""
-        return replace(self._status, is_running=self._running.locked(), maintenance_error=self._maintenance.error)
+        """The current state."""
+        streak = self._repository.streak
+        return replace(
+            self._status,
+            since=max(self._status.since, streak.changed_at),
+            is_running=self._running.locked(),
+            is_open=streak.is_open,
+            maintenance_error=self._maintenance.error,
+        )
 
     def run(self) -> None:
         """
@@ -121,31 +126,38 @@ class DeliveryWorker:
         thread, signals are left alone.
         """
         self._begin()
-        with _signals(self._request_stop):
-            self._work()
+        self._do(self._loop_until_signal)
 
     def start(self) -> None:
         """Work in a new thread until `stop` is called. The end of the program does not wait for it."""
         self._begin()
-        threading.Thread(target=self._work, name="kkt-buffer worker", daemon=True).start()
+        try:
+            threading.Thread(target=self._do, args=[self._loop], name="kkt-buffer worker", daemon=True).start()
+        except BaseException:
+            self._end()
+            raise
 
     def stop(self, timeout: float | None = None) -> bool:
         """
         Stop, and wait for the end, at most `timeout` seconds; returns whether the worker has ended.
 
-        That takes one `send` at most, or the present maintenance. Called by `send` or by a signal handler,
-        it does not wait.
+        That takes one `send` at most, or the current maintenance. Called in the worker's own thread, by `send` or by a
+        signal handler, it does not wait. From a signal handler of another thread pass `timeout=0`.
         """
         self._request_stop()
-        if _present.get() is self:
+        if own_bell.get() is self._bell:
             return False
         has_ended = self._running.acquire(timeout=-1 if timeout is None else timeout)
         if has_ended:
-            self._running.release()
+            self._end()
         return has_ended
 
     def wake(self) -> None:
-        """Look at once, for example because the line is up again: the circuit may be open, a pause is kept."""
+        """
+        Try now, for example when the connection is back.
+
+        Skips the wait of an open circuit, but not a `retry_after` of the OFD.
+        """
         self._is_called = True
         self._bell.ring()
 
@@ -160,8 +172,12 @@ class DeliveryWorker:
         """
         Do what is due now; returns the seconds until the next tick. For tests, and for a loop of your own.
 
-        Raises what `deliver_pending` raises.
+        Raises what `deliver_pending` raises, and `RuntimeError` if the worker is running.
         """
+        self._begin()
+        return self._do(self._tick)
+
+    def _tick(self) -> float:
         now = self._repository.now()
         is_called, self._is_called = self._is_called, False
         self._maintenance.run_if_due(now)
@@ -183,7 +199,10 @@ class DeliveryWorker:
             return self._poll_seconds
         self._status = replace(self._status, report=report)
         if self._on_report is not None:
-            self._on_report(report)
+            try:
+                self._on_report(report)
+            except Exception:
+                logger.exception("on_report failed; the outcomes are stored, and delivery goes on")
         return self._pause(self._repository.now())
 
     def _pause(self, now: float, *, is_called: bool = False) -> float:
@@ -199,50 +218,65 @@ class DeliveryWorker:
     def _note_circuit(self) -> None:
         """Log that the circuit was opened or closed, unless another worker of the buffer has done so."""
         streak = self._repository.streak
-        is_open = streak.is_open
-        if not is_open and (streak.outage is not None or streak.is_in_doubt):
+        outage = streak.outage  # once: another thread may end it
+        is_open = outage is not None and streak.is_open
+        if not (is_open or streak.has_answered):
             return  # too few failures to open it, and no answer to close it
-        if is_open == self._is_noted_open:
+        if is_open == self._is_logged_open():
             return
         with self._repository.transaction():
-            was_open = self._repository.get_buffer_status().circuit_opened_at is not None
-            if is_open and not was_open:
-                error = arguments.note("error", streak.outage)
-                self._repository.log_event(EventType.CIRCUIT_OPENED, metadata={"error": error})
-            elif was_open and not is_open:
+            if is_open == self._is_logged_open():  # another worker was faster
+                return
+            if is_open:
+                metadata = {"error": arguments.note("error", outage)}
+                self._repository.log_event(EventType.CIRCUIT_OPENED, metadata=metadata)
+            else:
                 self._repository.log_event(EventType.CIRCUIT_CLOSED)
-        self._is_noted_open = is_open
-        if is_open != self._status.is_open:
-            self._status = replace(self._status, is_open=is_open, since=self._repository.now())
-            logger.log(logging.WARNING if is_open else logging.INFO, "circuit %s", "opened" if is_open else "closed")
+        logger.log(logging.WARNING if is_open else logging.INFO, "circuit %s", "opened" if is_open else "closed")
+
+    def _is_logged_open(self) -> bool:
+        return self._repository.get_buffer_status().circuit_opened_at is not None
 
     # Start and end.
 
     def _begin(self) -> None:
         if not self._running.acquire(blocking=False):
             raise RuntimeError("this worker is running already")
-        self._is_stopping = False
 
     def _request_stop(self) -> None:
         self._is_stopping = True
         self._bell.ring()
 
-    def _work(self) -> None:
+    def _do(self, work: Callable[[], T]) -> T:
+        """Run `work` as this worker, which was begun, and end."""
+        token = own_bell.set(self._bell)
+        try:
+            return work()
+        finally:
+            own_bell.reset(token)
+            self._end()
+
+    def _end(self) -> None:
+        self._is_stopping = False  # only here: a stop that is requested while it begins is not forgotten
+        self._running.release()
+
+    def _loop(self) -> None:
         bells = backend_of(self._repository.engine).bells
-        token = _present.set(self)
         bells.add(self._bell)
         try:
             while not self._is_stopping:
                 self._bell.wait(self._guarded_tick())
         finally:
             bells.discard(self._bell)
-            _present.reset(token)
-            self._running.release()
+
+    def _loop_until_signal(self) -> None:
+        with _signals(self._request_stop):
+            self._loop()
 
     def _guarded_tick(self) -> float:
         """A tick; an error is logged once for as long as it lasts, and the next tick tries again."""
         try:
-            seconds = self.tick()
+            seconds = self._tick()
         except Exception as error:
             told = f"{type(error).__name__}: {error}"
             if told != self._status.error:
@@ -257,21 +291,27 @@ class DeliveryWorker:
 
 @contextmanager
 def _signals(request_stop: Callable[[], None]) -> Iterator[None]:
-    """In the main thread, make the first SIGTERM or SIGINT a request; the next one meets the handler of before."""
+    """
+    In the main thread: the first SIGTERM or SIGINT requests a stop and restores the earlier handlers, which get the
+    next signal.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
     # A handler that was not set by Python is None, and cannot be set again.
     before = {number: signal.getsignal(number) or signal.SIG_DFL for number in (signal.SIGTERM, signal.SIGINT)}
 
+    received: list[int] = []
+
     def restore() -> None:
         for number, handler in before.items():
             signal.signal(number, handler)
 
     def handle(number: int, _frame: object) -> None:
+        # Nothing else is safe here: the log may have been interrupted while it holds a lock.
         restore()
-        logger.info("%s: the worker stops", signal.Signals(number).name)
         request_stop()
+        received.append(number)
 
     try:
         for number in before:
@@ -279,3 +319,5 @@ def _signals(request_stop: Callable[[], None]) -> Iterator[None]:
         yield
     finally:
         restore()
+        for name in map(signal.Signals, received):
+            logger.info("%s: the worker has stopped", name.name)

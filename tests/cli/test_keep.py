@@ -87,9 +87,13 @@ class TestRotation:
         with file_engine.begin() as connection:
             connection.exec_driver_sql("PRAGMA ignore_check_constraints = ON")
             connection.exec_driver_sql("UPDATE receipts SET retry_count = -1 WHERE id = ?", (receipt.id,))
-        _, report = rotation.back_up(file_repository, tmp_path / "b", keep=1, now=lambda: NOON + DAY)
-        assert report.is_damaged
-        assert 2 == len(rotation.backups(tmp_path / "b"))
+        for days in (1, 2):
+            copy, report = rotation.back_up(
+                file_repository, tmp_path / "b", keep=1, now=lambda at=days: NOON + at * DAY
+            )
+            assert report.is_damaged
+            assert [old := rotation.backups(tmp_path / "b")[0]] == rotation.backups(tmp_path / "b")
+            assert {old, copy} == set((tmp_path / "b").iterdir())
 
 
 def break_pages(path, which, *, index=False, shorten=False):

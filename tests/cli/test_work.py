@@ -68,7 +68,7 @@ class TestWork:
         worker.send_signal(signal.SIGTERM)
         printed, told = worker.communicate(timeout=20)
         assert (0, "") == (worker.returncode, printed)
-        assert "INFO SIGTERM: the worker stops\n" in told
+        assert "INFO SIGTERM: the worker has stopped\n" in told
 
     @pytest.mark.parametrize(
         ("name", "told"),

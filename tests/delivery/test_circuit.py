@@ -190,12 +190,46 @@ class TestOpen:
         restarted.tick()
         assert ["circuit_opened", "circuit_closed"] == circuit_events(repository)
 
+<<<<<<< HEAD
+    @pytest.mark.parametrize("why", ["beaten", "stopped"])
+    def test_no_answer(self, repository, engine, clock, line, opened, why):
+        """A worker that has not used the line says nothing of the circuit."""
+
+        class Beaten(ReceiptRepository):
+            def claim_pending(self, *_, **__):
+                if why == "stopped":
+                    other.stop(0)
+                    return super().claim_pending()
+                return []
+
+        other = DeliveryWorker(Beaten(engine, now=clock), line)
+        other.tick()
+        assert ["circuit_opened"] == circuit_events(repository)
+        assert repository.get_buffer_status().circuit_opened_at is not None
+
+    def test_closed_by_another(self, repository, engine, clock, line, opened):
+        """If another worker has closed it and the OFD is down still, it is opened again on record."""
+        repository.log_event("circuit_closed")
+        work(opened, clock, TIMEOUT + 1)
+        assert ["circuit_opened", "circuit_closed", "circuit_opened"] == circuit_events(repository)
+
+    def test_shared(self, repository, clock, line, opened):
+        """The status of each worker of the repository shows it, and since when."""
+        other = DeliveryWorker(repository, line).status
+        assert other.is_open
+        clock.advance(TIMEOUT)
+        line.error = None
+        opened.tick()
+        assert not opened.status.is_open
+        assert clock() == opened.status.since
+=======
     def test_no_answer(self, repository, engine, clock, line, opened):
         """A receipt that fails is no answer: the next worker does not close it."""
         line.error = RuntimeError("500")
         restarted = DeliveryWorker(ReceiptRepository(engine, now=clock), line)
         restarted.tick()
         assert ["circuit_opened"] == circuit_events(repository)
+>>>>>>> worker
 
     def test_reason(self, repository, opened):
         """The event says why."""

@@ -8,6 +8,7 @@ from delivery.ofd import Ofd
 from sqlalchemy import text
 
 from kkt_buffer import (
+    BufferBusyError,
     DeliveryRejected,
     DeliveryUnavailable,
     InvalidConfigError,
@@ -365,3 +366,16 @@ def test_two_workers(file_engine, file_repository, clock):
 
     together(4, work)
     assert sorted(made) == sorted(received)
+
+
+def test_start_not_logged(repository):
+    """If the start cannot be logged, what was claimed is handed back."""
+    a_receipt(repository)
+
+    def log_event(*_, **__):
+        raise BufferBusyError("busy")
+
+    repository.log_event = log_event
+    with pytest.raises(BufferBusyError):
+        deliver_pending(repository, Ofd())
+    assert (1, 0) == (repository.get_buffer_status().pending, repository.get_buffer_status().syncing)

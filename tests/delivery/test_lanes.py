@@ -143,6 +143,60 @@ class TestEnd:
         assert 0 == status.syncing
         assert 9 <= status.pending
 
+    def test_no_thread(self, repository, monkeypatch):
+        """If a sender cannot be started, no further receipt is, and the rest is due at once."""
+        sold(repository, "abc" * 5)
+        start = threading.Thread.start
+        started = []
+
+        def refuse_second(thread):
+            if started:
+                gate.set()
+                raise RuntimeError("can't start new thread")
+            started.append(thread)
+            start(thread)
+
+        def send(receipt):
+            gate.wait(10)
+            time.sleep(0.05)
+            return NOON
+
+        gate = threading.Event()
+        monkeypatch.setattr(threading.Thread, "start", refuse_second)
+        with pytest.raises(RuntimeError, match="new thread"):
+            deliver_pending(repository, send, concurrency=3)
+        status = repository.get_buffer_status()
+        assert (1, 14, 0) == (status.synced, status.pending, status.syncing)
+
+    def test_interrupted_at_its_end(self, repository, monkeypatch):
+        """An interrupt while the others are waited for stops them: nothing is started that was handed back."""
+        sold(repository, "aabb")
+        here = threading.current_thread()
+        both, gate = threading.Barrier(2), threading.Event()
+        sent, lanes = [], set()
+
+        def join(thread, timeout=None):
+            monkeypatch.undo()
+            raise KeyboardInterrupt
+
+        def send(receipt):
+            sent.append(receipt.id)
+            if len(sent) <= 2:
+                both.wait(10)
+            if threading.current_thread() is not here:
+                lanes.add(threading.current_thread())
+                gate.wait(10)
+            return NOON
+
+        monkeypatch.setattr(threading.Thread, "join", join)
+        with pytest.raises(KeyboardInterrupt):
+            deliver_pending(repository, send, concurrency=2)
+        gate.set()
+        for lane in lanes:
+            lane.join()
+        assert 3 == len(sent)  # two of this thread's till, and the one that was in flight
+        assert 0 == repository.get_buffer_status().syncing
+
     def test_buffer_fails(self, repository):
         """An error of the buffer in this thread is raised once the others have recorded what they were sending."""
         [a, b] = sold(repository, "ab")

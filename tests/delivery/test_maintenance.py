@@ -44,19 +44,27 @@ def history(repository):
 class TestTime:
     def test_once_a_day(self, repository, clock, folder):
         """At that local time, once; and at the same time on the next day."""
+        repository.log_event("maintenance_completed")  # that of yesterday, late
         worker = a_worker(repository, folder)
         clock.advance(HOUR - 1)
         worker.tick()
         assert not folder.exists()
-        for seconds, expected in ((1, 1), (60, 1), (2 * HOUR, 1), (DAY - 2 * HOUR - 61, 1), (1, 2)):
+        clock.advance(1)
+        for seconds, expected in ((HOUR, 1), (60, 1), (2 * HOUR, 1), (DAY - 3 * HOUR - 61, 1), (HOUR, 2)):
             clock.advance(seconds)
             worker.tick()
             assert expected == len(backups(folder))
-        assert ["maintenance_started", "maintenance_completed"] * 2 == history(repository)
+        assert ["maintenance_completed", *["maintenance_started", "maintenance_completed"] * 2] == history(repository)
         clock.advance(2 * HOUR)
         with commits(repository.engine) as seen:
             worker.tick()
         assert [] == seen
+
+    def test_off_at_that_time(self, repository, clock, folder):
+        """If no worker ran at that time, it is done by the next one, also when that is on the next day."""
+        a_worker(repository, folder).tick()  # an hour before that time
+        a_worker(repository, folder).tick()
+        assert 1 == len(backups(folder))
 
     def test_later(self, repository, clock, folder):
         """A worker that is started after that time does it at once, unless it was done today."""
@@ -151,7 +159,7 @@ class TestFailure:
         assert 1 == len(backups(folder))
 
     def test_damaged(self, repository, path, clock, folder):
-        """A damaged copy is told, and no older one is deleted."""
+        """A damaged copy is told, and no older one is deleted. Of the damaged ones, the last stays."""
         receipt = a_receipt(repository, "failed")
         with another_program(path) as other:
             other.execute("PRAGMA ignore_check_constraints = ON")
@@ -162,7 +170,20 @@ class TestFailure:
             worker.tick()
             clock.advance(DAY)
         assert "no older backup" in worker.status.maintenance_error.lower()
-        assert 8 == len(backups(folder))
+        assert [folder / "buffer-damaged.db"] == list(folder.iterdir())
+
+    def test_another_succeeds(self, repository, clock, folder):
+        """When another worker has done it, the failure is over."""
+        folder.write_text("not a folder")
+        clock.advance(HOUR)
+        worker = a_worker(repository, folder)
+        worker.tick()
+        assert worker.status.maintenance_error is not None
+        folder.unlink()
+        clock.advance(HOUR)
+        a_worker(repository, folder).tick()
+        worker.tick()
+        assert worker.status.maintenance_error is None
 
 
 def test_log(repository, clock, folder, caplog):

@@ -31,6 +31,19 @@ def attempts(repository, receipt_ids):
     return [repository.get_receipt_by_id(receipt_id).retry_count for receipt_id in receipt_ids]
 
 
+class TestPause:
+    def test_longer(self):
+        """Of two senders that were told to wait, the longer wait counts, whichever comes last."""
+        clock = Clock()
+        streak = Streak(clock)
+        for error, seconds in (("a", 60), ("b", 600), ("c", 30)):
+            streak.unavailable("1", error, THRESHOLD, seconds)
+        clock.advance(599)
+        assert "b" == streak.pause
+        clock.advance(1)
+        assert streak.pause is None
+
+
 class TestOutage:
     def test_threshold(self, repository):
         """At `circuit_breaker_threshold` it is an outage: what was tried waits, uncounted; the rest is released."""

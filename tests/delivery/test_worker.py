@@ -239,21 +239,74 @@ class TestThread:
         repository.insert_receipts(new_receipt() for _ in range(4))
         seen = []
 
-        def observe(report):
+        def get_config(key):
             seen.append(worker.status.error)
             if len(seen) <= 2:
-                raise OSError("the disk of the log is full")
+                raise OSError("the disk is full")
             if len(seen) == 4:
                 worker.stop()
+            return original(key)
 
-        worker = DeliveryWorker(repository, Ofd(), batch=1, poll_seconds=0.01, on_report=observe)
+        original, repository.get_config = repository.get_config, get_config
+        worker = DeliveryWorker(repository, Ofd(ValueError("500")), batch=1, poll_seconds=0.01)
         caplog.set_level("INFO", logger="kkt_buffer.worker")
         worker.run()
-        error = "OSError: the disk of the log is full"
+        error = "OSError: the disk is full"
         assert [None, error, error, None] == seen
         told = [record.message for record in caplog.records if record.name == "kkt_buffer.worker"]
         assert [
             "the worker cannot deliver; the receipts are safe, and it tries again",
             "the worker delivers again",
         ] == told
-        assert repository.get_buffer_status().synced == 4
+
+    def test_observer_fails(self, repository, caplog):
+        """An error of `on_report` is told as such, and is no error of the delivery."""
+        repository.insert_receipt(new_receipt())
+
+        def observe(report):
+            raise OSError("the disk of the log is full")
+
+        worker = DeliveryWorker(repository, Ofd(), on_report=observe)
+        assert 0 == worker.tick()
+        assert worker.status.error is None
+        assert ["on_report failed; the outcomes are stored, and delivery goes on"] == [
+            record.message for record in caplog.records if record.name == "kkt_buffer.worker"
+        ]
+
+    def test_thread_fails(self, repository, monkeypatch):
+        """If its thread cannot be started, it is not running: `stop` does not wait."""
+
+        def refuse(thread):
+            raise RuntimeError("can't start new thread")
+
+        monkeypatch.setattr(threading.Thread, "start", refuse)
+        worker = DeliveryWorker(repository, Ofd())
+        with pytest.raises(RuntimeError, match="new thread"):
+            worker.start()
+        assert worker.stop(timeout=1)
+
+    def test_tick_after_stop(self, repository):
+        """A `tick` after `stop` delivers."""
+        repository.insert_receipt(new_receipt())
+        worker = DeliveryWorker(repository, Ofd())
+        worker.stop()
+        worker.tick()
+        assert 1 == repository.get_buffer_status().synced
+
+    def test_own_commits(self, repository):
+        """The worker's own commits do not wake it."""
+        repository.insert_receipt(new_receipt())
+        repository.claim_pending()
+        asked = []
+
+        class Late(ReceiptRepository):
+            def next_due_at(self):
+                asked.append(1)
+                return 0
+
+        worker = DeliveryWorker(Late(repository.engine), Ofd(), poll_seconds=3600)
+        timer = threading.Timer(0.3, worker.stop)
+        timer.start()
+        worker.run()
+        timer.join()
+        assert [1] == asked

@@ -117,6 +117,21 @@ class TestSignals:
         timer.join()
         assert before == [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
 
+    def test_log(self, repository, caplog):
+        """The handler logs nothing, as it may have interrupted the log; what stopped the worker is told at its end."""
+        caplog.set_level("INFO", logger="kkt_buffer.worker")
+        repository.insert_receipt(new_receipt())
+        told = []
+
+        def send(receipt):
+            os.kill(os.getpid(), signal.SIGTERM)
+            told.extend(caplog.messages)
+            return 5
+
+        DeliveryWorker(repository, send).run()
+        assert [] == [message for message in told if "SIGTERM" in message]
+        assert "SIGTERM: the worker has stopped" in caplog.messages
+
 
 class TestProcesses:
     def test_woken(self, repository, start):
