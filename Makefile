@@ -12,7 +12,7 @@ PEERS := .peers-installed
 help: ## say what there is
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
-run: $(VENV)/$(READY) ## a shift at the till on a real buffer: receipts, a SIGKILL, delivery, the status
+run: $(VENV)/$(READY) ## a day of two tills on a real buffer: receipts, kills, an outage, delivery, the status
 	@$(BIN)/python -m kkt_buffer demo
 
 test: $(VENV)/$(READY) ## all tests, with coverage

@@ -113,7 +113,7 @@ class TestCollector:
         ofd.offline = False
         collector(deliver_pending(repository, ofd))
         collector(DeliveryReport({"x": Outcome.SYNCED}))
-        collector(Outcome.SYNCED)
+        collector(DeliveryReport({"y": Outcome.SYNCED}))
         found = values(scrape())
         counts = {str(outcome): found[f"{COUNTER}_total", str(outcome)] for outcome in Outcome}
         assert {"synced": 4, "dead_lettered": 1, "released": 3, "retry": 0, "lease_lost": 0} == counts

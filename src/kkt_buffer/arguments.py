@@ -18,7 +18,7 @@ from kkt_buffer.documents import digest_of
 from kkt_buffer.models import FACT_PREFIX, Receipt, ReceiptStatus
 
 MAX_INTEGER = 2**63 - 1  # the greatest value of an INTEGER column
-MAX_NOTE_LENGTH = 2000  # characters of an error, a reason or a name; the rest is cut
+MAX_NOTE_LENGTH = 2000  # characters of an error, a reason or a name: a longer name is refused, a longer note is cut
 MAX_QUOTE_LENGTH = 60  # characters of a wrong value that an error repeats
 MAX_DOCUMENT_LENGTH = 64 * 1024 * 1024  # characters; the largest real documents have some 24,000
 NO_MESSAGE = "(no message)"  # stored for an empty error text
@@ -214,8 +214,7 @@ def document(value: object) -> str:
                 "fiscal_doc: expected JSON, but it begins with a byte order mark (BOM), which JSON does not have; "
                 "remove it: a document is stored byte for byte"
             )
-        if len(text) > MAX_DOCUMENT_LENGTH:
-            raise ValueError(f"fiscal_doc: at most {MAX_DOCUMENT_LENGTH} characters, got {len(text)}")
+        _refuse_long_document(text)
         decoded = _decoded(text)
         if not isinstance(decoded, dict):
             raise ValueError(  # noqa: TRY004 (the argument is a text, as it should be)
@@ -226,8 +225,7 @@ def document(value: object) -> str:
     elif isinstance(value, Mapping):
         text = _encoded(value)
         _refuse_other_keys(value)
-        if len(text) > MAX_DOCUMENT_LENGTH:
-            raise ValueError(f"fiscal_doc: at most {MAX_DOCUMENT_LENGTH} characters, got {len(text)}")
+        _refuse_long_document(text)
     else:
         raise TypeError(f"fiscal_doc: expected JSON text, its UTF-8 bytes or a mapping, got {_kind(value)}")
     return _storable("fiscal_doc", text)
@@ -254,6 +252,11 @@ def details(value: object) -> dict[str, Any] | None:
     text = _encoded(value, field="metadata")
     decoded: dict[str, Any] = json.loads(_storable("metadata", text))
     return decoded
+
+
+def _refuse_long_document(text: str) -> None:
+    if len(text) > MAX_DOCUMENT_LENGTH:
+        raise ValueError(f"fiscal_doc: at most {MAX_DOCUMENT_LENGTH} characters, got {len(text)}")
 
 
 def _text_of(raw: bytes | bytearray | memoryview) -> str:

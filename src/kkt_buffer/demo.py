@@ -33,11 +33,11 @@ TILLS = ("demo-till-1", "demo-till-2")
 SALES = 20  # of each till
 KILL_TILL_AFTER = 8
 KILL_WORKER_AFTER = 15  # in the middle of its second batch
-POISONOUS = 15  # the number of the sale that the OFD rejects
+REJECTED_SALE = 15  # the number of the sale that the OFD rejects
 UNKNOWN_TAX = 99
 SETTINGS = {"lease_seconds": 2, "circuit_breaker_threshold": 2, "circuit_breaker_timeout": 1}
 SECONDS_TO_ANSWER = 0.02
-PATIENCE_SECONDS = 60.0
+TIMEOUT_SECONDS = 60.0
 
 GOODS = (("Хлеб «Дарницкий» 700 г", 6490), ('Сыр "Российский" 45%', 79900), ("Вода пит. негаз. 0,5Л", 4500))
 
@@ -46,7 +46,7 @@ Say = Callable[[str], None]
 
 def plain_receipt(number: int) -> dict[str, Any]:
     """A plausible ФФД 1.2 document that is not printed yet; money is whole kopecks."""
-    tax = UNKNOWN_TAX if number == POISONOUS else 2
+    tax = UNKNOWN_TAX if number == REJECTED_SALE else 2
     items = [
         {"name": name, "price": price, "quantity": 1, "sum": price, "nds": tax, "paymentType": 4, "productType": 1}
         for name, price in GOODS[: 1 + number % len(GOODS)]
@@ -297,10 +297,10 @@ class _Day:
                 raise RuntimeError(f"a process of the demo has failed, with status {process.exitcode}")
 
     def _await(self, what: str, is_there: Callable[[], bool]) -> None:
-        deadline = time.monotonic() + PATIENCE_SECONDS
+        deadline = time.monotonic() + TIMEOUT_SECONDS
         while not is_there():
             if time.monotonic() > deadline:
-                raise RuntimeError(f"the demo has waited {PATIENCE_SECONDS:g} s for {what}")
+                raise RuntimeError(f"the demo has waited {TIMEOUT_SECONDS:g} s for {what}")
             time.sleep(0.02)
 
 

@@ -93,7 +93,7 @@ class AcknowledgedReceiptError(ReceiptBufferError):
 
 
 class LeaseLostError(ReceiptBufferError):
-    """The lease token is not the present one; nothing was changed."""
+    """The lease token is not the current one; nothing was changed."""
 
     def __init__(self, receipt_id: str, status: str) -> None:
         super().__init__(

@@ -72,7 +72,7 @@ FIGURES = (
 
 
 def figures(repository: ReceiptRepository, now: Callable[[], float] = time.time) -> Iterator[tuple[Figure, float]]:
-    """The present values. One read transaction, which locks nobody."""
+    """The current values, from one read transaction. Takes no lock."""
     moment = Moment(repository.get_buffer_status(), now())
     for figure in FIGURES:
         value = figure.value(moment)
@@ -81,7 +81,7 @@ def figures(repository: ReceiptRepository, now: Callable[[], float] = time.time)
 
 
 def as_text(repository: ReceiptRepository, now: Callable[[], float] = time.time) -> str:
-    """The present values in the text format of Prometheus, for its textfile collector."""
+    """The current values in the text format of Prometheus, for its textfile collector."""
     return "".join(
         f"# HELP {figure.name} {figure.help}\n# TYPE {figure.name} gauge\n{figure.name} {float(value)!r}\n"
         for figure, value in figures(repository, now)
@@ -113,9 +113,9 @@ class BufferCollector:
         self._now = now
         self._outcomes = Counter[Outcome]()
 
-    def __call__(self, delivered: DeliveryReport | Outcome) -> None:
-        """Count the outcomes of a report, or one outcome."""
-        self._outcomes.update(delivered.outcomes.values() if isinstance(delivered, DeliveryReport) else [delivered])
+    def __call__(self, report: DeliveryReport) -> None:
+        """Count the outcomes of a report."""
+        self._outcomes.update(report.outcomes.values())
 
     def describe(self) -> Iterator["Metric"]:
         """The metrics without values: registering does not read the buffer."""
@@ -124,7 +124,7 @@ class BufferCollector:
         yield self._core.CounterMetricFamily(COUNTER, COUNTER_HELP, labels=["outcome"])
 
     def collect(self) -> Iterator["Metric"]:
-        """The metrics with their present values."""
+        """The metrics with their current values."""
         for figure, value in figures(self._repository, self._now):
             yield self._core.GaugeMetricFamily(figure.name, figure.help, value=value)
         deliveries = self._core.CounterMetricFamily(COUNTER, COUNTER_HELP, labels=["outcome"])

@@ -33,7 +33,7 @@ logger = logging.getLogger(__name__)
 RELEASE_KEY = "release"  # key in `config`: the release that last migrated the database
 
 # Another process may be upgrading the same file, and a large one takes minutes.
-LOCK_TIMEOUT_SECONDS = 300
+UPGRADE_TIMEOUT_SECONDS = 300
 
 _PACKAGE = Path(__file__).parent
 # In a wheel the scripts are inside the package; in a checkout they are in the top folder.
@@ -70,7 +70,7 @@ def _upgrade(engine: Engine) -> bool:
     from alembic.util import CommandError  # noqa: PLC0415
 
     config = alembic_config(engine)
-    deadline = time.monotonic() + LOCK_TIMEOUT_SECONDS
+    deadline = time.monotonic() + UPGRADE_TIMEOUT_SECONDS
     while True:
         try:
             command.upgrade(config, "head")

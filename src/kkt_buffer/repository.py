@@ -140,7 +140,7 @@ class ReceiptRepository:
             with self._writing() as tx:
                 return receipts.insert_together(tx, new)
         except NotTogetherError:
-            # Only now is it worth asking which one was refused, and why.
+            # Only now check the receipts one by one, to name the refused one.
             with self._writing() as tx:
                 return receipts.insert_unknown(tx, new)
 
@@ -326,7 +326,7 @@ class ReceiptRepository:
         """
         Extend the lease to `lease_seconds` from now; returns the new expiry (Unix seconds).
 
-        Raises `LeaseLostError` if the token is not the present one, `ReceiptNotFoundError`.
+        Raises `LeaseLostError` if the token is not the current one, `ReceiptNotFoundError`.
 
         >>> receipt_id = repository.insert_receipt({"pos_id": "till-1", "fiscal_doc": "{}"})
         >>> [receipt] = repository.claim_pending()
@@ -358,10 +358,10 @@ class ReceiptRepository:
         """
         Hand a leased receipt back: it is due at once, and no attempt is counted.
 
-        Give `wait_seconds` for a receipt that was tried in vain: it is due again after that time, at most
+        Give `wait_seconds` for a receipt whose attempt failed: it is due again after that time, at most
         `retry_backoff_max`, less a random part of up to a half.
 
-        Raises `LeaseLostError` if the token is not the present one, `ReceiptNotFoundError`.
+        Raises `LeaseLostError` if the token is not the current one, `ReceiptNotFoundError`.
 
         >>> receipt_id = repository.insert_receipt({"pos_id": "till-1", "fiscal_doc": "{}"})
         >>> [receipt] = repository.claim_pending()
@@ -380,7 +380,7 @@ class ReceiptRepository:
         of up to a half is subtracted, so that tills do not retry at the same time. `error` (which may be empty) is
         stored, cut to 2,000 characters. Returns the new status, pending or failed.
 
-        Raises `LeaseLostError` if the token is not the present one (nothing is counted then), `ReceiptNotFoundError`.
+        Raises `LeaseLostError` if the token is not the current one (nothing is counted then), `ReceiptNotFoundError`.
 
         >>> receipt_id = repository.insert_receipt({"pos_id": "till-1", "fiscal_doc": "{}"})
         >>> [receipt] = repository.claim_pending()
@@ -395,7 +395,7 @@ class ReceiptRepository:
         """
         The moment from which `claim_pending` finds a receipt (Unix seconds; in the past or now: at once), or None.
 
-        It is the next attempt that is due, or the next lease that expires. Locks nobody.
+        It is the next attempt that is due, or the next lease that expires. Takes no lock.
 
         >>> repository.next_due_at() is None
         True

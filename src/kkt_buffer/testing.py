@@ -42,7 +42,7 @@ class Clock:
     seconds: float = NOON
 
     def __call__(self) -> float:
-        """The present time."""
+        """The current time."""
         return self.seconds
 
     def advance(self, seconds: float) -> None:

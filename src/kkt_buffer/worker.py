@@ -189,8 +189,6 @@ class DeliveryWorker:
     def _pause(self, now: float, *, is_called: bool = False) -> float:
         """For how many seconds, up to the next tick, the OFD should be left alone."""
         streak = self._repository.streak
-        if streak.pause:
-            return self._poll_seconds
         if streak.outage is None or is_called:
             return 0
         timeout = self._repository.get_config("circuit_breaker_timeout") if streak.is_open else self._poll_seconds

@@ -5,7 +5,7 @@ import subprocess
 import sys
 
 import pytest
-from builders import a_receipt, another_program, everything
+from builders import another_program, everything
 
 import kkt_buffer
 from kkt_buffer import create_buffer_engine, demo
@@ -163,20 +163,10 @@ class TestErrors:
         assert "this buffer holds 4 receipts that are not the demo's" in refused("demo", used)
         assert before == everything(used)
 
-    def test_no_room(self, file_engine, file_repository, path, refused):
-        """A buffer without room for a shift is told of at once, and stays as it is."""
-        file_repository.set_config("buffer_capacity", demo.RECEIPTS_PER_SHIFT)
-        a_receipt(file_repository, pos_id=demo.TILL)
-        file_engine.dispose()
-        before = everything(path)
-        expected = "error: Buffer full: 1 of 60 receipts are waiting for delivery, so 60 more cannot be taken."
-        assert refused("demo", path).startswith(expected)
-        assert before == everything(path)
-
     def test_broken_demo(self, path, monkeypatch, refused):
         """A demo that does not prove what it should is an error like any other."""
 
-        def broken(path):
+        def broken(path, operate):
             raise RuntimeError("1 acknowledged receipts are not in the buffer: ['lost']")
 
         monkeypatch.setattr(demo, "run", broken)
@@ -194,7 +184,7 @@ class TestErrors:
     def test_interrupted(self, path, monkeypatch, capsys):
         """Control-C is no error of ours; the exit status is the one that shells give it."""
 
-        def interrupt(path):
+        def interrupt(path, operate):
             raise KeyboardInterrupt
 
         monkeypatch.setattr(demo, "run", interrupt)

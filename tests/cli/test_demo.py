@@ -129,7 +129,7 @@ class TestDay:
 
     def test_impatient(self, path, said, operate, monkeypatch):
         """What does not happen is told, and all processes are ended."""
-        monkeypatch.setattr(demo, "PATIENCE_SECONDS", 0.0)
+        monkeypatch.setattr(demo, "TIMEOUT_SECONDS", 0.0)
         with pytest.raises(RuntimeError, match="^the demo has waited 0 s for sales$"):
             demo.run(str(path), operate, said.append)
         assert [] == multiprocessing.active_children()

@@ -6,6 +6,7 @@ import sys
 
 import pytest
 from builders import NOON, STATUSES, a_receipt, another_program, everything, new_receipt, run_python
+from damage import damage
 
 from kkt_buffer import ReceiptRepository, create_buffer_engine, rotation
 
@@ -93,8 +94,12 @@ class TestRotation:
         assert 2 == len(rotation.backups(tmp_path / "b"))
 
 
-def break_pages(path, which, *, index=False):
-    """Overwrite those leaf pages of the table of receipts that `which` picks; and the index on the ids, if asked to."""
+def break_pages(path, which, *, index=False, shorten=False):
+    """
+    Overwrite those leaf pages of the table of receipts that `which` picks; and the index on the ids, if asked to.
+
+    With `shorten`, the pages lose their last row, which SQLite does not notice.
+    """
     with another_program(path) as db:
         db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
         roots = dict(db.execute("SELECT name, rootpage FROM sqlite_master WHERE tbl_name = 'receipts'"))
@@ -105,7 +110,11 @@ def break_pages(path, which, *, index=False):
     cells = [int.from_bytes(page[12 + 2 * n : 14 + 2 * n]) for n in range(int.from_bytes(page[3:5]))]
     leaves = [int.from_bytes(page[cell : cell + 4]) for cell in cells] + [int.from_bytes(page[8:12])]
     for number in (*which(leaves), *([roots["sqlite_autoindex_receipts_1"]] if index else [])):
-        content[(number - 1) * PAGE : number * PAGE] = b"\xa5" * PAGE
+        start = (number - 1) * PAGE
+        if shorten:
+            content[start + 4] -= 1  # how many rows the page has
+        else:
+            content[start : start + PAGE] = b"\xa5" * PAGE
     path.write_bytes(content)
 
 
@@ -154,13 +163,35 @@ class TestExport:
         assert [receipt_id for receipt_id in many if receipt_id in saved] == saved
 
     def test_last_page(self, many, path, run):
-        """Also where the number of the last row cannot be read any more."""
+        """Also where the number of the last row cannot be read any more: the index on the ids is whole."""
         break_pages(path, lambda leaves: leaves[10:])
         ended = run("export", path)
         saved = [row["id"] for row in lines_of(ended.out)]
         assert many[: len(saved)] == saved
         assert 50 < len(saved) < 250
-        assert set(many) == {*saved, *(line.split()[2] for line in ended.err.splitlines() if "could not" in line)}
+        assert [f"error: receipt {lost} could not be read" for lost in many if lost not in saved] == sorted(
+            ended.err.splitlines(), key=lambda line: many.index(line.split()[2])
+        )
+
+    def test_vanished(self, many, path, run):
+        """A row that is missing without an error of SQLite is named too."""
+        break_pages(path, lambda leaves: (leaves[3],), shorten=True)
+        ended = run("export", path)
+        saved = [row["id"] for row in lines_of(ended.out)]
+        [lost] = set(many) - set(saved)
+        assert f"error: receipt {lost} could not be read\n" == ended.err
+
+    @pytest.mark.parametrize("number", [2**60, 2**63 - 1, -(2**63)])
+    @pytest.mark.parametrize("index", [False, True])
+    def test_absurd_number(self, many, path, run, number, index):
+        """A row whose number was damaged does not make the reading go on for ever."""
+        damage(path, f"UPDATE receipts SET rowid = {number} WHERE id = '{many[7]}'")
+        break_pages(path, lambda leaves: leaves[3:5], index=index)
+        ended = run("export", path)
+        saved = [row["id"] for row in lines_of(ended.out)]
+        assert 280 < len(saved) < 300
+        assert index is ("more receipts may be lost" in ended.err)
+        assert index or set(many) == {*saved, *(line.split()[2] for line in ended.err.splitlines())}
 
     def test_index_too(self, many, path, run):
         """Where nothing tells how many rows there were, it is read on until nothing comes any more."""
@@ -169,6 +200,11 @@ class TestExport:
         saved = [row["id"] for row in lines_of(ended.out)]
         assert 280 < len(saved) < 300
         assert ["error: more receipts may be lost: the index with their ids is damaged too"] == ended.err.splitlines()
+
+    def test_index_alone(self, many, path, done):
+        """Where the index alone is damaged, nothing is lost, and nothing is said to be."""
+        break_pages(path, lambda _: (), index=True)
+        assert many == [row["id"] for row in lines_of(done("export", path))]
 
     def test_cut(self, many, path, run):
         """Of a file that was cut, what is left of it; and it is told that nobody knows what else there was."""

@@ -190,6 +190,13 @@ class TestOpen:
         restarted.tick()
         assert ["circuit_opened", "circuit_closed"] == circuit_events(repository)
 
+    def test_no_answer(self, repository, engine, clock, line, opened):
+        """A receipt that fails is no answer: the next worker does not close it."""
+        line.error = RuntimeError("500")
+        restarted = DeliveryWorker(ReceiptRepository(engine, now=clock), line)
+        restarted.tick()
+        assert ["circuit_opened"] == circuit_events(repository)
+
     def test_reason(self, repository, opened):
         """The event says why."""
         [event] = repository.get_events(event_type="circuit_opened")

@@ -3,7 +3,7 @@
 import datetime as dt
 
 import pytest
-from builders import NOON, a_receipt, another_program
+from builders import NOON, a_receipt, another_program, commits
 
 from kkt_buffer import DeliveryWorker, ReceiptRepository, create_buffer_engine
 from kkt_buffer.rotation import backups
@@ -53,6 +53,10 @@ class TestTime:
             worker.tick()
             assert expected == len(backups(folder))
         assert ["maintenance_started", "maintenance_completed"] * 2 == history(repository)
+        clock.advance(2 * HOUR)
+        with commits(repository.engine) as seen:
+            worker.tick()
+        assert [] == seen
 
     def test_later(self, repository, clock, folder):
         """A worker that is started after that time does it at once, unless it was done today."""
@@ -101,6 +105,9 @@ class TestWorkers:
         worker = a_worker(repository, folder)
         worker.tick()
         assert not folder.exists()
+        with commits(repository.engine) as seen:
+            worker.tick()
+        assert [] == seen
         clock.advance(HOUR)
         worker.tick()
         assert 1 == len(backups(folder))

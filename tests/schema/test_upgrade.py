@@ -187,7 +187,7 @@ class TestLocked:
 
     def test_gives_up(self, locked, monkeypatch):
         engine, _ = locked
-        monkeypatch.setattr(migrate, "LOCK_TIMEOUT_SECONDS", 0)
+        monkeypatch.setattr(migrate, "UPGRADE_TIMEOUT_SECONDS", 0)
         with pytest.raises(BufferBusyError, match="kept"):
             upgrade(engine)
 

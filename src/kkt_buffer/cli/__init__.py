@@ -11,7 +11,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from kkt_buffer.cli import act, events, keep, look, monitor, play
+from kkt_buffer.cli import act, events, keep, look, monitor, run
 from kkt_buffer.cli.target import Parser
 from kkt_buffer.errors import ReceiptBufferError
 from kkt_buffer.migrate import release
@@ -20,8 +20,8 @@ _EPILOG = """\
 Every command takes --db PATH. Without it, the buffer is $BUFFER_DB_PATH, else data/buffer.db.
 `kkt-buffer COMMAND --help` explains a command.
 
-exit status: 0 success; 1 error, receipt not found, or damage; 2 wrong usage; 3 verify found something that differs
-but nothing to restore; 130 Control-C. `check` has its own: 0 OK, 1 WARNING, 2 CRITICAL, 3 UNKNOWN."""
+exit status: 0 success; 1 error, receipt not found, or damage; 2 wrong usage; 3 verify found a
+difference, but no need to restore; 130 Control-C. `check` has its own: 0 OK, 1 WARNING, 2 CRITICAL, 3 UNKNOWN."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -55,6 +55,6 @@ def _parser() -> Parser:
     parser.add_argument("--version", action="version", version=f"%(prog)s {release()}")
     parser.add_argument("--db", metavar="PATH", help=argparse.SUPPRESS)  # a command's own is in its help
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for kind in (look, events, act, keep, monitor, play):
+    for kind in (look, events, act, keep, monitor, run):
         kind.add(commands)
     return parser

@@ -4,8 +4,7 @@ import argparse
 import contextlib
 import getpass
 import sys
-from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from kkt_buffer.cli import text
 from kkt_buffer.cli.look import matching
@@ -17,7 +16,12 @@ from kkt_buffer.repository import ReceiptRepository
 if TYPE_CHECKING:
     from kkt_buffer.cli.target import Commands
 
-Decide = Callable[[ReceiptRepository, str, str, str], None]
+
+class Decide(Protocol):
+    """An operation by which a person decides about one receipt."""
+
+    def __call__(self, repository: ReceiptRepository, receipt_id: str, /, *, actor: str, reason: str) -> object:
+        """Decide it."""
 
 
 def add(commands: "Commands") -> None:
@@ -27,7 +31,7 @@ def add(commands: "Commands") -> None:
         "requeue",
         _requeue,
         "send dead letters again\n\n"
-        "Use it when the cause is mended. Each receipt is pending again; it keeps its place in the order, and its\n"
+        "Use it after the cause is fixed. Each receipt is pending again; it keeps its place in the order, and its\n"
         "deadline. If the buffer has no room for all of them, the rest stay dead letters.",
         path=False,
     )
@@ -80,22 +84,15 @@ def _login() -> str | None:
 def _requeue(arguments: argparse.Namespace) -> int:
     if bool(arguments.ids) is bool(arguments.all or arguments.error is not None):
         arguments.parser.error("name either the ids of receipts, or --all, or --error TEXT")
-
-    def requeue(repository: ReceiptRepository, receipt_id: str, actor: str, reason: str) -> None:
-        repository.requeue(receipt_id, actor=actor, reason=reason)
-
-    return _decide(arguments, "requeue", "requeued", requeue)
+    return _decide(arguments, "requeue", "requeued", ReceiptRepository.requeue)
 
 
 def _resolve(arguments: argparse.Namespace) -> int:
-    def resolve(repository: ReceiptRepository, receipt_id: str, actor: str, reason: str) -> None:
-        repository.resolve(receipt_id, actor=actor, reason=reason)
-
-    return _decide(arguments, "resolve", "resolved", resolve)
+    return _decide(arguments, "resolve", "resolved", ReceiptRepository.resolve)
 
 
 def _discard(arguments: argparse.Namespace) -> int:
-    def discard(repository: ReceiptRepository, receipt_id: str, actor: str, reason: str) -> None:
+    def discard(repository: ReceiptRepository, receipt_id: str, *, actor: str, reason: str) -> None:
         try:
             repository.discard_held(receipt_id, actor=actor, reason=reason)
         except InvalidTransitionError as error:
@@ -121,7 +118,7 @@ def _decide(arguments: argparse.Namespace, verb: str, done: str, decide: Decide)
         count = 0
         for receipt_id in ids:
             try:
-                decide(repository, receipt_id, arguments.actor, arguments.reason)
+                decide(repository, receipt_id, actor=arguments.actor, reason=arguments.reason)
                 count += 1
             except BufferFullError as error:
                 print(f"error: {error}", file=sys.stderr)
@@ -135,7 +132,7 @@ def _decide(arguments: argparse.Namespace, verb: str, done: str, decide: Decide)
 def _ask(question: str) -> None:
     """Raise unless a person says yes."""
     if not sys.stdin.isatty():
-        raise ValueError(f"{question} Nothing was changed. Where nobody can be asked, say --yes.")
+        raise ValueError(f"{question} Nothing was changed. Without a terminal, pass --yes.")
     if input(f"{question} [y/N] ").strip().lower() not in {"y", "yes"}:
         raise ValueError("nothing was changed")
 
@@ -160,7 +157,7 @@ def _config(arguments: argparse.Namespace) -> None:
                 raise ValueError(f"{key}: no such setting; expected one of {', '.join(CONFIG_RULES)}")
             print(text.printable(found))
         else:
-            # Nothing here reads the old value: it may be nonsense, and this is how it is corrected.
+            # The old value is not read first: it may be invalid, and this command corrects it.
             repository.set_config(key, value)
             print(f"{key} {repository.get_config(key)}")
             if key == "buffer_capacity":
@@ -172,5 +169,5 @@ def _warn_if_full(repository: ReceiptRepository) -> None:
         status = repository.get_buffer_status()
         waiting = status.pending + status.syncing
         if waiting >= status.capacity:
-            told = f"{text.counted(waiting, 'receipt')} waiting: the till refuses new ones until fewer than"
-            print(f"warning: {told} {status.capacity} are waiting, or buffer_capacity is raised", file=sys.stderr)
+            message = f"{text.counted(waiting, 'receipt')} waiting: the till refuses new ones until fewer than"
+            print(f"warning: {message} {status.capacity} are waiting, or buffer_capacity is raised", file=sys.stderr)

@@ -33,17 +33,17 @@ def add(commands: "Commands") -> None:
 
 
 def event_lines(events: list[BufferEvent], *, about: bool = True) -> list[str]:
-    """What happened, oldest first. With `about`, the receipt is named, and its error; else the details are told."""
+    """What happened, oldest first. With `about`, the receipt is named, and its error; else the details are message."""
     lines = []
     for event in events:
         kind = event.event_type.removeprefix("receipt_")
         details = event.details if isinstance(event.details, dict) else {}
-        told = ", ".join(f"{key}: {value}" for key, value in details.items())
+        message = ", ".join(f"{key}: {value}" for key, value in details.items())
         if about and event.receipt_id is not None:
             error = str(details.get("error") or details.get("reason") or "").split("\n", 1)[0]
-            told = f"{event.receipt_id}  {text.cut(error, ERROR_WIDTH)}"
+            message = f"{event.receipt_id}  {text.cut(error, ERROR_WIDTH)}"
         start = f"{text.local_time(event.timestamp)[:19]}  {kind:<{KIND_WIDTH}}  "
-        lines += text.wrapped((start + text.printable(told)).rstrip(), len(start), 0)
+        lines += text.wrapped((start + text.printable(message)).rstrip(), len(start), 0)
     return lines
 
 

@@ -53,15 +53,17 @@ def add(commands: "Commands") -> None:
         "verify",
         _verify,
         "read all of the buffer and report problems; changes nothing\n\n"
-        "exit status: 0 the buffer is whole; 1 it is damaged: restore a backup; 3 it differs, nothing is to restore.",
+        "exit status: 0 the buffer is whole; 1 it is damaged: restore a backup; 3 it differs from this release, but\n"
+        "there is no need to restore a backup.",
     )
     add_command(
         commands,
         "export",
         _export,
         "print all receipts as JSON lines, also from a damaged file\n\n"
-        "Each line has the columns of one receipt, with the document as the text that was stored. What cannot be read\n"
-        "is told on stderr, and the exit status is 1. The lines contain personal data. Any schema will do.",
+        "Each line has the columns of one receipt, with the document as the text that was stored. Receipts that\n"
+        "cannot be read are listed on stderr, and the exit status is 1. The lines contain personal data.\n"
+        "Works with every schema version.",
     )
 
 
@@ -123,8 +125,8 @@ def _verify(arguments: argparse.Namespace) -> int:
         rows |= {what: text.printable_lines(problems) or "ok" for what, problems in findings.items()}
         is_whole = not any(findings.values())
         if is_whole:
-            leased, lasts = repository.get_buffer_status().syncing, repository.get_config("lease_seconds")
-            rows["open leases"] = f"{leased} (each expires after {lasts} s)" if leased else "none"
+            leased, lease_seconds = repository.get_buffer_status().syncing, repository.get_config("lease_seconds")
+            rows["open leases"] = f"{leased} (each expires after {lease_seconds} s)" if leased else "none"
     if is_whole:
         # Never open a damaged file for writing, not even to read its settings.
         with engine_for(path, write=True) as engine:

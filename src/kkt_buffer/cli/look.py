@@ -109,15 +109,19 @@ def _status_lines(repository: ReceiptRepository, path: str, schema: str | None) 
     }
     if status.deadline_at is not None and status.deadline_at - time() < 10 * SECONDS_PER_DAY:
         table["deliver before"] = text.styled(table["deliver before"], "red")
-    cry = []
+    alarm = []
     if undelivered >= status.capacity:
         advice = (
             "The buffer is full. Everything in it is safe; new receipts are refused until there is room.",
             "`kkt-buffer events` tells why nothing is delivered. To go on selling meanwhile:",
             f"kkt-buffer config --db {text.printable(path)} buffer_capacity {2 * max(undelivered, status.capacity)}",
         )
-        cry = [text.styled(f" {REFUSING} ", "alarm"), *(part for line in advice for part in text.wrapped(line, 0)), ""]
-    return [*cry, *text.rows(table)]
+        alarm = [
+            text.styled(f" {REFUSING} ", "alarm"),
+            *(part for line in advice for part in text.wrapped(line, 0)),
+            "",
+        ]
+    return [*alarm, *text.rows(table)]
 
 
 def _style_of(status: BufferStatus) -> str:

@@ -61,21 +61,21 @@ def _check(arguments: argparse.Namespace) -> int:
 def _judge(status: BufferStatus, warning: float, critical: float, days: float) -> tuple[int, str]:
     """The state of a buffer, and the line that tells it, with performance data."""
     undelivered = status.pending + status.syncing
-    told = [f"{undelivered} of {status.capacity} receipts undelivered ({status.percent_full:g} %)"]
+    parts = [f"{undelivered} of {status.capacity} receipts undelivered ({status.percent_full:g} %)"]
     state = OK
     if status.percent_full >= warning:
         state = CRITICAL if status.percent_full >= critical else WARNING
     if undelivered >= status.capacity:
-        told.insert(0, REFUSING)
+        parts.insert(0, REFUSING)
     if status.dlq_size:
         state = max(state, WARNING)
-        told.append(text.counted(status.dlq_size, "dead letter"))
+        parts.append(text.counted(status.dlq_size, "dead letter"))
     left = ""
     if status.deadline_at is not None:
         days_left = (status.deadline_at - time.time()) / SECONDS_PER_DAY
         if days_left <= days:
             state = CRITICAL
-        told.append(
+        parts.append(
             f"{days_left:.1f} days to deliver the oldest" if days_left > 0 else "THE 30-DAY DEADLINE HAS PASSED"
         )
         left = f" days_left={days_left:.2f};;{days:g}:"
@@ -83,7 +83,7 @@ def _judge(status: BufferStatus, warning: float, critical: float, days: float) -
         f"percent_full={status.percent_full:g}%;{warning:g};{critical:g};0;100"
         f" undelivered={undelivered};;;0;{status.capacity} dead_letters={status.dlq_size};0;;0{left}"
     )
-    return state, f"{', '.join(told)} | {figures}"
+    return state, f"{', '.join(parts)} | {figures}"
 
 
 def _metrics(arguments: argparse.Namespace) -> None:

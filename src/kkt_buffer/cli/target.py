@@ -55,13 +55,15 @@ def add_command(commands: "Commands", name: str, run: Run, text: str, *, path: b
     return parser
 
 
-def path_of(arguments: argparse.Namespace) -> str:
-    """The path of the buffer."""
+def path_of(arguments: argparse.Namespace, default: str | None = None) -> str:
+    """The path of the buffer that the command line names; else `default`, or the buffer of this machine."""
     named, positional = arguments.db, getattr(arguments, "path", None)
     if named is not None and positional is not None:
         arguments.parser.error(f"the buffer is named twice: {named} and {positional}")
     path: str | None = positional if named is None else named
-    return os.environ.get(PATH_VARIABLE) or DEFAULT_PATH if path is None else path
+    if path is not None:
+        return path
+    return default or os.environ.get(PATH_VARIABLE) or DEFAULT_PATH
 
 
 def existing(path: str) -> str:

@@ -18,6 +18,7 @@ from kkt_buffer.errors import (
 )
 from kkt_buffer.models import (
     HELD_ONLY,
+    OPEN_ONLY,
     PENDING_ONLY,
     SYNCED_ONLY,
     TRANSITIONS,
@@ -98,7 +99,7 @@ FAIL = (
 )
 CLOSE_DEAD_LETTER = (
     update(dlq)
-    .where(text("original_receipt_id = :receipt_id AND resolved_at IS NULL"))
+    .where(text(f"original_receipt_id = :receipt_id AND {OPEN_ONLY}"))
     .values(
         resolved_at=bindparam("now"),
         resolved_by=bindparam("actor"),

@@ -48,10 +48,7 @@ _figures = {
         f"SELECT created_at FROM ({_undelivered('', '1')}) AS oldest"
         " ORDER BY hlc_local_time, hlc_logical_counter LIMIT 1"
     ),
-    "last_outage_at": (
-        "SELECT timestamp FROM buffer_events WHERE event_type = 'sync_failed'"
-        " AND event_type NOT IN ('receipt_added', 'receipt_synced') ORDER BY id DESC LIMIT 1"
-    ),
+    "last_outage_at": f"SELECT timestamp FROM buffer_events WHERE id = ({_last_event('sync_failed')})",
     "circuit_opened_at": (
         f"SELECT timestamp FROM buffer_events WHERE id = ({_last_event('circuit_opened')})"
         f" AND id > COALESCE(({_last_event('circuit_closed')}), 0)"

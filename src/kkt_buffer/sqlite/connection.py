@@ -51,7 +51,9 @@ class GuardedConnection(sqlite3.Connection if TYPE_CHECKING else object):  # typ
     is_writing = False
     is_begun = False
     is_reader = False  # in the pool of the operations that read
-    is_operation = False  # the next or open transaction is of an operation, not the caller's own on the engine
+    is_operation = (
+        False  # the transaction belongs to an operation of this package, not to the caller's own use of the engine
+    )
     began = 0.0
 
     def begin(self, *, write: bool) -> None:

@@ -40,13 +40,13 @@ def load_driver(choice: Driver | ModuleType | None, *, writing: bool) -> ModuleT
             "Nothing was opened. Install kkt-buffer[sqlite], which brings its own."
         )
     if writing:
-        for warning in _warnings(driver) - _said:
+        for warning in _warnings(driver) - _logged:
             logger.warning(warning)
-            _said.add(warning)
+            _logged.add(warning)
     return driver
 
 
-_said: set[str] = set()  # in this process
+_logged: set[str] = set()  # in this process
 
 
 def _warnings(driver: ModuleType) -> set[str]:
@@ -86,6 +86,6 @@ def has_wal_reset_bug(driver: ModuleType) -> bool:
 def known_bugs(engine: Engine) -> str:
     """The version of the SQLite in use, and its known bug if it has one. It is then not written to the log too."""
     driver = backend_of(engine).driver
-    _said.update(_warnings(driver))
+    _logged.update(_warnings(driver))
     affected = has_wal_reset_bug(driver)
     return f"{driver.sqlite_version} {WAL_RESET_BUG if affected else 'no known bug that concerns a buffer'}"

@@ -54,7 +54,7 @@ class WriteGate:
                 self._lock_file(self._path, deadline)
         except BaseException:
             if self._place is not None and self._place.was_taken:
-                self._place = None  # pragma: no cover (as above)
+                self._place = None  # pragma: no cover (one instruction wide: see `_take`)
             self._unlock()
             raise
 

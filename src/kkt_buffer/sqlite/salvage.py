@@ -18,15 +18,16 @@ from kkt_buffer.sqlite.engine import file_of
 from kkt_buffer.sqlite.errors import storage_errors
 
 ROWS_AT_ONCE = 128
-EMPTY_AT_MOST = 100  # ranges in a row without a row: then there is nothing behind them
+EMPTY_AT_MOST = 100  # after so many empty ranges in a row, stop, or go on at the next known row
+LARGEST_ROWID = 2**62  # a number outside 1 … LARGEST_ROWID is that of a damaged row
 
-# The greatest number of a row; the last two are read as far as they go.
-_LAST = "SELECT MAX(rowid) FROM receipts NOT INDEXED"
-_NUMBERS = (
+# Each is read until it fails: the table from both ends, because a damaged page in the middle ends a scan.
+_ROWIDS = (
     "SELECT rowid FROM receipts INDEXED BY sqlite_autoindex_receipts_1",
-    "SELECT rowid FROM receipts NOT INDEXED",
+    "SELECT rowid FROM receipts NOT INDEXED ORDER BY rowid",
+    "SELECT rowid FROM receipts NOT INDEXED ORDER BY rowid DESC",
 )
-_ROWS = "SELECT * FROM receipts WHERE rowid BETWEEN ? AND ? ORDER BY rowid"
+_ROWS = "SELECT rowid, * FROM receipts WHERE rowid BETWEEN ? AND ? ORDER BY rowid"
 _IDS = "SELECT rowid, id FROM receipts INDEXED BY sqlite_autoindex_receipts_1"
 
 
@@ -39,7 +40,8 @@ class Lost(NamedTuple):
 
 def salvage(path_or_url: str | os.PathLike[str]) -> Iterator[dict[str, Any] | Lost]:
     """
-    The columns of each receipt that can be read, in the order in which they were stored; at last, what is lost.
+    The columns of each receipt that can be read, in the order in which they were stored; then one `Lost`, if
+    rows were lost.
 
     Raises `BufferDamagedError` if not even the table is found, `BufferStorageError` if the file cannot be opened,
     `ValueError` for a buffer in memory.
@@ -54,7 +56,7 @@ def salvage(path_or_url: str | os.PathLike[str]) -> Iterator[dict[str, Any] | Lo
         contextlib.closing(driver.connect(f"file:{quote(str(path))}?mode=ro", uri=True)) as connection,
     ):
         connection.text_factory = lambda raw: raw.decode("utf-8", "backslashreplace")
-        connection.execute("PRAGMA writable_schema = ON")  # SQLite then reads a file that was cut, too
+        connection.execute("PRAGMA writable_schema = ON")  # SQLite then also reads a truncated file
         if not connection.execute("SELECT 1 FROM sqlite_master WHERE name = 'receipts'").fetchone():
             raise BufferDamagedError.found(path, "it has no table of receipts")
         yield from _Salvage(connection, driver.Error).rows()
@@ -64,48 +66,55 @@ class _Salvage:
     def __init__(self, connection: sqlite3.Connection, error: type[Exception]) -> None:
         self._connection = connection
         self._error = error
-        self._lost: set[int] = set()
+        self._saved: set[int] = set()
+        self._has_failed = False
 
     def rows(self) -> Iterator[dict[str, Any] | Lost]:
-        last, is_known = self._last()
-        first, empty = 1, 0
-        while first <= last or not (is_known or empty > EMPTY_AT_MOST):
-            found = self._read(first, first + ROWS_AT_ONCE - 1)
+        ranges, is_complete = self._ranges()
+        number = empty = 0
+        while ranges or not (is_complete or empty > EMPTY_AT_MOST):
+            if ranges and (is_complete or empty > EMPTY_AT_MOST or ranges[-1] == number):
+                number, empty = ranges.pop(), 0
+            found = self._read(number * ROWS_AT_ONCE, (number + 1) * ROWS_AT_ONCE - 1)
             yield from found
             empty = 0 if found else empty + 1
-            first += ROWS_AT_ONCE
-        if self._lost:
-            yield self._named(is_known=is_known)
+            number += 1
+        lost = self._lost()
+        if lost.ids or lost.problem:
+            yield lost
 
-    def _last(self) -> tuple[int, bool]:
-        """The greatest number of a row that is found, and whether it is the greatest of all."""
-        with contextlib.suppress(self._error):
-            return self._connection.execute(_LAST).fetchone()[0] or 0, True
-        last = 0
-        for query in _NUMBERS:
+    def _ranges(self) -> tuple[list[int], bool]:
+        """The numbers of the ranges in which rows are known, last first; and whether no other range has a row."""
+        ranges = {0}
+        for query in _ROWIDS:
             with contextlib.suppress(self._error):
-                for (number,) in self._connection.execute(query):
-                    last = max(last, number)
-        return last, False
+                for (rowid,) in self._connection.execute(query):
+                    if 0 < rowid <= LARGEST_ROWID:
+                        ranges.add(rowid // ROWS_AT_ONCE)
+                return sorted(ranges, reverse=True), True
+        return sorted(ranges, reverse=True), False
 
     def _read(self, first: int, last: int) -> list[dict[str, Any]]:
         """The rows from `first` to `last`; a range that cannot be read is halved, down to the single row."""
         try:
-            rows = self._connection.execute(_ROWS, (first, last))
-            names = [column[0] for column in rows.description]
-            return [dict(zip(names, row, strict=True)) for row in rows]
+            cursor = self._connection.execute(_ROWS, (first, last))
+            names = [column[0] for column in cursor.description[1:]]
+            rows = cursor.fetchall()
         except self._error:
+            self._has_failed = True
             if first == last:
-                self._lost.add(first)
                 return []
             middle = (first + last) // 2
             return self._read(first, middle) + self._read(middle + 1, last)
+        self._saved.update(row[0] for row in rows)
+        return [dict(zip(names, row[1:], strict=True)) for row in rows]
 
-    def _named(self, *, is_known: bool) -> Lost:
-        """The ids of the lost rows. A number that the index does not have belongs to no row."""
+    def _lost(self) -> Lost:
+        """The receipts that the index has, and that were not read."""
         ids: list[str] = []
         try:
-            ids += (receipt_id for number, receipt_id in self._connection.execute(_IDS) if number in self._lost)
+            ids += (receipt_id for rowid, receipt_id in self._connection.execute(_IDS) if rowid not in self._saved)
         except self._error:
-            is_known = False
-        return Lost(ids, None if is_known else "more receipts may be lost: the index with their ids is damaged too")
+            if self._has_failed:
+                return Lost(ids, "more receipts may be lost: the index with their ids is damaged too")
+        return Lost(ids)

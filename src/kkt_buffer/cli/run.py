@@ -1,4 +1,4 @@
-"""Commands that run on: work, demo."""
+"""Long-running commands: work, demo."""
 
 import argparse
 import logging
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from kkt_buffer import demo
 from kkt_buffer.cli.look import print_status
-from kkt_buffer.cli.target import add_command, repository_for
+from kkt_buffer.cli.target import add_command, path_of, repository_for
 from kkt_buffer.worker import DeliveryWorker
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ def add(commands: "Commands") -> None:
         "work",
         _work,
         "deliver what is due, until it is stopped\n\n"
-        "SEND is a function of a Python module, which is looked for in the present folder too: it sends one receipt\n"
+        "SEND is a function of a Python module, which is looked for in the current folder too: it sends one receipt\n"
         "and returns the time of the OFD; `kkt-buffer work shop:send`. Outcomes are logged to stderr.\n"
         "SIGTERM or Control-C stops it within one send, with the exit status 0; a second one stops it at once.",
         path=False,
@@ -38,10 +38,14 @@ def add(commands: "Commands") -> None:
         "--concurrency", type=int, default=1, metavar="N", help="senders at once; default: %(default)s"
     )
     command.add_argument(
-        "--poll", type=float, default=1.0, metavar="SECONDS", help="between two looks; default: %(default)g"
+        "--poll", type=float, default=1.0, metavar="SECONDS", help="between two polls; default: %(default)g"
     )
     command.add_argument(
-        "--outage", action="append", default=[], metavar="MODULE:ERROR", help="an error that says: the OFD is down"
+        "--outage",
+        action="append",
+        default=[],
+        metavar="MODULE:ERROR",
+        help="an exception type that means: the OFD is down",
     )
     command.add_argument(
         "--maintenance-at", type=time.fromisoformat, metavar="HH:MM", help="every day: prune, and a backup if asked to"
@@ -87,7 +91,7 @@ def _named(name: str) -> Any:  # noqa: ANN401 (the worker checks what it is)
 
 
 def _demo(arguments: argparse.Namespace) -> None:
-    path = arguments.path or arguments.db or DEMO_PATH
+    path = path_of(arguments, DEMO_PATH)
     demo.run(path, _operate)
     print_status(path)
 
