@@ -49,6 +49,11 @@ class TestRequeue:
     def test_nothing(self, path, done):
         assert "0 of 0 receipts requeued\n" == done("requeue", "--all", "--db", path, *BY_ANNA)
 
+    def test_unknown_error(self, failed, path, refused):
+        """A text that no dead letter has is most likely a slip of the pen."""
+        line = refused("requeue", "--error", "nothing like", "--db", path, *BY_ANNA)
+        assert "no open dead letter has this text in its reason or last error; nothing was changed" in line
+
     def test_login_name(self, failed, path, done, open_engine, monkeypatch):
         """Without a name it is the name of whoever is logged in."""
         monkeypatch.setenv("LOGNAME", "olga")
@@ -132,6 +137,14 @@ class TestDiscard:
         ended = run("discard", receipt.id, "--db", used, *BY_ANNA)
         assert (1, "0 of 1 receipts discarded\n") == (ended.status, ended.out)
 
+    def test_again(self, file_engine, file_repository, path, run):
+        """The second time it is said that it was done before."""
+        held = file_repository.insert_receipt(new_receipt(), hold=True)
+        file_engine.dispose()
+        ended = run("discard", held, held, "--yes", "--db", path, *BY_ANNA)
+        assert (1, "1 of 2 receipts discarded\n") == (ended.status, ended.out)
+        assert ended.err.endswith("it was not changed. It was discarded or resolved already.\n")
+
 
 class TestConfig:
     def test_all(self, path, done):
@@ -155,6 +168,20 @@ class TestConfig:
             db.execute("UPDATE config SET value = 'many' WHERE key = 'buffer_capacity'")
         assert "buffer_capacity 300\n" == done("config", "--db", used, "buffer_capacity", 300)
 
+    def test_too_small(self, used, run):
+        """A capacity that is used up already is stored, and its effect is told."""
+        ended = run("config", "--db", used, "buffer_capacity", 2)
+        expected = "warning: 2 receipts waiting: the till refuses new ones until fewer than 2 are waiting, or "
+        assert (0, "buffer_capacity 2\n") == (ended.status, ended.out)
+        assert ended.err == f"{expected}buffer_capacity is raised\n"
+        assert "" == run("config", "--db", used, "buffer_capacity", 3).err
+
+    def test_another_is_nonsense(self, used, done):
+        """A second setting that is invalid does not spoil the correction of the first."""
+        with another_program(used) as db:
+            db.execute("UPDATE config SET value = 'many' WHERE key = 'ofd_deadline_days'")
+        assert "buffer_capacity 1\n" == done("config", "--db", used, "buffer_capacity", 1)
+
     @pytest.mark.parametrize(
         ("words", "told"),
         [
@@ -172,9 +199,27 @@ class TestConfig:
 
 
 @pytest.mark.parametrize(
+    "command",
+    [
+        ["requeue", "--all", *BY_ANNA],
+        ["resolve", "x", *BY_ANNA],
+        ["discard", "x", *BY_ANNA],
+        ["config", "lease_seconds", 5],
+        ["prune"],
+    ],
+)
+def test_no_notice(path, run, monkeypatch, caplog, command):
+    """A known bug of the SQLite in use is said by `verify` and `work`, not before each decision."""
+    monkeypatch.setattr("kkt_buffer.sqlite.driver.has_wal_reset_bug", lambda driver: True)
+    monkeypatch.setattr("kkt_buffer.sqlite.driver.WAL_RESET_BUG", f"has a bug that {command[0]} does not mention")
+    run(*command, "--db", path)
+    assert "has a bug" not in caplog.text
+
+
+@pytest.mark.parametrize(
     "command", [["requeue", "--all", *BY_ANNA], ["resolve", "x", *BY_ANNA], ["config", "lease_seconds", "5"], ["prune"]]
 )
 def test_missing(tmp_path, refused, command):
     """Acting on a buffer that is not there does not make it."""
-    assert "No such file or directory" in refused(*command, "--db", tmp_path / "buffer.db")
+    assert "there is no buffer at" in refused(*command, "--db", tmp_path / "buffer.db")
     assert [] == list(tmp_path.iterdir())

@@ -86,8 +86,19 @@ class TestErrors:
     def test_missing(self, tmp_path, refused):
         """Looking at a buffer that is not there does not make it."""
         path = tmp_path / "shop" / "buffer.db"
-        assert "No such file or directory" in refused("status", path)
+        expected = f"error: there is no buffer at {path}; give --db PATH or set BUFFER_DB_PATH"
+        assert expected == refused("status", path)
         assert [] == list(tmp_path.iterdir())
+
+    def test_below_a_file(self, text_file, refused):
+        """A path that no file can have is told of by whoever tries to open it."""
+        assert "Not a directory" in refused("status", text_file / "buffer.db")
+
+    def test_empty_file(self, tmp_path, refused):
+        path = tmp_path / "buffer.db"
+        path.touch()
+        assert f"error: {path} is not a buffer: the file is empty. Nothing was changed." == refused("status", path)
+        assert b"" == path.read_bytes()
 
     @pytest.mark.parametrize("command", ["status", "upgrade", "demo"])
     def test_folder(self, command, tmp_path, refused):
@@ -205,3 +216,21 @@ class TestErrors:
         out, err = capsys.readouterr()
         assert "" == out
         assert err.startswith("usage: kkt-buffer")
+        assert err.endswith(" --help`\n")
+
+    def test_status_not_known(self, run):
+        """The values that are allowed are named as a user types them."""
+        assert "(choose from 'pending', 'syncing', 'synced', 'failed'); see `kkt-buffer list --help`" in (
+            run("list", "--status", "lost").err
+        )
+
+
+class TestOption:
+    """`--db` stands in front of the command or behind it."""
+
+    def test_in_front(self, used, done):
+        assert done("status", "--db", used) == done("--db", used, "status")
+
+    def test_both(self, used, tmp_path, done):
+        """The one behind the command counts."""
+        assert done("status", "--db", used) == done("--db", tmp_path / "other.db", "status", "--db", used)

@@ -1,6 +1,8 @@
 """Commands that look after the file: prune, backup with rotation, export. (`verify` has a file of its own.)"""
 
 import json
+import subprocess
+import sys
 
 import pytest
 from builders import NOON, STATUSES, a_receipt, another_program, everything, new_receipt, run_python
@@ -15,7 +17,7 @@ PAGE = 4096
 class TestPrune:
     def test_prune(self, used, done):
         """Old receipts of the fixture are delivered and past their retention; the rest stays."""
-        assert "deleted 1 receipts, 0 dead letters" in done("prune", used)
+        assert "deleted 1 receipt, 0 dead letters" in done("prune", used)
         assert 3 == json.loads(done("status", used, "--json"))["total_receipts"]
 
 
@@ -27,7 +29,7 @@ class TestBackup:
 
     def test_default_folder(self, used, done):
         """Beside the buffer, under its name, with the time."""
-        assert f"(1 copies in {used.parent / 'backups'})" in done("backup", "--db", used)
+        assert f"(1 copy in {used.parent / 'backups'})" in done("backup", "--db", used)
         [copy] = (used.parent / "backups").iterdir()
         assert everything(used) == everything(copy)
 
@@ -250,10 +252,22 @@ class TestExport:
             db.execute("CREATE TABLE notes (id TEXT)")
         assert "it has no table of receipts" in refused("export", path)
 
-    @pytest.mark.parametrize("name", ["missing.db", "."])
-    def test_cannot_be_opened(self, tmp_path, refused, name):
-        refused("export", tmp_path / name)
-        assert [] == list(tmp_path.iterdir())
+    @pytest.mark.parametrize(
+        ("name", "told"), [("missing.db", "there is no buffer at "), (".", "error: "), ("empty.db", "is empty")]
+    )
+    def test_cannot_be_opened(self, tmp_path, refused, name, told):
+        if name == "empty.db":
+            (tmp_path / name).touch()
+        before = list(tmp_path.iterdir())
+        assert told in refused("export", tmp_path / name)
+        assert before == list(tmp_path.iterdir())
+
+    def test_no_space(self, many, path):
+        """Output that cannot be written is an error of one line."""
+        with open("/dev/full", "wb") as full:
+            export = [sys.executable, "-m", "kkt_buffer", "export", str(path)]
+            ended = subprocess.run(export, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+        assert (1, "error: the output: No space left on device\n") == (ended.returncode, ended.stderr)
 
     def test_memory(self, refused):
         assert "export needs a file" in refused("export", ":memory:")

@@ -35,11 +35,19 @@ class TestList:
         """The last error stands below its receipt; a held receipt is told apart."""
         file_repository.insert_receipt(new_receipt(), hold=True)
         receipt = a_receipt(file_repository)
-        file_repository.increment_retry_count(receipt.id, "HTTP 500")
+        file_repository.increment_retry_count(receipt.id, "HTTP 500\n<html>" + "x" * 99)
         file_engine.dispose()
         _, held, failed, error = done("list", path).splitlines()
         assert ("held", "    HTTP 500") == (held.split()[2], error)
         assert failed.endswith("1")
+
+    def test_long_error(self, file_engine, file_repository, path, done):
+        """It is cut to the width of a terminal, and complete in a file or a pipe."""
+        receipt = a_receipt(file_repository)
+        file_repository.increment_retry_count(receipt.id, "x" * 99)
+        file_engine.dispose()
+        assert "    " + "x" * 99 == done("list", path).splitlines()[-1]
+        assert "    " + "x" * 75 + "…" in in_terminal("list", path).out
 
     def test_none(self, path, done):
         assert "no such receipts\n" == done("list", path)
@@ -88,7 +96,7 @@ document
 
 what happened
 2026-03-01 15:00:00  added           pos_id: till-1
-2026-03-01 15:00:05  attempt failed  retry_count: 1, error: HTTP 500
+2026-03-01 15:00:05  attempt_failed  retry_count: 1, error: HTTP 500
 2026-03-01 15:00:10  synced          server_time: {NOON + 9}, retry_count: 1
 """
         assert expected == without_distances(done("show", receipt.id, "--db", path))
@@ -146,6 +154,27 @@ what happened
         assert "a firm" in shown
         assert '"buyerAddress": null' in shown
         assert words == [word for word in words if word in done("show", receipt.id, "--db", path, "--reveal")]
+
+    def test_numbers(self, file_engine, file_repository, path, done):
+        """Every value is shown as it was stored: also 10.10, and whatever a float cannot hold."""
+        document = """\
+{
+  "totalSum": 10.10,
+  "sums": [
+    1E2,
+    -0,
+    123456789012345678901234567890
+  ],
+  "nothing": [],
+  "none": {},
+  "text": "10.10",
+  "paid": true,
+  "Касса": null
+}
+"""
+        receipt = a_receipt(file_repository, fiscal_doc=document)
+        file_engine.dispose()
+        assert document in done("show", receipt.id, "--db", path)
 
     def test_not_json(self, used, done):
         """What cannot be decoded cannot be masked, so it is not shown."""
@@ -213,6 +242,9 @@ class TestDeadLetters:
         out = done("dead-letters", path, "--error", "tax RATE")
         assert [three[0], three[2]] == re.findall(r"^[0-9a-f-]{36}", out, re.MULTILINE)
 
+    def test_one(self, three, path, done):
+        assert done("dead-letters", path, "--error", "too old").endswith("\n1 open dead letter\n")
+
     def test_none(self, path, done):
         assert "no open dead letters\n" == done("dead-letters", path)
 
@@ -228,23 +260,37 @@ class TestHeld:
 
 class TestEvents:
     def test_newest_last(self, file_engine, file_repository, path, done, moscow):
-        """Of a receipt its id is told, of everything else what it was."""
+        """Of a receipt its id and its error are told, of everything else what it was."""
         receipt = a_receipt(file_repository)
+        file_repository.increment_retry_count(receipt.id, "HTTP 500\n" + "x" * 99)
+        file_repository.increment_retry_count(receipt.id, "x" * 99)
         file_repository.log_event("circuit_opened", metadata={"failures": 5})
         file_repository.log_event("circuit_closed")
         file_engine.dispose()
         expected = f"""\
-2026-03-01 15:00:00  added           {receipt.id}
-2026-03-01 15:00:00  circuit opened  failures: 5
-2026-03-01 15:00:00  circuit closed
+2026-03-01 15:00:00  attempt_failed  {receipt.id}  HTTP 500
+2026-03-01 15:00:00  attempt_failed  {receipt.id}  {"x" * 59}…
+2026-03-01 15:00:00  circuit_opened  failures: 5
+2026-03-01 15:00:00  circuit_closed
 """
         assert expected == done("events", path)
+        assert f"2026-03-01 15:00:00  added           {receipt.id}\n{expected}" == done("events", path, "--all")
         assert expected.splitlines()[-1:] == done("events", path, "--limit", 1).splitlines()
 
     def test_none(self, path, done):
         assert "no events\n" == done("events", path)
 
-    def test_follow(self, file_engine, file_repository, path, monkeypatch, capfd):
+    def test_routine(self, file_engine, file_repository, path, done):
+        """What is rare is found, however many receipts were added since."""
+        file_repository.log_event("circuit_opened")
+        file_repository.set_config("buffer_capacity", 1000)
+        file_repository.insert_receipts(new_receipt() for _ in range(600))
+        file_engine.dispose()
+        assert done("events", path).rstrip().endswith("circuit_opened")
+        assert 20 == done("events", path, "--all").count("added")
+
+    @pytest.mark.parametrize("routine", [[], ["--all"]])
+    def test_follow(self, file_engine, file_repository, path, monkeypatch, capfd, routine):
         """New events are printed as they come, each once, also when there are very many at a time."""
         from kkt_buffer.cli import main  # noqa: PLC0415
 
@@ -257,10 +303,13 @@ class TestEvents:
                 raise KeyboardInterrupt
             with file_repository.transaction():
                 stored.extend(file_repository.log_event("circuit_opened") for _ in range(count))
+                a_receipt(file_repository)
 
-        monkeypatch.setattr("kkt_buffer.cli.look.sleep", sleep)
-        assert 0 == main(["events", str(path), "--follow"])
-        assert 701 == len(stored) == capfd.readouterr().out.count("circuit opened")
+        monkeypatch.setattr("kkt_buffer.cli.events.sleep", sleep)
+        assert 0 == main(["events", str(path), "--follow", *routine])
+        out = capfd.readouterr().out
+        assert 701 == len(stored) == out.count("circuit_opened")
+        assert (4 if routine else 0) == out.count("added")
 
 
 def test_nothing_is_changed(used, run):

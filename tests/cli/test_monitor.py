@@ -62,7 +62,7 @@ class TestCheck:
     def test_missing(self, tmp_path, run):
         ended = run("check", tmp_path / "buffer.db")
         assert (2, "") == (ended.status, ended.err)
-        assert re.fullmatch("KKT CRITICAL - .*No such file or directory.*\n", ended.out)
+        assert re.fullmatch("KKT CRITICAL - .*there is no buffer at.*\n", ended.out)
 
     def test_damaged(self, tmp_path, run):
         path = tmp_path / "buffer.db"

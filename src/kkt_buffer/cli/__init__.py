@@ -6,11 +6,12 @@ for wrong usage; 3 if `verify` found a buffer that differs from what this releas
 Control-C. `check` has the statuses of a Nagios plugin.
 """
 
+import argparse
 import os
 import sys
 from collections.abc import Sequence
 
-from kkt_buffer.cli import act, keep, look, monitor, run
+from kkt_buffer.cli import act, events, keep, look, monitor, run
 from kkt_buffer.cli.target import Parser
 from kkt_buffer.errors import ReceiptBufferError
 from kkt_buffer.migrate import release
@@ -37,9 +38,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ReceiptBufferError, RuntimeError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    except BrokenPipeError:
-        # The reader of the pipe (`head`) has closed it. Without this, Python's flush at exit would fail again.
+    except OSError as error:
+        # Without this, Python's flush at exit would fail again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if not isinstance(error, BrokenPipeError):  # that is no error: the reader of the pipe (`head`) has closed it
+            print(f"error: {error.filename or 'the output'}: {error.strerror}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("interrupted; what was acknowledged is safe", file=sys.stderr)
@@ -50,7 +53,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser() -> Parser:
     parser = Parser(prog="kkt-buffer", description="The offline buffer of fiscal receipts.", epilog=_EPILOG)
     parser.add_argument("--version", action="version", version=f"%(prog)s {release()}")
+    parser.add_argument("--db", metavar="PATH", help=argparse.SUPPRESS)  # a command's own is in its help
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for kind in (look, act, keep, monitor, run):
+    for kind in (look, events, act, keep, monitor, run):
         kind.add(commands)
     return parser

@@ -1,6 +1,7 @@
 """Commands by which a person decides something: requeue, resolve, discard, config."""
 
 import argparse
+import contextlib
 import getpass
 import sys
 from typing import TYPE_CHECKING, Protocol
@@ -9,7 +10,7 @@ from kkt_buffer.cli import text
 from kkt_buffer.cli.look import matching
 from kkt_buffer.cli.target import add_command, path_of, repository_for
 from kkt_buffer.config import CONFIG_RULES
-from kkt_buffer.errors import BufferFullError, InvalidTransitionError, ReceiptNotFoundError
+from kkt_buffer.errors import BufferFullError, InvalidConfigError, InvalidTransitionError, ReceiptNotFoundError
 from kkt_buffer.repository import ReceiptRepository
 
 if TYPE_CHECKING:
@@ -91,15 +92,27 @@ def _resolve(arguments: argparse.Namespace) -> int:
 
 
 def _discard(arguments: argparse.Namespace) -> int:
-    return _decide(arguments, "discard", "discarded", ReceiptRepository.discard_held)
+    def discard(repository: ReceiptRepository, receipt_id: str, *, actor: str, reason: str) -> None:
+        try:
+            repository.discard_held(receipt_id, actor=actor, reason=reason)
+        except InvalidTransitionError as error:
+            receipt = repository.get_receipt_by_id(receipt_id)
+            if error.status == "failed" and receipt is not None and receipt.held_at is not None:
+                advice = "It was discarded or resolved already."
+                raise InvalidTransitionError(receipt_id, error.status, error.wanted, advice) from error
+            raise
+
+    return _decide(arguments, "discard", "discarded", discard)
 
 
 def _decide(arguments: argparse.Namespace, verb: str, done: str, decide: Decide) -> int:
     """Decide about each receipt in a commit of its own; 1 if one of them could not be changed."""
     if not arguments.actor:
         arguments.parser.error("--actor is needed: the login name is not known here")
-    with repository_for(arguments, write=True) as repository:
+    with repository_for(arguments, write=True, notice=False) as repository:
         ids = arguments.ids or [letter.original_receipt_id for letter in matching(repository, arguments.error)]
+        if not ids and arguments.error is not None:
+            raise ValueError("no open dead letter has this text in its reason or last error; nothing was changed")
         if len(ids) > 1 and not arguments.yes:
             _ask(f"{verb} {len(ids)} receipts of {path_of(arguments)}, as {arguments.actor}?")
         count = 0
@@ -128,7 +141,7 @@ def _config(arguments: argparse.Namespace) -> None:
     key, value = arguments.key, arguments.value
     if value is not None and key not in CONFIG_RULES:
         raise ValueError(f"{key}: no such setting; expected one of {', '.join(CONFIG_RULES)}. Nothing was changed.")
-    with repository_for(arguments, write=value is not None) as repository:
+    with repository_for(arguments, write=value is not None, notice=False) as repository:
         if key is None:
             lines = text.columns(
                 ("SETTING", "VALUE", "DEFAULT", "ALLOWED"),
@@ -147,3 +160,14 @@ def _config(arguments: argparse.Namespace) -> None:
             # The old value is not read first: it may be invalid, and this command corrects it.
             repository.set_config(key, value)
             print(f"{key} {repository.get_config(key)}")
+            if key == "buffer_capacity":
+                _warn_if_full(repository)
+
+
+def _warn_if_full(repository: ReceiptRepository) -> None:
+    with contextlib.suppress(InvalidConfigError):  # another setting is invalid; this one is changed all the same
+        status = repository.get_buffer_status()
+        waiting = status.pending + status.syncing
+        if waiting >= status.capacity:
+            message = f"{text.counted(waiting, 'receipt')} waiting: the till refuses new ones until fewer than"
+            print(f"warning: {message} {status.capacity} are waiting, or buffer_capacity is raised", file=sys.stderr)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kkt_buffer.cli import text
-from kkt_buffer.cli.target import add_command, engine_for, path_of, repository_for
+from kkt_buffer.cli.target import add_command, engine_for, existing, path_of, repository_for
 from kkt_buffer.documents import is_intact
 from kkt_buffer.engine import create_buffer_engine
 from kkt_buffer.migrate import current, differences, stage, upgrade
@@ -79,11 +79,12 @@ def _upgrade(arguments: argparse.Namespace) -> None:
 
 
 def _prune(arguments: argparse.Namespace) -> None:
-    with repository_for(arguments, write=True) as repository:
+    with repository_for(arguments, write=True, notice=False) as repository:
         report = repository.prune()
     print(
-        f"deleted {report.receipts} receipts, {report.dead_letters} dead letters, {report.events} events; kept "
-        f"{report.kept_receipts} old receipts that other rows refer to"
+        f"deleted {text.counted(report.receipts, 'receipt')}, {text.counted(report.dead_letters, 'dead letter')}, "
+        f"{text.counted(report.events, 'event')}; kept {text.counted(report.kept_receipts, 'old receipt')} that other "
+        "rows refer to"
     )
 
 
@@ -103,7 +104,8 @@ def _backup(arguments: argparse.Namespace) -> int:
         copy, report = back_up(
             repository, folder, name=path.stem, keep=KEEP if arguments.keep is None else arguments.keep
         )
-    print(f"{copy}: complete, and on disk ({len(backups(folder, name=path.stem))} copies in {folder})")
+    copies = text.counted(len(backups(folder, name=path.stem)), "copy", "copies")
+    print(f"{copy}: complete, and on disk ({copies} in {folder})")
     if not report.is_damaged:
         return 0
     print(f"error: the copy is damaged as the buffer is: {report}. No older copy was deleted.", file=sys.stderr)
@@ -128,7 +130,7 @@ def _verify(arguments: argparse.Namespace) -> int:
     if is_whole:
         # Never open a damaged file for writing, not even to read its settings.
         with engine_for(path, write=True) as engine:
-            rows["settings of a connection"] = ", ".join(f"{name} {value}" for name, value in pragmas(engine).items())
+            rows["settings of a connection"] = "\n".join(f"{name} {value}" for name, value in pragmas(engine).items())
     print(*text.rows(rows), sep="\n")
     if is_damaged:
         print(text.styled("The buffer is DAMAGED.", "red"), "Nothing was changed. Restore a backup.")
@@ -145,7 +147,7 @@ def _verify(arguments: argparse.Namespace) -> int:
 
 def _export(arguments: argparse.Namespace) -> int:
     problems = []
-    for found in salvage(path_of(arguments)):
+    for found in salvage(existing(path_of(arguments))):
         if isinstance(found, Lost):
             problems += [f"receipt {receipt_id} could not be read" for receipt_id in found.ids]
             problems += [found.problem] if found.problem else []

@@ -1,18 +1,18 @@
-"""Commands that look at a buffer and change nothing: status, watch, list, show, dead-letters, held, events."""
+"""Commands that look at a buffer and change nothing: status, watch, list, show, dead-letters, held."""
 
 import argparse
 import json
 import sys
-from collections.abc import Iterator
 from dataclasses import asdict
 from time import sleep, time
 from typing import TYPE_CHECKING, Any
 
 from kkt_buffer.cli import text
+from kkt_buffer.cli.events import event_lines, latest
 from kkt_buffer.cli.target import add_command, engine_for, path_of, repository_for
 from kkt_buffer.errors import InvalidDocumentError, ReceiptNotFoundError
 from kkt_buffer.migrate import current
-from kkt_buffer.models import BufferEvent, DeadLetter, Receipt, ReceiptStatus
+from kkt_buffer.models import DeadLetter, Receipt, ReceiptStatus
 from kkt_buffer.operations.status import SECONDS_PER_DAY, BufferStatus
 from kkt_buffer.repository import ReceiptRepository
 
@@ -20,8 +20,6 @@ if TYPE_CHECKING:
     from kkt_buffer.cli.target import Commands
 
 ALL = 1_000_000
-PAGE = 500
-KIND_WIDTH = 14  # "attempt failed", the longest usual one
 REFUSING = "THE TILL IS REFUSING RECEIPTS"
 
 
@@ -45,7 +43,9 @@ def add(commands: "Commands") -> None:
         _list,
         "list receipts\n\nWithout --status: those that were not delivered (syncing, pending, failed).",
     )
-    command.add_argument("--status", choices=[*ReceiptStatus], help="only those of one status")
+    command.add_argument(
+        "--status", choices=[status.value for status in ReceiptStatus], help="only those of one status"
+    )
     command.add_argument("--pos", metavar="POS_ID", help="only those of one till")
     command.add_argument("--limit", type=int, default=100, metavar="N", help="of each status; default: %(default)s")
     command.add_argument("--json", action="store_true", help="one JSON object per line, with the document")
@@ -74,10 +74,6 @@ def add(commands: "Commands") -> None:
         "printed, `discard` closes what was not.",
     )
 
-    command = add_command(commands, "events", _events, "list the last events, the newest at the end")
-    command.add_argument("--limit", type=int, default=20, metavar="N", help="default: %(default)s")
-    command.add_argument("--follow", action="store_true", help="wait for new ones; Control-C ends it")
-
 
 def _add_reveal(command: argparse.ArgumentParser) -> None:
     command.add_argument("--reveal", action="store_true", help="show personal data (buyer, cashier), which is masked")
@@ -93,7 +89,7 @@ def _status_lines(repository: ReceiptRepository, path: str, schema: str | None) 
     full = f"{status.percent_full:.2f} %  ({undelivered} of {status.capacity})"
     if text.is_terminal():
         full = text.styled(text.bar(status.percent_full), _style_of(status)) + f"  {full}"
-    failed = f"{status.failed}  (open dead letters: {status.dlq_size})"
+    failed = f"{status.failed}  (open dead letters: {status.dlq_size}, closed: {status.failed - status.dlq_size})"
     table = {
         "buffer": text.printable(path),
         "schema": str(schema),
@@ -118,7 +114,7 @@ def _status_lines(repository: ReceiptRepository, path: str, schema: str | None) 
         advice = (
             "The buffer is full. Everything in it is safe; new receipts are refused until there is room.",
             "`kkt-buffer events` tells why nothing is delivered. To go on selling meanwhile:",
-            f"kkt-buffer config --db {text.printable(path)} buffer_capacity {2 * status.capacity}",
+            f"kkt-buffer config --db {text.printable(path)} buffer_capacity {2 * max(undelivered, status.capacity)}",
         )
         alarm = [
             text.styled(f" {REFUSING} ", "alarm"),
@@ -163,7 +159,7 @@ def _watch(arguments: argparse.Namespace) -> None:
         back = ""
         try:
             while True:
-                lines = [*_status_lines(repository, path, schema), "", *_event_lines(repository.get_events(5)[::-1])]
+                lines = [*_status_lines(repository, path, schema), "", *event_lines(latest(repository, 5))]
                 if text.is_terminal():
                     lines = lines[: text.height() - 1]
                     print(back + "\n".join(lines), flush=True)
@@ -216,7 +212,7 @@ def _print_receipts(receipts: list[Receipt]) -> None:
     for line, receipt in zip(lines, (None, *receipts), strict=False):
         print(text.styled(line, "bold") if receipt is None else line)
         if receipt is not None and receipt.last_error:
-            print(text.styled(_indented(receipt.last_error), "dim"))
+            print(text.styled(text.first_line(receipt.last_error, 4), "dim"))
     if not receipts:
         print("no such receipts")
 
@@ -245,7 +241,7 @@ def _show(arguments: argparse.Namespace) -> None:
     print("\n" + text.styled("document", "bold"))
     print(*_document_lines(receipt, full=arguments.full, reveal=arguments.reveal), sep="\n")
     print("\n" + text.styled("what happened", "bold"))
-    print(*_event_lines(events, about=False), sep="\n")
+    print(*event_lines(events, about=False), sep="\n")
 
 
 def _facts(receipt: Receipt, days: int) -> dict[str, str]:
@@ -276,8 +272,8 @@ def _facts(receipt: Receipt, days: int) -> dict[str, str]:
 
 def _document_lines(receipt: Receipt, *, full: bool, reveal: bool) -> list[str]:
     try:
-        document = receipt.document
-    except InvalidDocumentError:
+        document = text.decoded(receipt.fiscal_doc)
+    except (ValueError, RecursionError):
         # What cannot be decoded cannot be masked.
         return [text.printable(receipt.fiscal_doc) if reveal else "not JSON; --reveal shows it as it is"]
     document = document if reveal else text.masked(document)
@@ -291,7 +287,7 @@ def _dead_letters(arguments: argparse.Namespace) -> None:
         since = f"since {text.local_time(letter.failed_at)[:16]}, after {letter.retry_attempts} failed attempts"
         print(f"{text.styled(text.printable(letter.original_receipt_id), 'bold')}  {since}")
         print(_indented(letter.reason))
-    print(f"{len(found)} open dead letters" if found else "no open dead letters")
+    print(text.counted(len(found), "open dead letter") if found else "no open dead letters")
 
 
 def matching(repository: ReceiptRepository, error: str | None) -> list[DeadLetter]:
@@ -302,46 +298,6 @@ def matching(repository: ReceiptRepository, error: str | None) -> list[DeadLette
         for letter in repository.list_dead_letters(limit=ALL)
         if wanted in f"{letter.reason}\n{letter.last_error or ''}".casefold()
     ]
-
-
-# Events.
-
-
-def _event_lines(events: list[BufferEvent], *, about: bool = True) -> list[str]:
-    """What happened, oldest first. With `about`, the receipt is named; else the details are given."""
-    lines = []
-    for event in events:
-        kind = event.event_type.removeprefix("receipt_").replace("_", " ")
-        details = event.details if isinstance(event.details, dict) else {}
-        message = ", ".join(f"{key}: {value}" for key, value in details.items())
-        if about and event.receipt_id is not None:
-            message = event.receipt_id
-        start = f"{text.local_time(event.timestamp)[:19]}  {kind:<{KIND_WIDTH}}  "
-        lines += text.wrapped((start + text.printable(message)).rstrip(), len(start), 0)
-    return lines
-
-
-def _events(arguments: argparse.Namespace) -> None:
-    with repository_for(arguments) as repository:
-        events = repository.get_events(arguments.limit)[::-1]
-        print("\n".join(_event_lines(events)) or "no events", flush=True)
-        try:
-            while arguments.follow:
-                sleep(1)
-                last = events[-1].id if events else 0
-                if new := list(_after(repository, last)):
-                    events = new
-                    print(*_event_lines(new), sep="\n", flush=True)
-        except KeyboardInterrupt:  # the way to end it
-            return
-
-
-def _after(repository: ReceiptRepository, last: int) -> Iterator[BufferEvent]:
-    """The events after number `last`, oldest first."""
-    limit = PAGE
-    while len(found := [event for event in repository.get_events(limit) if event.id > last]) == limit:
-        limit *= 2
-    return reversed(found)
 
 
 def _held(arguments: argparse.Namespace) -> None:

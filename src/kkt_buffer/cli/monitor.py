@@ -4,6 +4,7 @@ import argparse
 import time
 from typing import TYPE_CHECKING
 
+from kkt_buffer.cli import text
 from kkt_buffer.cli.look import REFUSING
 from kkt_buffer.cli.target import add_command, repository_for
 from kkt_buffer.errors import BufferStorageError, ReceiptBufferError
@@ -68,7 +69,7 @@ def _judge(status: BufferStatus, warning: float, critical: float, days: float) -
         parts.insert(0, REFUSING)
     if status.dlq_size:
         state = max(state, WARNING)
-        parts.append(f"{status.dlq_size} dead letters")
+        parts.append(text.counted(status.dlq_size, "dead letter"))
     left = ""
     if status.deadline_at is not None:
         days_left = (status.deadline_at - time.time()) / SECONDS_PER_DAY

@@ -10,8 +10,11 @@ from sqlalchemy import Engine
 
 from kkt_buffer.buffer import DEFAULT_PATH, PATH_VARIABLE
 from kkt_buffer.engine import create_buffer_engine
+from kkt_buffer.errors import BufferStorageError
 from kkt_buffer.migrate import require
 from kkt_buffer.repository import ReceiptRepository
+from kkt_buffer.sqlite.driver import known_bugs
+from kkt_buffer.sqlite.engine import file_of
 
 if TYPE_CHECKING:
     Commands = argparse._SubParsersAction["Parser"]  # noqa: SLF001 (the type has no public name)
@@ -31,11 +34,21 @@ class Parser(argparse.ArgumentParser):
         """Exit; with `usage_status` instead of argparse's 2."""
         super().exit(self.usage_status if status else 0, message)
 
+    def error(self, message: str) -> NoReturn:
+        """Exit because of wrong usage, and name the help."""
+        super().error(f"{message}; see `{self.prog} --help`")
+
 
 def add_command(commands: "Commands", name: str, run: Run, text: str, *, path: bool = True) -> Parser:
     """Add a command with `--db`, and with PATH as an argument if it has no arguments of its own."""
     parser = commands.add_parser(name, help=text.split("\n", 1)[0], description=text)
-    parser.add_argument("--db", metavar="PATH", help=f"the buffer; else ${PATH_VARIABLE}, else {DEFAULT_PATH}")
+    # SUPPRESS: without --db here, a --db in front of the command counts.
+    parser.add_argument(
+        "--db",
+        metavar="PATH",
+        default=argparse.SUPPRESS,
+        help=f"the buffer; else ${PATH_VARIABLE}, else {DEFAULT_PATH}",
+    )
     if path:
         parser.add_argument("path", nargs="?", metavar="PATH", help="the buffer, like --db PATH")
     parser.set_defaults(run=run, parser=parser)
@@ -53,14 +66,36 @@ def path_of(arguments: argparse.Namespace, default: str | None = None) -> str:
     return default or os.environ.get(PATH_VARIABLE) or DEFAULT_PATH
 
 
+def existing(path: str) -> str:
+    """The path, unless there is no file or an empty one: `BufferStorageError`."""
+    file = file_of(path)
+    if file is None:  # in memory
+        return path
+    try:
+        is_empty = file.stat().st_size == 0 and file.is_file()
+    except FileNotFoundError as error:
+        raise BufferStorageError(f"there is no buffer at {path}; give --db PATH or set {PATH_VARIABLE}") from error
+    except OSError:  # whoever opens it gets this error too, and explains it
+        return path
+    if is_empty:
+        raise BufferStorageError(f"{path} is not a buffer: the file is empty. Nothing was changed.")
+    return path
+
+
 @contextmanager
-def engine_for(path: str, *, write: bool = False) -> Iterator[Engine]:
-    """An engine on a buffer that exists and has the schema of this release."""
+def engine_for(path: str, *, write: bool = False, notice: bool = True) -> Iterator[Engine]:
+    """
+    An engine on a buffer that exists and has the schema of this release.
+
+    Without `notice`, the known bugs of the SQLite in use are not written to the log.
+    """
     # Read-only first, also to write: a missing file must not be created.
-    engine = create_buffer_engine(path, read_only=True)
+    engine = create_buffer_engine(existing(path), read_only=True)
     try:
         require(engine)
         if write:
+            if not notice:
+                known_bugs(engine)
             engine.dispose()
             engine = create_buffer_engine(path)
         yield engine
@@ -69,7 +104,9 @@ def engine_for(path: str, *, write: bool = False) -> Iterator[Engine]:
 
 
 @contextmanager
-def repository_for(arguments: argparse.Namespace, *, write: bool = False) -> Iterator[ReceiptRepository]:
+def repository_for(
+    arguments: argparse.Namespace, *, write: bool = False, notice: bool = True
+) -> Iterator[ReceiptRepository]:
     """The repository that a command works on; read-only unless it writes."""
-    with engine_for(path_of(arguments), write=write) as engine:
+    with engine_for(path_of(arguments), write=write, notice=notice) as engine:
         yield ReceiptRepository(engine)

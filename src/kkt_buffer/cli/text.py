@@ -51,6 +51,11 @@ def styled(text: str, style: str) -> str:
     return f"\x1b[{_STYLES[style]}m{text}\x1b[0m"
 
 
+def counted(number: int, noun: str, plural: str = "") -> str:
+    """The number and its noun: "1 receipt", "2 receipts"."""
+    return f"{number} {noun if number == 1 else plural or noun + 's'}"
+
+
 def height() -> int:
     """The lines of the terminal."""
     return shutil.get_terminal_size((80, 24)).lines
@@ -74,6 +79,12 @@ def printable_lines(lines: Iterable[object]) -> str:
 def cut(text: str, length: int) -> str:
     """The text, cut to so many characters."""
     return text if len(text) <= length else text[: max(length - 1, 0)] + "…"
+
+
+def first_line(remark: str, indent: int) -> str:
+    """The first line of a remark, indented, cut to the width of the terminal; all of the line in a file or a pipe."""
+    line = " " * indent + printable(remark.strip().split("\n", 1)[0])
+    return cut(line, shutil.get_terminal_size((80, 24)).columns) if is_terminal() else line
 
 
 def wrapped(line: str, indent: int, first: int | None = None) -> list[str]:
@@ -145,7 +156,18 @@ def distance(seconds: int) -> str:
     return f"in {text}" if difference > 0 else f"{text} ago"
 
 
-def masked(value: object) -> Any:  # noqa: ANN401 (a JSON document has no narrower type)
+class Number(str):
+    """A number as it stands in the text of a document: 10.10 is not 10.1."""
+
+    __slots__ = ()
+
+
+def decoded(document: str) -> Any:  # noqa: ANN401 (a JSON document has no narrower type)
+    """The document, its numbers as `Number`."""
+    return json.loads(document, parse_float=Number, parse_int=Number)
+
+
+def masked(value: object) -> Any:  # noqa: ANN401 (as above)
     """A decoded document with every personal value replaced by `MASK`."""
     if isinstance(value, dict):
         return {key: MASK if _is_personal(key) and inner is not None else masked(inner) for key, inner in value.items()}
@@ -169,5 +191,18 @@ def folded(value: object) -> Any:  # noqa: ANN401 (as above)
 
 
 def json_lines(document: object) -> list[str]:
-    """A document as indented JSON."""
-    return [printable(line) for line in json.dumps(document, ensure_ascii=False, indent=2).split("\n")]
+    """A decoded document as indented JSON."""
+    return [printable(line) for line in _json(document, "\n").split("\n")]
+
+
+def _json(value: object, start: str) -> str:
+    """The value as JSON; `start` begins a line with the present indent. (`json.dumps` would quote a `Number`.)"""
+    if isinstance(value, Number):
+        return value
+    if not value or not isinstance(value, dict | list):
+        return json.dumps(value, ensure_ascii=False)
+    inner = start + "  "
+    if isinstance(value, dict):
+        parts = [f"{json.dumps(key, ensure_ascii=False)}: {_json(part, inner)}" for key, part in value.items()]
+        return f"{{{inner}{f',{inner}'.join(parts)}{start}}}"
+    return f"[{inner}{f',{inner}'.join(_json(part, inner) for part in value)}{start}]"
