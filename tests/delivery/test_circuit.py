@@ -190,9 +190,8 @@ class TestOpen:
         restarted.tick()
         assert ["circuit_opened", "circuit_closed"] == circuit_events(repository)
 
-<<<<<<< HEAD
     @pytest.mark.parametrize("why", ["beaten", "stopped"])
-    def test_no_answer(self, repository, engine, clock, line, opened, why):
+    def test_nothing_sent(self, repository, engine, clock, line, opened, why):
         """A worker that has not used the line says nothing of the circuit."""
 
         class Beaten(ReceiptRepository):
@@ -222,14 +221,13 @@ class TestOpen:
         opened.tick()
         assert not opened.status.is_open
         assert clock() == opened.status.since
-=======
+
     def test_no_answer(self, repository, engine, clock, line, opened):
         """A receipt that fails is no answer: the next worker does not close it."""
         line.error = RuntimeError("500")
         restarted = DeliveryWorker(ReceiptRepository(engine, now=clock), line)
         restarted.tick()
         assert ["circuit_opened"] == circuit_events(repository)
->>>>>>> worker
 
     def test_reason(self, repository, opened):
         """The event says why."""
