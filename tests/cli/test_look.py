@@ -303,13 +303,14 @@ class TestEvents:
                 raise KeyboardInterrupt
             with file_repository.transaction():
                 stored.extend(file_repository.log_event("circuit_opened") for _ in range(count))
-                a_receipt(file_repository)
+                if count:
+                    a_receipt(file_repository)
 
         monkeypatch.setattr("kkt_buffer.cli.events.sleep", sleep)
         assert 0 == main(["events", str(path), "--follow", *routine])
         out = capfd.readouterr().out
         assert 701 == len(stored) == out.count("circuit_opened")
-        assert (4 if routine else 0) == out.count("added")
+        assert (2 if routine else 0) == out.count("added")
 
 
 def test_nothing_is_changed(used, run):
