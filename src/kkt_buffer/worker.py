@@ -225,14 +225,15 @@ class DeliveryWorker:
         if is_open == self._is_logged_open():
             return
         with self._repository.transaction():
-            if is_open == self._is_logged_open():  # another worker was faster
+            if is_open == self._is_logged_open():  # pragma: no cover (another worker can be faster, but seldom is)
                 return
             if is_open:
                 metadata = {"error": arguments.note("error", outage)}
                 self._repository.log_event(EventType.CIRCUIT_OPENED, metadata=metadata)
+                logger.warning("circuit opened: %s", outage)
             else:
                 self._repository.log_event(EventType.CIRCUIT_CLOSED)
-        logger.log(logging.WARNING if is_open else logging.INFO, "circuit %s", "opened" if is_open else "closed")
+                logger.info("circuit closed")
 
     def _is_logged_open(self) -> bool:
         return self._repository.get_buffer_status().circuit_opened_at is not None

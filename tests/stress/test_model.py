@@ -380,7 +380,7 @@ class BufferMachine(RuleBasedStateMachine):
 
 
 BufferMachine.TestCase.settings = settings(
-    max_examples=2000 if PROOF else 100,
+    max_examples=2000 if PROOF else 70,
     stateful_step_count=50,
     deadline=None,
     suppress_health_check=list(HealthCheck),
