@@ -181,7 +181,7 @@ def _refuse_real_receipts(repository: ReceiptRepository) -> None:
 
 def _refuse_full(repository: ReceiptRepository) -> None:
     status = repository.get_buffer_status()
-    waiting, wanted = status.pending + status.syncing, len(TILLS) * SALES
+    waiting, wanted = status.undelivered, len(TILLS) * SALES
     if waiting + wanted > status.capacity:
         raise BufferFullError(waiting, status.capacity, wanted)
 
@@ -263,8 +263,7 @@ class _Day:
         self._say(f"   Sent twice, because of the kill: {twice}. The OFD knows a receipt by its fiscal number.\n")
 
     def _is_empty(self) -> bool:
-        status = self._repository.get_buffer_status()
-        return status.pending + status.syncing == 0
+        return self._repository.get_buffer_status().undelivered == 0
 
     def _of(self, till: str) -> list[str]:
         return [sold for sold in self._sold if sold in self._sales[till]]

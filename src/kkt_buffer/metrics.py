@@ -54,7 +54,7 @@ FIGURES = (
     Figure(
         "kkt_buffer_size",
         "Undelivered receipts: pending, held, or with a worker.",
-        lambda moment: moment.status.pending + moment.status.syncing,
+        lambda moment: moment.status.undelivered,
     ),
     Figure("kkt_dlq_size", "Open dead letters, which wait for a person.", lambda moment: moment.status.dlq_size),
     Figure(

@@ -167,7 +167,7 @@ def _config(arguments: argparse.Namespace) -> None:
 def _warn_if_full(repository: ReceiptRepository) -> None:
     with contextlib.suppress(InvalidConfigError):  # another setting is invalid; this one is changed all the same
         status = repository.get_buffer_status()
-        waiting = status.pending + status.syncing
+        waiting = status.undelivered
         if waiting >= status.capacity:
             message = f"{text.counted(waiting, 'receipt')} waiting: the till refuses new ones until fewer than"
             print(f"warning: {message} {status.capacity} are waiting, or buffer_capacity is raised", file=sys.stderr)

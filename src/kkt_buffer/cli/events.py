@@ -33,7 +33,7 @@ def add(commands: "Commands") -> None:
 
 
 def event_lines(events: list[BufferEvent], *, about: bool = True) -> list[str]:
-    """What happened, oldest first. With `about`, the receipt is named, and its error; else the details are message."""
+    """What happened, oldest first. With `about`: the receipt and its error; without: all details."""
     lines = []
     for event in events:
         kind = event.event_type.removeprefix("receipt_")

@@ -85,7 +85,7 @@ def _add_reveal(command: argparse.ArgumentParser) -> None:
 def _status_lines(repository: ReceiptRepository, path: str, schema: str | None) -> list[str]:
     """The state of a buffer for people."""
     status = repository.get_buffer_status()
-    undelivered = status.pending + status.syncing
+    undelivered = status.undelivered
     full = f"{status.percent_full:.2f} %  ({undelivered} of {status.capacity})"
     if text.is_terminal():
         full = text.styled(text.bar(status.percent_full), _style_of(status)) + f"  {full}"

@@ -60,7 +60,7 @@ def _check(arguments: argparse.Namespace) -> int:
 
 def _judge(status: BufferStatus, warning: float, critical: float, days: float) -> tuple[int, str]:
     """The state of a buffer, and the line that tells it, with performance data."""
-    undelivered = status.pending + status.syncing
+    undelivered = status.undelivered
     parts = [f"{undelivered} of {status.capacity} receipts undelivered ({status.percent_full:g} %)"]
     state = OK
     if status.percent_full >= warning:

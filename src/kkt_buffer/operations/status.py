@@ -112,6 +112,11 @@ class BufferStatus:
     last_outage_at: int | None
     circuit_opened_at: int | None
 
+    @property
+    def undelivered(self) -> int:
+        """The receipts that count for the capacity: pending (held ones too) and syncing."""
+        return self.pending + self.syncing
+
 
 def get_buffer_status(tx: Transaction) -> BufferStatus:
     """Read the state of the buffer with one statement."""
