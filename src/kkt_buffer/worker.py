@@ -279,10 +279,10 @@ class DeliveryWorker:
         try:
             seconds = self._tick()
         except Exception as error:
-            told = f"{type(error).__name__}: {error}"
-            if told != self._status.error:
+            message = f"{type(error).__name__}: {error}"
+            if message != self._status.error:
                 logger.exception("the worker cannot deliver; the receipts are safe, and it tries again")
-                self._status = replace(self._status, error=told, error_since=self._repository.now())
+                self._status = replace(self._status, error=message, error_since=self._repository.now())
             return self._poll_seconds
         if self._status.error is not None:
             logger.info("the worker delivers again")
