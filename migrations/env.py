@@ -5,9 +5,10 @@ The database is given by `alembic -x db=PATH_OR_URL …`, else by BUFFER_DB_PATH
 From a program, `kkt_buffer.upgrade(engine)` passes its engine.
 """
 
+import contextlib
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from logging.config import fileConfig
 from typing import Any
 
@@ -75,16 +76,28 @@ def _violations(connection: Connection) -> set[tuple[object, ...]]:
     return {tuple(row) for row in connection.exec_driver_sql("PRAGMA foreign_key_check")}
 
 
+@contextlib.contextmanager
+def _connection(engine: Engine) -> Iterator[Connection]:
+    """
+    A connection of its own for the migrations.
+
+    Foreign keys are off: rebuilding a table would delete the rows that refer to it; the setting cannot be changed
+    inside a transaction. legacy_alter_table: a rename must not change the references of other tables, and must not fail
+    because a view of another program reads the table.
+    """
+    with engine.connect().execution_options(**{READ_ONLY: False}) as connection:
+        connection.connection.cursor().execute("PRAGMA foreign_keys = OFF")
+        connection.connection.cursor().execute("PRAGMA legacy_alter_table = ON")
+        try:
+            yield connection
+        finally:
+            connection.invalidate()  # closes it: with these settings it must not be used again
+
+
 def _migrate(engine: Engine) -> None:
     current(engine)  # raises if a newer release made the database
     steps: list[object] = []
-    with engine.connect().execution_options(**{READ_ONLY: False}) as connection:
-        # A separate connection, closed afterwards. Foreign keys are off: rebuilding a table would delete the rows that
-        # refer to it; the setting cannot be changed inside a transaction. legacy_alter_table: a rename must not
-        # change the references of other tables, and must not fail because a view of another program reads the table.
-        connection.connection.cursor().execute("PRAGMA foreign_keys = OFF")
-        connection.connection.cursor().execute("PRAGMA legacy_alter_table = ON")
-        connection.detach()
+    with _connection(engine) as connection:
         context.configure(
             connection=connection,
             target_metadata=metadata,
