@@ -9,7 +9,8 @@ for each thread was slower); the floor's have one connection each and SQLite's b
 
 To claim and acknowledge 50 takes 51 commits here, which lease the batch and record each delivery; 100 in persist-queue
 and litequeue, which take a message at a time; 50 in huey, which has no acknowledgement: what is taken is deleted, and a
-worker that dies has lost it. They keep few messages here, as they search among them all: what was put is deleted
+worker that dies has lost it. What a worker of ours with 16 senders delivers stands beside a peer that does nothing but
+claim and acknowledge. They keep few messages here, as they search among them all: what was put is deleted
 between the rounds, off the clock, and claims have a queue of their own with 50 in it. Ours keeps it all.
 """
 
@@ -19,6 +20,7 @@ from itertools import cycle, product
 
 from figures import Row, at_once, block, figures, interleaved, rate
 from ours_and_floor import BATCH, Floor, Ours, documents
+from worker import SENDERS, Worker
 
 try:
     from huey.storage import SqliteStorage
@@ -121,6 +123,12 @@ def rows(folder, scale):
     for name in NAMES:
         ours, theirs = found["claim", OURS], found["claim", name]
         yield Row(f"claim and ack of {BATCH}, per receipt: {name}", "µs", ours, theirs, scale.on_good(1))
+    delivered = rate(found["deliver", OURS])
+    for name in NAMES:
+        goal, theirs = 4 if scale.till else None, rate(found["claim", name])
+        yield Row(f"a worker, {SENDERS} senders: {name}", "receipts/s", delivered, theirs, goal, at_least=True)
+    goal = scale.on_good(1000)
+    yield Row(f"a worker, {SENDERS} senders", "receipts/s", delivered, budget=goal, at_least=True, absolute=True)
 
 
 def measured(folder, rounds):
@@ -133,6 +141,7 @@ def measured(folder, rounds):
     for name in NAMES:
         assert_durable(inserts[name])
         assert_durable(claims[name])
+    worker = Worker(folder / "delivered-beside-peers.db")
     with ThreadPoolExecutor(max(THREADS)) as pool:
         blocks = {}
         for threads, (name, side) in product(THREADS, inserts.items()):
@@ -142,8 +151,9 @@ def measured(folder, rounds):
             fill(side)
             after = functools.partial(fill, side)
             blocks["claim", name] = block(side.claim_and_ack, 1, receipts=BATCH, after=after)
+        blocks["deliver", OURS] = worker.block()
         taken = interleaved(blocks, rounds)
-    for side in (*inserts.values(), *claims.values()):
+    for side in (*inserts.values(), *claims.values(), worker):
         side.close()
     return {key: figures(found) for key, found in taken.items()}
 
