@@ -26,12 +26,12 @@ def _restore(cls: type[ReceiptBufferError], args: tuple[Any, ...], facts: dict[s
 
 
 class BufferFullError(ReceiptBufferError, ValueError):
-    """The buffer holds as many undelivered receipts as `buffer_capacity` allows; nothing was stored."""
+    """The buffer holds as many undelivered receipts as `buffer_capacity` allows; nothing was changed."""
 
     def __init__(self, undelivered: int, capacity: int, wanted: int = 1) -> None:
         super().__init__(
             f"Buffer full: {undelivered} of {capacity} receipts are waiting for delivery, so {wanted} more cannot be "
-            "taken. Nothing was stored; the waiting receipts are safe. Deliver receipts, or raise buffer_capacity."
+            "taken. Nothing was changed; the waiting receipts are safe. Deliver receipts, or raise buffer_capacity."
         )
         self.undelivered = undelivered
         self.capacity = capacity

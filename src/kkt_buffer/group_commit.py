@@ -71,6 +71,7 @@ class GroupCommit:
         self._pid = os.getpid()
         self._lock = threading.Lock()
         self._waiting: deque[_Member] = deque()
+        self._is_shared = False  # the last commit had several operations
 
     def run(self, work: Shareable[A, R], argument: A) -> R:
         """Run the operation and return its result once it is committed; inside this thread's transaction, join that."""
@@ -139,6 +140,7 @@ class GroupCommit:
         finally:
             if not is_begun:
                 self._gather(members)  # they would meet the same error
+        self._is_shared = len(members) > 1
         for member in members:
             member.finish()
 
@@ -157,7 +159,8 @@ class GroupCommit:
                     results = work.many(tx, arguments)
                 for member, result in zip(same_work, results, strict=True):
                     member.result = result
-            time.sleep(0)  # yields the GIL: threads that the last commit has woken may call again already
+            if self._is_shared or len(members) > 1:
+                time.sleep(0)  # yields the GIL: threads that the last commit has woken may call again already
             self._gather(members)
 
     def _gather(self, members: list[_Member]) -> None:

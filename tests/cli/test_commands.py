@@ -1,6 +1,7 @@
 """The commands: what they print, what they refuse, and their exit status."""
 
 import os
+import re
 import subprocess
 import sys
 
@@ -223,6 +224,24 @@ class TestErrors:
         assert "(choose from 'pending', 'syncing', 'synced', 'failed'); see `kkt-buffer list --help`" in (
             run("list", "--status", "lost").err
         )
+
+    def test_time_not_understood(self, run):
+        """It is told which form is expected."""
+        assert "--maintenance-at: expected a time of the day like 03:30, got '25:00'; see" in (
+            run("work", "shop:send", "--maintenance-at", "25:00").err
+        )
+
+
+class TestHelp:
+    def test_width(self, run, monkeypatch):
+        """The help of each command fits into a terminal of 80 columns, and keeps its paragraphs."""
+        monkeypatch.setenv("COLUMNS", "80")
+        overview = run("--help").out
+        commands = re.findall(r"^    ([a-z-]+) ", overview, re.MULTILINE)
+        assert {"status", "requeue", "work", "verify"} < set(commands)
+        texts = {command: run(command, "--help").out for command in commands} | {"": overview}
+        assert {} == {command: text for command, text in texts.items() if max(map(len, text.splitlines())) > 80}
+        assert "\n\nWARNING (1): it is full to -w percent" in texts["check"]
 
 
 class TestOption:

@@ -51,7 +51,8 @@ class TestBackup:
             db.execute("PRAGMA ignore_check_constraints = ON")
             db.execute("UPDATE receipts SET retry_count = -1 WHERE status = 'pending'")
         ended = run("backup", tmp_path / "usb", "--db", used, "--keep", 1)
-        assert 1 == ended.status
+        assert (1, "") == (ended.status, ended.out)
+        assert f"{tmp_path / 'usb' / 'buffer-damaged.db'} is damaged, as the buffer is: " in ended.err
         assert "a row of receipts breaks ck_receipts_retry_count" in ended.err
         assert "No older copy was deleted." in ended.err
 

@@ -18,10 +18,11 @@ from kkt_buffer.migrate import release
 
 _EPILOG = """\
 Every command takes --db PATH. Without it, the buffer is $BUFFER_DB_PATH, else data/buffer.db.
+
 `kkt-buffer COMMAND --help` explains a command.
 
-exit status: 0 success; 1 error, receipt not found, or damage; 2 wrong usage; 3 verify found a
-difference, but no need to restore; 130 Control-C. `check` has its own: 0 OK, 1 WARNING, 2 CRITICAL, 3 UNKNOWN."""
+exit status: 0 success; 1 error, receipt not found, or damage; 2 wrong usage; 3 verify found a difference, but no need
+to restore; 130 Control-C. `check` has its own: 0 OK, 1 WARNING, 2 CRITICAL, 3 UNKNOWN."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:

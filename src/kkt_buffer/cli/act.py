@@ -31,7 +31,7 @@ def add(commands: "Commands") -> None:
         "requeue",
         _requeue,
         "send dead letters again\n\n"
-        "Use it after the cause is fixed. Each receipt is pending again; it keeps its place in the order, and its\n"
+        "Use it after the cause is fixed. Each receipt is pending again; it keeps its place in the order, and its "
         "deadline. If the buffer has no room for all of them, the rest stay dead letters.",
         path=False,
     )

@@ -31,7 +31,7 @@ def add(commands: "Commands") -> None:
         "prune",
         _prune,
         "delete what is older than its retention\n\n"
-        "That is: receipts that were delivered, dead letters that were closed, events.\n"
+        "That is: receipts that were delivered, dead letters that were closed, events. "
         "Undelivered receipts and open dead letters are never deleted. See `config` for the retention_* settings.",
     )
     command = add_command(
@@ -39,8 +39,8 @@ def add(commands: "Commands") -> None:
         "backup",
         _backup,
         "copy a buffer, even while it is in use\n\n"
-        "With a folder: a new copy in it, named by its time, which is checked; only the newest copies are kept.\n"
-        "Without one, the folder is `backups` beside the buffer.\n"
+        "With a folder: a new copy in it, named by its time, which is checked; only the newest copies are kept. "
+        "Without one, the folder is `backups` beside the buffer.\n\n"
         "With PATH TARGET: a copy of the buffer PATH in the file TARGET, which is replaced when the copy is complete.",
         path=False,
     )
@@ -53,7 +53,7 @@ def add(commands: "Commands") -> None:
         "verify",
         _verify,
         "read all of the buffer and report problems; changes nothing\n\n"
-        "exit status: 0 the buffer is whole; 1 it is damaged: restore a backup; 3 it differs from this release, but\n"
+        "exit status: 0 the buffer is whole; 1 it is damaged: restore a backup; 3 it differs from this release, but "
         "there is no need to restore a backup.",
     )
     add_command(
@@ -61,9 +61,9 @@ def add(commands: "Commands") -> None:
         "export",
         _export,
         "print all receipts as JSON lines, also from a damaged file\n\n"
-        "Each line has the columns of one receipt, with the document as the text that was stored. Receipts that\n"
-        "cannot be read are listed on stderr, and the exit status is 1. The lines contain personal data.\n"
-        "Works with every schema version.",
+        "Each line has the columns of one receipt, with the document as the text that was stored. Receipts that "
+        "cannot be read are listed on stderr, and the exit status is 1. Works with every schema version.\n\n"
+        "The lines contain personal data.",
     )
 
 
@@ -104,12 +104,12 @@ def _backup(arguments: argparse.Namespace) -> int:
         copy, report = back_up(
             repository, folder, name=path.stem, keep=KEEP if arguments.keep is None else arguments.keep
         )
+    if report.is_damaged:
+        print(f"error: {copy} is damaged, as the buffer is: {report}. No older copy was deleted.", file=sys.stderr)
+        return 1
     copies = text.counted(len(backups(folder, name=path.stem)), "copy", "copies")
     print(f"{copy}: complete, and on disk ({copies} in {folder})")
-    if not report.is_damaged:
-        return 0
-    print(f"error: the copy is damaged as the buffer is: {report}. No older copy was deleted.", file=sys.stderr)
-    return 1
+    return 0
 
 
 def _verify(arguments: argparse.Namespace) -> int:

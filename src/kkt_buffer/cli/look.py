@@ -70,7 +70,7 @@ def add(commands: "Commands") -> None:
         "held",
         _held,
         "list receipts that are not printed yet\n\n"
-        "As far as the buffer knows: after a crash, ask the fiscal drive about each. The till completes what was\n"
+        "As far as the buffer knows: after a crash, ask the fiscal drive about each. The till completes what was "
         "printed, `discard` closes what was not.",
     )
 

@@ -25,10 +25,10 @@ def add(commands: "Commands") -> None:
         "check",
         _check,
         "one line and an exit status for Nagios and the like\n\n"
-        "CRITICAL (2): the buffer is missing, damaged or cannot be read, is full to -c percent, or its oldest receipt\n"
-        "must be delivered within --days days.\n"
-        "WARNING (1): it is full to -w percent, or there are dead letters, which somebody must decide about.\n"
-        "UNKNOWN (3): wrong usage, another schema, an invalid setting. OK (0): everything else.",
+        "CRITICAL (2): the buffer is missing, damaged or cannot be read, is full to -c percent, or its oldest receipt "
+        "must be delivered within --days days.\n\n"
+        "WARNING (1): it is full to -w percent, or there are dead letters, which somebody must decide about.\n\n"
+        "UNKNOWN (3): wrong usage, another schema, an invalid setting.\n\nOK (0): everything else.",
     )
     command.usage_status = UNKNOWN  # 2 would be CRITICAL
     command.add_argument("-w", type=float, default=80.0, metavar="PERCENT", help="default: %(default)g")
@@ -40,8 +40,8 @@ def add(commands: "Commands") -> None:
         "metrics",
         _metrics,
         "the figures as Prometheus text\n\n"
-        "For the textfile collector of the node exporter:\n"
-        "kkt-buffer metrics > kkt.prom.new && mv kkt.prom.new /var/lib/node_exporter/kkt.prom",
+        "For the textfile collector of the node exporter:\n\n"
+        "kkt-buffer metrics > kkt.new && mv kkt.new /var/lib/node_exporter/kkt.prom",
     )
 
 

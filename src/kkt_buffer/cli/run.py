@@ -27,8 +27,8 @@ def add(commands: "Commands") -> None:
         "work",
         _work,
         "deliver what is due, until it is stopped\n\n"
-        "SEND is a function of a Python module, which is looked for in the current folder too: it sends one receipt\n"
-        "and returns the time of the OFD; `kkt-buffer work shop:send`. Outcomes are logged to stderr.\n"
+        "SEND is a function of a Python module, which is looked for in the current folder too: it sends one receipt "
+        "and returns the time of the OFD; `kkt-buffer work shop:send`. Outcomes are logged to stderr.\n\n"
         "SIGTERM or Control-C stops it within one send, with the exit status 0; a second one stops it at once.",
         path=False,
     )
@@ -48,7 +48,7 @@ def add(commands: "Commands") -> None:
         help="an exception type that means: the OFD is down",
     )
     command.add_argument(
-        "--maintenance-at", type=time.fromisoformat, metavar="HH:MM", help="every day: prune, and a backup if asked to"
+        "--maintenance-at", type=_time_of_day, metavar="HH:MM", help="every day: prune, and a backup if asked to"
     )
     command.add_argument("--backup-to", metavar="DIR", help="the folder of the backups; the last seven are kept")
 
@@ -59,6 +59,13 @@ def add(commands: "Commands") -> None:
         "play a day of two tills on a real buffer, with kills in the middle\n\n"
         f"Without a path it uses {DEMO_PATH}, never the buffer of the till.",
     )
+
+
+def _time_of_day(value: str) -> time:
+    try:
+        return time.fromisoformat(value)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"expected a time of the day like 03:30, got {value!r}") from error
 
 
 def _work(arguments: argparse.Namespace) -> None:

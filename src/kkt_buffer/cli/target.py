@@ -22,13 +22,21 @@ if TYPE_CHECKING:
 Run = Callable[[argparse.Namespace], int | None]
 
 
+class _Paragraphs(argparse.HelpFormatter):
+    """Keeps the paragraphs of a text, and breaks their lines to the width of the terminal."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        fill = super()._fill_text
+        return "\n\n".join(fill(paragraph, width, indent) for paragraph in text.split("\n\n"))
+
+
 class Parser(argparse.ArgumentParser):
-    """A parser that keeps the lines of its texts, and whose exit status for wrong usage can be set."""
+    """A parser whose texts have paragraphs, and whose exit status for wrong usage can be set."""
 
     usage_status = 2
 
     def __init__(self, **options: Any) -> None:  # noqa: ANN401 (argparse's own options)
-        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, **options)
+        super().__init__(formatter_class=_Paragraphs, **options)
 
     def exit(self, status: int = 0, message: str | None = None) -> NoReturn:
         """Exit; with `usage_status` instead of argparse's 2."""
