@@ -139,6 +139,9 @@ class TestEnd:
         sent = []
         with pytest.raises(type(error)):
             deliver_pending(repository, send, concurrency=2)
+        for thread in threading.enumerate():
+            if thread.name.startswith("lane "):
+                thread.join(10)  # an interrupted call does not wait for it; this test must, before the buffer is closed
         status = repository.get_buffer_status()
         assert 0 == status.syncing
         assert 9 <= status.pending
