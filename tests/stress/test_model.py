@@ -76,7 +76,7 @@ class BufferMachine(RuleBasedStateMachine):
     def receipt(self, pick, *statuses):
         """One of the receipts, of these statuses if there are such; or none that exists."""
         keys = [key for key, one in self.model.items() if one.status in statuses] or list(self.model)
-        return keys[pick % len(keys)] if pick < PICKS else an_id()
+        return keys[pick % len(keys)] if keys and pick < PICKS else an_id()  # all may be pruned
 
     # What the model knows.
 
