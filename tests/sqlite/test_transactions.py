@@ -11,6 +11,7 @@ from sqlalchemy.exc import IntegrityError, ProgrammingError
 from kkt_buffer import (
     BufferBusyError,
     BufferStorageError,
+    ReceiptRepository,
 )
 
 ADD = text(
@@ -126,6 +127,12 @@ class TestTransactions:
         own = open_engine(path, pool_size=1, max_overflow=0, pool_timeout=0.05)
         with own.connect(), pytest.raises(exc.TimeoutError, match="QueuePool limit"):
             own.connect()
+
+    def test_execution_options(self, path, open_engine):
+        """Those of the caller stand beside the package's own."""
+        own = open_engine(path, execution_options={"shop": 7})
+        assert 7 == own.get_execution_options()["shop"]
+        assert 0 == ReceiptRepository(own).get_buffer_status().pending
 
     def test_null_pool(self, path, open_engine):
         """Another pool may be asked for."""
