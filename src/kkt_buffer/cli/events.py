@@ -48,7 +48,7 @@ def event_lines(events: list[BufferEvent], *, about: bool = True) -> list[str]:
 
 
 def latest(repository: ReceiptRepository, limit: int, *, routine: bool = False) -> list[BufferEvent]:
-    """The last events, oldest first; `added` and `synced`, which hide the others, only with `routine`."""
+    """The last events, oldest first. Every receipt has `added` and `synced`: these only with `routine`."""
     statement = _events_of(routine=routine).order_by(BufferEvent.id.desc()).limit(whole_number("limit", limit, 1))
     with repository.reading() as session:
         return list(session.scalars(statement))[::-1]

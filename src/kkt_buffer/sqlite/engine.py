@@ -71,7 +71,7 @@ def create(
     database = Database(module, path, read_only=read_only, busy_timeout=busy_timeout, cache_size=cache_size)
     engine = create_engine(
         URL.create("sqlite+pysqlite", database=":memory:" if path is None else str(path)),
-        # First, so that it is not among the others.
+        # Taken out of the options before the rest of them is passed on.
         execution_options={**options.pop("execution_options", {}), OPTION: database},
         **{"poolclass": QueuePool if {"max_overflow", "pool_timeout"} & options.keys() else ThreadPool} | options,
         creator=database.open,
