@@ -140,7 +140,7 @@ class _Link:
             self._client.sendall(b"N")
 
     def _ask(self, batch: bytes) -> None:
-        """Forward a batch of messages, which the server answers; if it ends a transaction with a mark, that is where the connection is cut."""
+        """Forward a batch that the server answers; if it ends a transaction with a mark, that is where the connection is cut."""
         self._is_ending = self._cut is not None and (self._is_idle or b"COMMIT" in batch[:64])
         self._is_asking = True
         if self._is_ending and self._cut is not Cut.AFTER:
