@@ -16,7 +16,6 @@ from server_guard import kill_all, processes_in
 from servers import PASSWORD, Server, programs
 from sqlalchemy import URL
 
-PACKAGES = ("etcd-server", "patroni")
 NODES = 3
 
 
@@ -130,10 +129,10 @@ class PatroniNodes:
         for server in [*self.nodes, self.etcd]:
             server.stop()
 
-    def url(self):
+    def url(self, **query):
         """A URL with all hosts, by which a client finds the leader."""
         hosts = [f"127.0.0.1:{node.port}" for node in self.nodes]
-        query = {"host": hosts, "target_session_attrs": "read-write", "connect_timeout": "2"}
+        query = {"host": hosts, "target_session_attrs": "read-write", "connect_timeout": "2"} | query
         return URL.create("postgresql+psycopg", "postgres", PASSWORD, database="postgres", query=query)
 
     def leader(self):

@@ -2,18 +2,16 @@
 A TCP proxy between a client and PostgreSQL that understands where messages begin.
 
 It counts round trips, and cuts connections at the moment that matters most: when the server has, or may have, committed
-and the client has not been told. The client puts `MARK` into what it sends, for example into a document; a connection
-that has sent it is cut at the end of its transaction.
+and the client has not been told. Which one is cut is said by some bytes that the client will send, such as an id.
 """
 
 import contextlib
 import socket
 import struct
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from enum import Enum
-
-MARK = b"cut-me"
+from typing import NamedTuple
 
 SSL_REQUEST, GSS_REQUEST = 80877103, 80877104
 QUERY, SYNC, READY = b"Q", b"S", b"Z"
@@ -22,28 +20,33 @@ IDLE = b"I"
 
 
 class Cut(Enum):
-    """Where a connection is cut."""
+    """Where a connection is cut, at the end of its transaction."""
 
     BEFORE = "the request does not reach the server"
     MEANWHILE = "the request reaches the server, and the client does not wait for the answer"
     AFTER = "the server has answered, and the answer does not reach the client"
 
 
+class _Order(NamedTuple):
+    cut: Cut
+    meanwhile: Callable[[], object]
+
+
 class _GoneError(Exception):
-    """The connection was cut."""
+    """The connection is over."""
 
 
 class Proxy:
-    """Listens on a loopback port and forwards to another one; `cuts` are the cuts to make, one for each mark."""
+    """Listens on a loopback port and forwards to the server's, which may be changed for new connections."""
 
-    def __init__(self, to_port: int) -> None:
-        self._to_port = to_port
+    def __init__(self, server_port: int) -> None:
+        self.server_port = server_port
         self._listener = socket.create_server(("127.0.0.1", 0))
+        self.port: int = self._listener.getsockname()[1]
         self._lock = threading.Lock()
         self._open: set[socket.socket] = set()
-        self.port: int = self._listener.getsockname()[1]
-        self.cuts: list[Cut] = []
-        self.done: list[Cut] = []
+        self._orders: dict[bytes, _Order] = {}
+        self.cuts = 0  # how many were made
         self.round_trips = 0
 
     @contextlib.contextmanager
@@ -60,6 +63,26 @@ class Proxy:
             for connection in list(self._open):
                 _hang_up(connection)
 
+    def cut(self, mark: str, cut: Cut, meanwhile: Callable[[], object] = lambda: None) -> None:
+        """Cut, once, the connection that sends these bytes; `meanwhile` is called before the client learns of it."""
+        self._orders[mark.encode()] = _Order(cut, meanwhile)
+
+    def take_order(self, message: bytes) -> _Order | None:
+        """The cut that was ordered for one of the marks in this message, which is forgotten."""
+        with self._lock:
+            for mark in self._orders:
+                if mark in message:
+                    return self._orders.pop(mark)
+        return None
+
+    def count_round_trip(self) -> None:
+        with self._lock:
+            self.round_trips += 1
+
+    def count_cut(self) -> None:
+        with self._lock:
+            self.cuts += 1
+
     def _accept(self) -> None:
         while True:
             try:
@@ -69,31 +92,21 @@ class Proxy:
             threading.Thread(target=self._serve, args=[client], daemon=True).start()
 
     def _serve(self, client: socket.socket) -> None:
-        server = socket.create_connection(("127.0.0.1", self._to_port))
-        for connection in (client, server):
-            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self._open |= {client, server}
-        link = _Link(self, client, server)
-        answers = threading.Thread(target=link.forward_answers, daemon=True)
-        answers.start()
-        link.forward_requests()
-        answers.join()
-        self._open -= {client, server}
-        client.close()
-        server.close()
-
-    def next_cut(self) -> Cut | None:
-        """Take the next cut to make."""
-        with self._lock:
-            return self.cuts.pop(0) if self.cuts else None
-
-    def count(self, cut: Cut | None = None) -> None:
-        """Note a round trip, or a cut that was made."""
-        with self._lock:
-            if cut is None:
-                self.round_trips += 1
-            else:
-                self.done.append(cut)
+        with client:
+            try:
+                server = socket.create_connection(("127.0.0.1", self.server_port))
+            except OSError:
+                return
+            with server:
+                for connection in (client, server):
+                    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                self._open |= {client, server}
+                link = _Link(self, client, server)
+                answers = threading.Thread(target=link.forward_answers, daemon=True)
+                answers.start()
+                link.forward_requests()
+                answers.join()
+                self._open -= {client, server}
 
 
 class _Link:
@@ -105,8 +118,9 @@ class _Link:
         self._server = server
         self._is_idle = True  # no transaction is open
         self._is_asking = False  # something was sent, and the server is not ready again
-        self._is_ending = False  # what was sent ends a transaction with a mark
-        self._cut: Cut | None = None
+        self._is_ending = False  # the answer is not to reach the client
+        self._is_left = False  # the server works for a client that is gone, and learns of it when it answers
+        self._order: _Order | None = None
 
     def forward_requests(self) -> None:
         try:
@@ -115,8 +129,7 @@ class _Link:
             while True:
                 message = _message(self._client)
                 batch += message
-                if MARK in message and self._cut is None:
-                    self._cut = self._proxy.next_cut()
+                self._order = self._order or self._proxy.take_order(message)
                 if message[:1] in (QUERY, SYNC):
                     self._ask(batch)
                 elif message[:1] in UNANSWERED:
@@ -125,8 +138,7 @@ class _Link:
                     continue
                 batch = b""
         except (_GoneError, OSError):
-            # A server that is still at work learns of it when it answers, as if the client's machine were gone.
-            if not (self._cut is Cut.MEANWHILE and self._is_ending):
+            if not self._is_left:
                 _hang_up(self._server)
 
     def _forward_startup(self) -> None:
@@ -140,14 +152,17 @@ class _Link:
             self._client.sendall(b"N")
 
     def _ask(self, batch: bytes) -> None:
-        """Forward a batch that the server answers; if it ends a transaction with a mark, that is where the connection is cut."""
-        self._is_ending = self._cut is not None and (self._is_idle or b"COMMIT" in batch[:64])
+        """Forward messages that are answered together, and cut where this is ordered."""
+        ends = self._is_idle or b"COMMIT" in batch[:64]
+        cut = self._order.cut if self._order and ends else None
         self._is_asking = True
-        if self._is_ending and self._cut is not Cut.AFTER:
-            self._hang_up_on_client()
-        if not (self._is_ending and self._cut is Cut.BEFORE):
+        self._is_ending = cut is Cut.AFTER
+        self._is_left = cut is Cut.MEANWHILE
+        if cut in (Cut.BEFORE, Cut.MEANWHILE):
+            self._cut_off()
+        if cut is not Cut.BEFORE:
             self._server.sendall(batch)
-        if self._is_ending and self._cut is not Cut.AFTER:
+        if cut in (Cut.BEFORE, Cut.MEANWHILE):
             raise _GoneError
 
     def forward_answers(self) -> None:
@@ -157,20 +172,21 @@ class _Link:
                 if message[:1] == READY:
                     self._is_idle = message[5:6] == IDLE
                     if self._is_asking:
-                        self._proxy.count()
+                        self._proxy.count_round_trip()
                     self._is_asking = False
                 if not self._is_ending:
                     self._client.sendall(message)
                 elif message[:1] == READY:
-                    self._hang_up_on_client()
+                    self._cut_off()
                     raise _GoneError
         except (_GoneError, OSError):
             _hang_up(self._client)
             _hang_up(self._server)
 
-    def _hang_up_on_client(self) -> None:
-        if self._cut is not None:
-            self._proxy.count(self._cut)
+    def _cut_off(self) -> None:
+        if self._order:
+            self._order.meanwhile()
+        self._proxy.count_cut()
         _hang_up(self._client)
 
 

@@ -1,0 +1,177 @@
+"""
+An acknowledgement is refused wherever the server would give one that is not safe.
+
+Settings are read where the receipts are stored: those of a server may change at any time, also behind a pool.
+"""
+
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+from builders import new_receipt
+from postgresql.cluster import Cluster, frozen, wait_until
+from postgresql.conftest import migrate
+from postgresql.proxy import Proxy
+from sqlalchemy import text
+
+from kkt_buffer import BufferStorageError, OutcomeUnknownError
+
+WAITING = "SELECT pid FROM pg_stat_activity WHERE wait_event = 'SyncRep'"
+NO_ACKNOWLEDGEMENT = (BufferStorageError, OutcomeUnknownError)
+UNSAFE = {
+    "fsync": "off",
+    "full_page_writes": "off",
+    "synchronous_commit": "off",
+}
+TOO_WEAK_WITH_REPLICAS = {
+    "synchronous_commit": "local",
+    "synchronous_standby_names": "",
+}
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    with Cluster(standbys=1) as cluster:
+        migrate(cluster.url())
+        yield cluster
+
+
+@pytest.fixture(autouse=True)
+def _as_it_was(cluster):
+    yield
+    change(cluster.primary, "RESET ALL")
+
+
+@pytest.fixture
+def repository(cluster, open_repository):
+    return open_repository(cluster.url(), require_replicas=1)
+
+
+def change(server, change):
+    """Change settings of a running server; returns when its processes have them."""
+    before = server.execute("SELECT pg_conf_load_time()")
+    server.execute(f"ALTER SYSTEM {change}")
+    server.execute("SELECT pg_reload_conf()")
+    wait_until(lambda: before != server.execute("SELECT pg_conf_load_time()"))
+
+
+class TestSettings:
+    @pytest.mark.parametrize(("name", "value"), UNSAFE.items(), ids=UNSAFE)
+    def test_unsafe(self, own_server, open_repository, name, value):
+        """Changed while connections of the pool are open: what is stored next is refused; changed back, it is taken."""
+        repository = open_repository(own_server.url())
+        repository.insert_receipt(new_receipt())
+        change(own_server, f"SET {name} = {value}")
+        with pytest.raises(BufferStorageError, match=name):
+            repository.insert_receipt(new_receipt())
+        with pytest.raises(BufferStorageError, match=name):
+            repository.insert_receipts([new_receipt(), new_receipt()])
+        with pytest.raises(BufferStorageError, match=name):
+            with repository.transaction():
+                repository.insert_receipt(new_receipt())
+        assert 1 == repository.get_buffer_status().pending
+        change(own_server, f"RESET {name}")
+        repository.insert_receipt(new_receipt())
+
+    @pytest.mark.parametrize(("name", "value"), TOO_WEAK_WITH_REPLICAS.items(), ids=TOO_WEAK_WITH_REPLICAS)
+    def test_too_weak(self, cluster, repository, open_repository, name, value):
+        """With `require_replicas`, what would not wait for a replica is refused; without, it is taken."""
+        repository.insert_receipt(new_receipt())
+        pending = repository.get_buffer_status().pending
+        change(cluster.primary, f"SET {name} = '{value}'")
+        with pytest.raises(BufferStorageError, match=name):
+            repository.insert_receipt(new_receipt())
+        assert pending == repository.get_buffer_status().pending
+        open_repository(cluster.url()).insert_receipt(new_receipt())
+
+    def test_asynchronous(self, own_server, open_repository):
+        """A server without replicas is refused."""
+        repository = open_repository(own_server.url(), require_replicas=1)
+        with pytest.raises(BufferStorageError, match="synchronous_standby_names"):
+            repository.insert_receipt(new_receipt())
+        assert 0 == open_repository(own_server.url()).get_buffer_status().pending
+
+    def test_too_few(self, cluster, open_repository):
+        """One replica is not two."""
+        repository = open_repository(cluster.url(), require_replicas=2)
+        with pytest.raises(BufferStorageError, match="synchronous_standby_names"):
+            repository.insert_receipt(new_receipt())
+
+    def test_unlogged(self, own_server, open_repository):
+        """A table that a crash empties is refused."""
+        repository = open_repository(own_server.url())
+        repository.insert_receipt(new_receipt())
+        own_server.execute("ALTER TABLE dlq SET UNLOGGED")
+        own_server.execute("ALTER TABLE receipts SET UNLOGGED")
+        with pytest.raises(BufferStorageError, match="UNLOGGED"):
+            repository.insert_receipt(new_receipt())
+        own_server.execute("ALTER TABLE receipts SET LOGGED")
+        own_server.execute("ALTER TABLE dlq SET LOGGED")
+        repository.insert_receipt(new_receipt())
+
+
+class TestWait:
+    """The primary has committed, no replica has it, and something ends the wait."""
+
+    @pytest.fixture
+    def inserting(self, cluster, repository):
+        """An insert that waits for the replica, which is frozen until the test ends."""
+        repository.insert_receipt(new_receipt())
+        with ThreadPoolExecutor(1) as executor:
+            with frozen(*cluster.standbys):
+                call = executor.submit(repository.insert_receipt, new_receipt())
+                wait_until(lambda: cluster.primary.execute(WAITING))
+                yield call
+
+    def test_cancelled(self, cluster, inserting):
+        """The server says committed, with a warning: that is no acknowledgement."""
+
+        def is_over():
+            for (process,) in cluster.primary.execute(WAITING):  # a repetition waits too
+                cluster.primary.execute(f"SELECT pg_cancel_backend({process})")
+            return inserting.done()
+
+        wait_until(is_over)
+        assert isinstance(inserting.exception(), NO_ACKNOWLEDGEMENT)
+
+    def test_names_emptied(self, cluster, inserting):
+        """The server says committed, and nothing else."""
+        change(cluster.primary, "SET synchronous_standby_names = ''")
+        wait_until(inserting.done)
+        assert isinstance(inserting.exception(), NO_ACKNOWLEDGEMENT)
+
+    def test_terminated(self, cluster, inserting):
+        """The connection is ended while it waits: the insert is repeated, and waits again until the replica is back."""
+        [(process,)] = cluster.primary.execute(WAITING)
+        cluster.primary.execute(f"SELECT pg_terminate_backend({process})")
+        wait_until(lambda: [(process,)] != cluster.primary.execute(WAITING))
+        assert not inserting.done() or isinstance(inserting.exception(), NO_ACKNOWLEDGEMENT)
+
+    def test_deadline(self, cluster, open_repository):
+        """A client does not wait for ever: the replica does not come, and the caller is told."""
+        repository = open_repository(cluster.url(), require_replicas=1, busy_timeout=1)
+        repository.insert_receipt(new_receipt())
+        with frozen(*cluster.standbys):
+            with pytest.raises(NO_ACKNOWLEDGEMENT):
+                repository.insert_receipt(new_receipt())
+
+
+class TestLeader:
+    def test_demoted(self, cluster, repository):
+        """A leader that became a replica is left: the next call succeeds on the new one."""
+        first = repository.insert_receipt(new_receipt())
+        cluster.demote()
+        second = repository.insert_receipt(new_receipt())
+        repository.mark_synced(first, 5)
+        with repository.transaction() as session:
+            assert cluster.primary.port == session.scalar(text("SELECT current_setting('port')::int"))
+            assert repository.get_receipt_by_id(second)
+
+    def test_replica_behind_one_name(self, cluster, open_repository):
+        """Where one name leads to the leader and led to a replica for a while, no connection to that one is kept."""
+        with Proxy(cluster.standbys[0].port).running() as proxy:
+            repository = open_repository(cluster.url(host=f"127.0.0.1:{proxy.port}", target_session_attrs="any"))
+            moved = threading.Timer(0.5, setattr, [proxy, "server_port", cluster.primary.port])
+            moved.start()
+            repository.insert_receipt(new_receipt())
+            moved.join()
