@@ -9,6 +9,8 @@ from server_guard import processes_in
 from servers import PASSWORD, Server
 from sqlalchemy import URL
 
+from kkt_buffer import create_buffer_engine, upgrade
+
 SETTINGS = {
     "wal_keep_size": "256MB",  # a standby that was away for some time can catch up
     "wal_receiver_timeout": "2s",
@@ -42,6 +44,13 @@ def frozen(*servers):
     finally:
         for server in servers:
             signal_all(server, signal.SIGCONT)
+
+
+def migrate(url):
+    """Make an empty buffer there."""
+    engine = create_buffer_engine(url)
+    upgrade(engine)
+    engine.dispose()
 
 
 class Cluster:

@@ -5,23 +5,17 @@ from collections.abc import Callable, Iterator
 import pytest
 import servers
 from builders import unproven
+from postgresql.cluster import migrate
 from postgresql.proxy import Proxy
 from sqlalchemy import URL, make_url
 
-from kkt_buffer import ReceiptRepository, create_buffer_engine, upgrade
+from kkt_buffer import ReceiptRepository
 
 
 @pytest.fixture(scope="session", autouse=True)
 def _programs() -> None:
     if servers.programs() is None:
-        unproven("PostgreSQL: its server programs are not here, and cannot be installed")
-
-
-def migrate(url: str | URL) -> None:
-    """Make an empty buffer there."""
-    engine = create_buffer_engine(url)
-    upgrade(engine)
-    engine.dispose()
+        unproven(f"PostgreSQL: {servers.reason()}")
 
 
 @pytest.fixture

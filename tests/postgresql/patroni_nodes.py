@@ -5,48 +5,25 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 import urllib.error
 import urllib.request
 from pathlib import Path
 from string import Template
 
 from postgresql.cluster import wait_until
-from server_guard import kill_all, processes_in
-from servers import PASSWORD, Server, programs
+from postgresql.program import Program
+from server_guard import processes_in
+from servers import PASSWORD, a_free_port, programs
 from sqlalchemy import URL
 
 NODES = 3
-
-
-class Program(Server):
-    """Any other server that is run like PostgreSQL: with a port and a folder of its own, and a guard."""
-
-    def launch(self, *command):
-        """Start it; everything that it starts is in its folder or below."""
-        with self.log.open("ab") as log:
-            self.process = subprocess.Popen(
-                list(map(str, command)),
-                cwd=self.folder,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                start_new_session=True,
-                **self.account,
-            )
-
-    def kill(self):
-        kill_all(str(self.folder))
-        self.process.wait()
 
 
 class Etcd(Program):
     """The store in which the nodes elect their leader."""
 
     def start(self):
-        peer = Program()
-        peer.stop()  # its port is free
-        client_url, peer_url = f"http://127.0.0.1:{self.port}", f"http://127.0.0.1:{peer.port}"
+        client_url, peer_url = (f"http://127.0.0.1:{port}" for port in (self.port, a_free_port()))
         self.launch(
             "etcd",
             *("--name", "one", "--data-dir", self.data, "--initial-cluster", f"one={peer_url}"),
@@ -62,9 +39,7 @@ class Node(Program):
     def __init__(self, name, etcd):
         super().__init__()
         self.name = name
-        api = Program()
-        api.stop()
-        self.api_port = api.port
+        self.api_port = a_free_port()
         self.file = self.folder / "patroni.yml"
         template = Template(Path(__file__).with_name("patroni.yml").read_text())
         self.file.write_text(

@@ -1,8 +1,7 @@
 """Servers are killed under load: nothing that was acknowledged is lost, nothing is there twice."""
 
 import pytest
-from postgresql.cluster import Cluster
-from postgresql.conftest import migrate
+from postgresql.cluster import Cluster, migrate
 from postgresql.load import Load
 
 KILLS = 3

@@ -8,10 +8,10 @@ import time
 
 import pytest
 from builders import PROOF, an_id, unproven
-from postgresql.conftest import migrate
+from postgresql.cluster import migrate
 from postgresql.load import Load
-from postgresql.packages import installed
 from postgresql.patroni_nodes import PatroniNodes
+from postgresql.program import are_installed
 from sqlalchemy import create_engine
 
 pytestmark = [pytest.mark.slow, pytest.mark.one_python, pytest.mark.skipif(not PROOF, reason="make proof runs it")]
@@ -19,7 +19,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.one_python, pytest.mark.skipif(not P
 
 @pytest.fixture(scope="module")
 def nodes():
-    if not installed("etcd", "patroni", packages=("etcd-server", "patroni")):
+    if not are_installed("etcd", "patroni", packages=("etcd-server", "patroni")):
         unproven("failover by Patroni: the packages etcd-server and patroni are not here, and cannot be installed")
     with PatroniNodes() as nodes:
         yield nodes

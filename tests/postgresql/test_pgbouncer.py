@@ -4,8 +4,7 @@ import psycopg
 import pytest
 from builders import new_receipt, together, unproven
 from postgresql.cluster import wait_until
-from postgresql.packages import installed
-from postgresql.patroni_nodes import Program
+from postgresql.program import Program, are_installed
 from sqlalchemy import make_url
 
 from kkt_buffer import BufferStorageError
@@ -60,7 +59,7 @@ def pool():
 
 @pytest.fixture
 def pgbouncer(own_server, pool):
-    if not installed("pgbouncer", packages=("pgbouncer",)):
+    if not are_installed("pgbouncer", packages=("pgbouncer",)):
         unproven("pgbouncer: it is not here, and cannot be installed")
     with PgBouncer(own_server, pool) as pgbouncer:
         yield pgbouncer

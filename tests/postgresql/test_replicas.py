@@ -9,8 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from builders import new_receipt
-from postgresql.cluster import Cluster, frozen, wait_until
-from postgresql.conftest import migrate
+from postgresql.cluster import Cluster, frozen, migrate, wait_until
 from postgresql.proxy import Proxy
 from sqlalchemy import text
 
