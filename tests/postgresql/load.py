@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from builders import unmeasured
-from sqlalchemy import URL, text
+from sqlalchemy import URL, make_url, text
 
 from kkt_buffer import ReceiptRepository, create_buffer_engine
 
@@ -62,8 +62,8 @@ class Books:
 class Load:
     """Tills and workers on one buffer, from `running` on."""
 
-    def __init__(self, url: URL, folder: Path, **options: Any) -> None:
-        self._url = url.render_as_string(hide_password=False)
+    def __init__(self, url: URL | str, folder: Path, **options: Any) -> None:
+        self._url = make_url(url).render_as_string(hide_password=False)
         self._folder = folder
         self._options = options
         self._workers: list[subprocess.Popen[str]] = []

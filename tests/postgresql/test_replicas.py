@@ -8,7 +8,7 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from builders import new_receipt
+from builders import an_id, new_receipt
 from postgresql.cluster import Cluster, frozen, migrate, wait_until
 from postgresql.proxy import Proxy
 from sqlalchemy import text
@@ -113,38 +113,58 @@ class TestWait:
     """The primary has committed, no replica has it, and something ends the wait."""
 
     @pytest.fixture
-    def inserting(self, cluster, repository):
-        """An insert that waits for the replica, which is frozen until the test ends."""
+    def begin(self, cluster, repository):
+        """Begin to insert a receipt; returns once that waits for the replica, which is frozen until the test ends."""
         repository.insert_receipt(new_receipt())
-        with ThreadPoolExecutor(1) as executor:
-            with frozen(*cluster.standbys):
-                call = executor.submit(repository.insert_receipt, new_receipt())
-                wait_until(lambda: cluster.primary.execute(WAITING))
-                yield call
+        with ThreadPoolExecutor(2) as executor:
 
-    def test_cancelled(self, cluster, inserting):
-        """The server says committed, with a warning: that is no acknowledgement."""
+            def begin(receipt, **options):
+                call = executor.submit(repository.insert_receipt, receipt, **options)
+                wait_until(lambda: cluster.primary.execute(WAITING))
+                return call
+
+            with frozen(*cluster.standbys):
+                yield begin
+
+    @staticmethod
+    def cancel(cluster, call):
+        """Cancel every wait of the call, those of its repetitions too, until it is over."""
 
         def is_over():
-            for (process,) in cluster.primary.execute(WAITING):  # a repetition waits too
+            for (process,) in cluster.primary.execute(WAITING):
                 cluster.primary.execute(f"SELECT pg_cancel_backend({process})")
-            return inserting.done()
+            return call.done()
 
         wait_until(is_over)
-        assert isinstance(inserting.exception(), NO_ACKNOWLEDGEMENT)
 
-    def test_names_emptied(self, cluster, inserting):
+    def test_cancelled(self, cluster, begin):
+        """The server says committed, with a warning: that is no acknowledgement."""
+        call = begin(new_receipt())
+        self.cancel(cluster, call)
+        assert isinstance(call.exception(), NO_ACKNOWLEDGEMENT)
+
+    def test_replay(self, cluster, begin):
+        """The receipt is there then, on the primary alone: a replay is not acknowledged before a replica has it."""
+        receipt = new_receipt(id=an_id())
+        self.cancel(cluster, begin(receipt))
+        again = begin(receipt, exist_ok=True)
+        self.cancel(cluster, again)
+        assert isinstance(again.exception(), NO_ACKNOWLEDGEMENT)
+
+    def test_names_emptied(self, cluster, begin):
         """The server says committed, and nothing else."""
+        call = begin(new_receipt())
         change(cluster.primary, "SET synchronous_standby_names = ''")
-        wait_until(inserting.done)
-        assert isinstance(inserting.exception(), NO_ACKNOWLEDGEMENT)
+        wait_until(call.done)
+        assert isinstance(call.exception(), NO_ACKNOWLEDGEMENT)
 
-    def test_terminated(self, cluster, inserting):
-        """The connection is ended while it waits: the insert is repeated, and waits again until the replica is back."""
+    def test_terminated(self, cluster, begin):
+        """The connection is ended while it waits: the insert is repeated, and waits again."""
+        call = begin(new_receipt())
         [(process,)] = cluster.primary.execute(WAITING)
         cluster.primary.execute(f"SELECT pg_terminate_backend({process})")
         wait_until(lambda: [(process,)] != cluster.primary.execute(WAITING))
-        assert not inserting.done() or isinstance(inserting.exception(), NO_ACKNOWLEDGEMENT)
+        assert not call.done() or isinstance(call.exception(), NO_ACKNOWLEDGEMENT)
 
     def test_deadline(self, cluster, open_repository):
         """A client does not wait for ever: the replica does not come, and the caller is told."""
