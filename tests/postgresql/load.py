@@ -6,6 +6,8 @@ What the processes do is in `load_process`. `Load.books` compares what they wrot
 
 import contextlib
 import json
+import os
+import signal
 import subprocess
 import sys
 import time
@@ -66,8 +68,8 @@ class Load:
         self._url = make_url(url).render_as_string(hide_password=False)
         self._folder = folder
         self._options = options
-        self._workers: list[subprocess.Popen[str]] = []
-        self._tills: list[subprocess.Popen[str]] = []
+        self._tills: subprocess.Popen[str] | None = None
+        self._workers: subprocess.Popen[str] | None = None
 
     @contextlib.contextmanager
     def running(self) -> Iterator["Load"]:
@@ -78,21 +80,13 @@ class Load:
         repository.set_config("lease_seconds", LEASE_SECONDS)
         repository.set_config("retry_backoff_initial", 0)
         engine.dispose()
-        try:
-            self._tills = [self._start(f"till-{number}", THREADS) for number in range(PROCESSES)]
-            self._workers = [self._start(f"worker-{number}", 0) for number in range(WORKERS)]
-            for process in self._processes:
-                assert "ready\n" == process.stdout.readline()
-            for process in self._processes:
-                process.stdin.write("go\n")
-                process.stdin.flush()
+        with (
+            self._started("till", PROCESSES, THREADS) as self._tills,
+            self._started("worker", WORKERS, 0) as self._workers,
+        ):
+            for process, number in ((self._tills, PROCESSES), (self._workers, WORKERS)):
+                assert ["ready\n"] * number == [process.stdout.readline() for _ in range(number)]
             yield self
-        finally:
-            for process in self._processes:
-                process.kill()
-                process.wait()
-                process.stdin.close()
-                process.stdout.close()
 
     def wait_for(self, number: int, *, timeout: float = 60) -> None:
         """Wait until so many receipts more were acknowledged than now."""
@@ -119,31 +113,35 @@ class Load:
             engine.dispose()
         return self._compare([(row.id, json.loads(row.fiscal_doc)["key"], row.status) for row in rows])
 
-    @property
-    def _processes(self) -> list[subprocess.Popen[str]]:
-        return self._tills + self._workers
-
-    def _start(self, name: str, threads: int) -> subprocess.Popen[str]:
+    @contextlib.contextmanager
+    def _started(self, name: str, processes: int, threads: int) -> Iterator[subprocess.Popen[str]]:
+        """They are gone after the block."""
         task = {
             "url": self._url,
             "options": self._options,
-            "log": str(self._folder / f"{name}.log"),
+            "folder": str(self._folder),
             "name": name,
+            "processes": processes,
             "threads": threads,
         }
-        return subprocess.Popen(
+        with subprocess.Popen(
             [sys.executable, PROGRAM, json.dumps(task)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
             env=unmeasured(),
-        )
+            start_new_session=True,
+        ) as process:
+            try:
+                yield process
+            finally:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
 
     @staticmethod
-    def _stop(processes: list[subprocess.Popen[str]]) -> None:
-        for process in processes:
-            process.stdin.close()
-        assert [0] * len(processes) == [process.wait(timeout=60) for process in processes]
+    def _stop(processes: subprocess.Popen[str]) -> None:
+        processes.stdin.close()
+        assert 0 == processes.wait(timeout=60)
 
     @staticmethod
     def _drain(repository: ReceiptRepository, timeout: float) -> None:

@@ -1,9 +1,9 @@
 """
-A till or a worker of the load: `python load_process.py JSON`.
+The tills or the workers of the load: `python load_process.py JSON`, which says how many.
 
-Prints "ready" once it has opened the buffer, begins at the first line of its standard input and stops at the end of it.
-Each line of its log is written whole, with one call, before anything else happens: "seconds kind key receipt", by the
-monotonic clock, which all processes of a machine share.
+They are forked once everything is imported. Each prints "ready" when it has opened the buffer, and stops at the end of
+the standard input. Each line of a log is written whole, with one call, before anything else happens: "seconds kind key
+receipt", by the monotonic clock, which all processes of a machine share.
 """
 
 import json
@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 import uuid
+from typing import Any
 
 from kkt_buffer import (
     BufferFullError,
@@ -92,17 +93,28 @@ def work(repository: ReceiptRepository, log: Log) -> None:
         sys.stdin.read()
 
 
-def main() -> None:
-    task = json.loads(sys.argv[1])
+def run(task: dict[str, Any], name: str) -> None:
+    """One process."""
     repository = ReceiptRepository(create_buffer_engine(task["url"], **task["options"]))
     repository.get_buffer_status()
-    log = Log(task["log"])
-    print("ready", flush=True)
-    sys.stdin.readline()
+    log = Log(f"{task['folder']}/{name}.log")
+    os.write(1, b"ready\n")
     if threads := task["threads"]:
-        Till(repository, log, task["name"]).run(threads)
+        Till(repository, log, name).run(threads)
     else:
         work(repository, log)
+
+
+def main() -> None:
+    task = json.loads(sys.argv[1])
+    children = []
+    for number in range(task["processes"]):
+        child = os.fork()
+        if child == 0:
+            run(task, f"{task['name']}-{number}")
+            os._exit(0)
+        children.append(child)
+    sys.exit(max(os.waitpid(child, 0)[1] for child in children) and 1)
 
 
 if __name__ == "__main__":
