@@ -68,12 +68,10 @@ class Proxy:
         self._orders[mark.encode()] = _Order(cut, meanwhile)
 
     def take_order(self, message: bytes) -> _Order | None:
-        """The cut that was ordered for one of the marks in this message, which is forgotten."""
+        """The cut that was ordered for the marks in this message, which are forgotten: repetitions are not cut."""
         with self._lock:
-            for mark in self._orders:
-                if mark in message:
-                    return self._orders.pop(mark)
-        return None
+            found = [self._orders.pop(mark) for mark in list(self._orders) if mark in message]
+        return found[0] if found else None
 
     def count_round_trip(self) -> None:
         with self._lock:
@@ -129,7 +127,7 @@ class _Link:
             while True:
                 message = _message(self._client)
                 batch += message
-                self._order = self._order or self._proxy.take_order(message)
+                self._order = self._proxy.take_order(message) or self._order
                 if message[:1] in (QUERY, SYNC):
                     self._ask(batch)
                 elif message[:1] in UNANSWERED:
