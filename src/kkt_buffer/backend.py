@@ -32,7 +32,7 @@ Objects = Mapping[tuple[str, str], str]
 
 
 class Reference(NamedTuple):
-    """A foreign key that refers to receipts: its table, its column, and the column of receipts."""
+    """A foreign key that refers to receipts: its table, its column, and the column of receipts, quoted for SQL."""
 
     table: str
     column: str

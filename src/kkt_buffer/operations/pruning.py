@@ -78,11 +78,10 @@ def prune(transactions: Transactions) -> PruneReport:
 
 def _unreferenced(tx: Transaction, but: str = "") -> str:
     """The SQL condition that no row of a table other than `but` refers to the receipt."""
-    quoted = tx.connection.dialect.identifier_preparer.quote_identifier
     conditions = [
-        f"NOT EXISTS (SELECT 1 FROM {quoted(table)} AS other WHERE other.{quoted(column)} = receipts.{quoted(target)})"
+        f"NOT EXISTS (SELECT 1 FROM {table} AS other WHERE other.{column} = receipts.{target})"
         for table, column, target in tx.backend.references(tx.connection)
-        if table != but
+        if table.strip('"') != but
     ]
     return " AND ".join(conditions).replace(":", "\\:") or "TRUE"  # a colon would begin a parameter
 

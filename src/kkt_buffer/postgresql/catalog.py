@@ -32,19 +32,19 @@ SELECT 'table', relname::text,
             LEFT JOIN pg_collation ON pg_collation.oid = attcollation
             LEFT JOIN pg_attrdef ON adrelid = attrelid AND adnum = attnum
         WHERE attrelid = tables.oid AND attnum > 0 AND NOT attisdropped),
-        (SELECT string_agg('CONSTRAINT ' || conname || ' ' || pg_get_constraintdef(oid), ', ' ORDER BY conname)
+        (SELECT string_agg('CONSTRAINT ' || conname || ' ' || pg_get_constraintdef(oid, true), ', ' ORDER BY conname)
         FROM pg_constraint WHERE conrelid = tables.oid AND contype IN ('c', 'f', 'p', 'u')))
     || ')' || COALESCE(' WITH ' || reloptions::text, '')
 FROM tables
 UNION ALL
-SELECT 'index', pg_class.relname::text, pg_get_indexdef(indexrelid) || CASE WHEN indisvalid THEN '' ELSE ' INVALID' END
+SELECT 'index', pg_class.relname::text, pg_get_indexdef(indexrelid, 0, true) || CASE WHEN indisvalid THEN '' ELSE ' INVALID' END
 FROM pg_index JOIN tables ON indrelid = tables.oid JOIN pg_class ON pg_class.oid = indexrelid
 WHERE NOT EXISTS (SELECT 1 FROM pg_constraint WHERE conindid = indexrelid AND contype IN ('p', 'u'))
 UNION ALL
-SELECT 'trigger', tgname::text, pg_get_triggerdef(pg_trigger.oid) || CASE WHEN tgenabled = 'O' THEN '' ELSE ' OFF' END
+SELECT 'trigger', tgname::text, pg_get_triggerdef(pg_trigger.oid, true) || CASE WHEN tgenabled = 'O' THEN '' ELSE ' OFF' END
 FROM pg_trigger JOIN tables ON tgrelid = tables.oid WHERE NOT tgisinternal
 UNION ALL
-SELECT 'view', relname::text, pg_get_viewdef(pg_class.oid) FROM pg_class JOIN here ON relnamespace = here.oid
+SELECT 'view', relname::text, pg_get_viewdef(pg_class.oid, true) FROM pg_class JOIN here ON relnamespace = here.oid
 WHERE relname = ANY (:views) AND relkind = 'v'
 UNION ALL
 SELECT 'function', proname::text, pg_get_functiondef(pg_proc.oid) FROM pg_proc JOIN here ON pronamespace = here.oid

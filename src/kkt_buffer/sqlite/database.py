@@ -33,7 +33,7 @@ from kkt_buffer.backend import READ_ONLY, Backend, Objects, Parameters, Referenc
 from kkt_buffer.errors import BufferDamagedError, BufferStorageError, ReceiptBufferError
 from kkt_buffer.sqlite import file, fork
 from kkt_buffer.sqlite.connection import Files, GuardedConnection, Identity, Sizes
-from kkt_buffer.sqlite.ddl import REFERENCES
+from kkt_buffer.sqlite.ddl import REFERENCES, quoted
 from kkt_buffer.sqlite.errors import statement_error, storage_error, storage_errors
 from kkt_buffer.sqlite.gate import WriteGate
 from kkt_buffer.sqlite.pragmas import COMMON, DURABLE, MEMORY, QUERY_ONLY, WAL, Pragma, cache
@@ -295,7 +295,7 @@ class Database(Backend):
 
     def references(self, connection: Connection) -> list[Reference]:
         """The foreign keys that refer to receipts, from SQLite's schema table."""
-        return [Reference(*row) for row in connection.execute(text(REFERENCES))]
+        return [Reference(*map(quoted, row)) for row in connection.execute(text(REFERENCES))]
 
     def checks(self) -> Mapping[str, Callable[[Connection], list[str]]]:
         """The checks of pages, references, texts, counts and the order of timestamps."""
