@@ -151,7 +151,7 @@ class _Link:
 
     def _ask(self, batch: bytes) -> None:
         """Forward messages that are answered together, and cut where this is ordered."""
-        ends = self._is_idle or b"COMMIT" in batch[:64]
+        ends = self._is_idle or batch.endswith(b"COMMIT\0")
         cut = self._order.cut if self._order and ends else None
         self._is_asking = True
         self._is_ending = cut is Cut.AFTER

@@ -19,11 +19,11 @@ from sqlalchemy import text
 HOURS = (-2, -0.5, 0, 1)  # one host each
 THREADS = 8
 CAPACITY = 60
-PLACES = CAPACITY // 2  # as many are left in the second test when the hosts begin
 SECONDS = 4
 
 # Arguments: the URL, the hours that its clock is wrong, threads, and whether the repository is given the clock. Lines:
-# "stored" or "sent", and the receipt. It runs until the end of its standard input.
+# "stored" or "sent", and the receipt. With a given clock it fills the buffer; else it sells and delivers until it is
+# told to stop, and goes on delivering until the end of its standard input.
 HOST = """
 import sys, threading, time
 right, hours = time.time, float(sys.argv[2])
@@ -40,13 +40,13 @@ def say(*words):
     print(" ".join(words) + "\\n", end="", flush=True)  # in one piece, as they print at the same moment
 
 def sell():
-    while not stopping.is_set():
+    while is_given or not stopping.is_set():
         try:
             say("stored", repository.insert_receipt({"pos_id": f"host{hours}", "fiscal_doc": "{}"}))
         except BufferFullError:
             if is_given:
                 return
-            stopping.wait(0.005)
+            stopping.wait(0.05)
 
 def send(receipt):
     say("sent", receipt.id)
@@ -66,7 +66,8 @@ for seller in sellers:
     seller.join()
 say("full")
 sys.stdin.read()
-worker.stop() if not is_given else None
+if not is_given:
+    worker.stop()
 """
 
 UNDELIVERED = "SELECT count(*) FROM receipts WHERE status IN ('pending', 'syncing')"
@@ -162,8 +163,10 @@ class TestClocks:
         hosts = Hosts(url, "the database's")
         hosts.tell("go")
         deadline, counts = time.monotonic() + SECONDS, []
-        while time.monotonic() < deadline:
-            counts += [number for (number,) in timed_server.execute(UNDELIVERED)]
+        with repository.engine.connect() as connection:
+            while time.monotonic() < deadline:
+                counts.append(connection.scalar(text(UNDELIVERED)))
+                connection.rollback()
         hosts.tell("stop")
         hosts.wait_for("full")
         while (status := repository.get_buffer_status()).pending or status.syncing:
@@ -181,7 +184,7 @@ class TestClocks:
         repository.set_config("buffer_capacity", 10 * CAPACITY)
         hosts = Hosts(url, "given")
         hosts.tell("go")
-        hosts.tell("stop when it is full")
+        hosts.tell("stop")
         hosts.wait_for("full")
         hosts.end()
         assert 10 * CAPACITY == repository.get_buffer_status().pending

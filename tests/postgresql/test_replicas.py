@@ -83,27 +83,34 @@ class TestSettings:
         assert pending == repository.get_buffer_status().pending
         open_repository(cluster.url()).insert_receipt(new_receipt())
 
+    @pytest.mark.parametrize(("name", "value"), UNSAFE.items(), ids=UNSAFE)
+    def test_while_open(self, own_server, open_repository, name, value):
+        """Changed while a transaction is open: its commit is refused."""
+        repository = open_repository(own_server.url())
+        with pytest.raises(BufferStorageError, match=name):
+            with repository.transaction():
+                repository.insert_receipt(new_receipt())
+                change(own_server, f"SET {name} = {value}")
+        assert 0 == repository.get_buffer_status().pending
+
     def test_asynchronous(self, own_server, open_repository):
-        """A server without replicas is refused."""
-        repository = open_repository(own_server.url(), require_replicas=1)
-        with pytest.raises(BufferStorageError, match="synchronous_standby_names"):
-            repository.insert_receipt(new_receipt())
-        assert 0 == open_repository(own_server.url()).get_buffer_status().pending
+        """A server without replicas is refused at once."""
+        with pytest.raises(BufferStorageError, match="synchronous_standby_names is ''"):
+            open_repository(own_server.url(), require_replicas=1)
 
     def test_too_few(self, cluster, open_repository):
         """One replica is not two."""
-        repository = open_repository(cluster.url(), require_replicas=2)
-        with pytest.raises(BufferStorageError, match="synchronous_standby_names"):
-            repository.insert_receipt(new_receipt())
+        with pytest.raises(BufferStorageError, match="synchronous_standby_names is 'ANY 1"):
+            open_repository(cluster.url(), require_replicas=2)
 
     def test_unlogged(self, own_server, open_repository):
         """A table that a crash empties is refused."""
         repository = open_repository(own_server.url())
         repository.insert_receipt(new_receipt())
-        own_server.execute("ALTER TABLE dlq SET UNLOGGED")
-        own_server.execute("ALTER TABLE receipts SET UNLOGGED")
-        with pytest.raises(BufferStorageError, match="UNLOGGED"):
-            repository.insert_receipt(new_receipt())
+        for table in ("dlq", "receipts"):  # in the order that their foreign key allows
+            own_server.execute(f"ALTER TABLE {table} SET UNLOGGED")
+            with pytest.raises(BufferStorageError, match=r"the table \w+ is not logged"):
+                repository.insert_receipt(new_receipt())
         own_server.execute("ALTER TABLE receipts SET LOGGED")
         own_server.execute("ALTER TABLE dlq SET LOGGED")
         repository.insert_receipt(new_receipt())
@@ -168,7 +175,7 @@ class TestWait:
 
     def test_deadline(self, cluster, open_repository):
         """A client does not wait for ever: the replica does not come, and the caller is told."""
-        repository = open_repository(cluster.url(), require_replicas=1, busy_timeout=1)
+        repository = open_repository(cluster.url(), require_replicas=1, answer_timeout=1, busy_timeout=0.1)
         repository.insert_receipt(new_receipt())
         with frozen(*cluster.standbys):
             with pytest.raises(NO_ACKNOWLEDGEMENT):
@@ -186,11 +193,20 @@ class TestLeader:
             assert cluster.primary.port == session.scalar(text("SELECT current_setting('port')::int"))
             assert repository.get_receipt_by_id(second)
 
-    def test_replica_behind_one_name(self, cluster, open_repository):
-        """Where one name leads to the leader and led to a replica for a while, no connection to that one is kept."""
-        with Proxy(cluster.standbys[0].port).running() as proxy:
-            repository = open_repository(cluster.url(host=f"127.0.0.1:{proxy.port}", target_session_attrs="any"))
-            moved = threading.Timer(0.5, setattr, [proxy, "server_port", cluster.primary.port])
+    @pytest.mark.parametrize("call", ["insert", "claim", "read"])
+    def test_one_name(self, cluster, open_repository, call):
+        """A name that leads to the demoted one for a while: no connection to it is kept, and nothing is read there."""
+        with Proxy(cluster.primary.port).running() as proxy:
+            url = cluster.url(host=f"127.0.0.1:{proxy.port}", target_session_attrs="any")
+            repository = open_repository(url, require_replicas=1)
+            receipt_id = repository.insert_receipt(new_receipt(pos_id=call))
+            cluster.demote()
+            moved = threading.Timer(0.3, setattr, [proxy, "server_port", cluster.primary.port])
             moved.start()
-            repository.insert_receipt(new_receipt())
-            moved.join()
+            if call == "insert":
+                repository.insert_receipt(new_receipt())
+            elif call == "claim":
+                assert [receipt_id] == [receipt.id for receipt in repository.claim_pending(pos_id=call)]
+            else:
+                assert receipt_id == repository.get_receipt_by_id(receipt_id).id
+            assert not moved.is_alive()
