@@ -231,20 +231,9 @@ class Server(Backend):
         """Run the text with the driver's own marks for parameters."""
         return connection.exec_driver_sql(_pyformat(sql), parameters)
 
-    def end(self) -> None:
-        """Nothing: a connection that goes back to the pool is rolled back."""
-
-    def refuse_second(self) -> None:
-        """Nothing: a second transaction of a thread waits at most `busy_timeout`."""
-
     def explain(self, error: DBAPIError) -> ReceiptBufferError | None:
         """The domain error for a statement that the server refused."""
         return statement_error(self, error)
-
-    def lenient_text(self, connection: Connection) -> contextlib.AbstractContextManager[None]:
-        """Nothing: the server stores no invalid UTF-8."""
-        del connection
-        return contextlib.nullcontext()
 
     def references(self, connection: Connection) -> list[Reference]:
         """The foreign keys that refer to receipts, from the catalogue."""
@@ -257,9 +246,6 @@ class Server(Backend):
     def _unsafe(self, connection: Connection) -> list[str]:
         found = connection.scalar(text("SELECT kkt_unsafe_commit(:replicas)"), {"replicas": self._replicas})
         return [] if found is None or found.startswith("the isolation level") else [str(found)]
-
-    def pruned(self, connection: Connection) -> None:
-        """Nothing."""
 
     def refuse_backup(self) -> NoReturn:
         """Raise: a server has its own tools, which can restore a moment."""
@@ -282,14 +268,6 @@ class Server(Backend):
         """A connection whose transaction waits for that of another migration, however long that takes."""
         with engine.connect().execution_options(**{READ_ONLY: False, MIGRATING: True}) as connection:
             yield connection
-
-    def violations(self, connection: Connection) -> set[tuple[object, ...]]:
-        """None: the server allows no row to violate a foreign key."""
-        del connection
-        return set()
-
-    def upgraded(self, engine: Engine) -> None:
-        """Nothing."""
 
 
 def _schema(connection: Connection) -> list[str]:

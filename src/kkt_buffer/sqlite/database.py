@@ -264,12 +264,6 @@ class Database(Backend):
         if stored != len(rows):
             raise BufferDamagedError.found(self, f"{stored} of {len(rows)} receipts were stored")
 
-    def lock(self, connection: Connection) -> None:
-        """Nothing: a write transaction keeps out every other one."""
-
-    def confirm(self, connection: Connection) -> None:
-        """Nothing: what can be read was committed, and so is on disk."""
-
     def run(self, connection: Connection, sql: str, parameters: Parameters) -> CursorResult[Any]:
         """Run the text unchanged: SQLite supports `:name` parameters."""
         return connection.exec_driver_sql(sql, parameters)
@@ -304,9 +298,6 @@ class Database(Backend):
     def pruned(self, connection: Connection) -> None:
         """Adjust `adopted_rows`."""
         connection.execute(file.ADOPTED)
-
-    def refuse_backup(self) -> None:
-        """Nothing: a file can be copied."""
 
     def backup(self, engine: Engine, path: str | os.PathLike[str]) -> None:
         """Copy a consistent snapshot of the file."""
