@@ -115,8 +115,12 @@ class Backend(ABC):
         """Copy a consistent snapshot of the buffer to the file `path`."""
 
     @abstractmethod
-    def objects(self, connection: Connection) -> tuple[Objects, Objects]:
-        """The objects of the schema: those that this release expects, and those of the database."""
+    def objects(self, connection: Connection, made_by: Callable[[str], list[str]]) -> tuple[Objects, Objects]:
+        """
+        The objects of the schema: those that this release expects, and those of the database.
+
+        `made_by`: the statements by which the migrations make a schema with this name on a server.
+        """
 
     @abstractmethod
     def migrating(self, engine: Engine) -> AbstractContextManager[Connection]:

@@ -303,8 +303,9 @@ class Database(Backend):
         """Copy a consistent snapshot of the file."""
         file.backup(self, engine, path)
 
-    def objects(self, connection: Connection) -> tuple[Objects, Objects]:
+    def objects(self, connection: Connection, made_by: Callable[[str], list[str]]) -> tuple[Objects, Objects]:
         """The objects of the schema, as the SQL text that SQLite keeps."""
+        del made_by
         return objects(connection)
 
     @contextlib.contextmanager
