@@ -4,6 +4,8 @@ The tests on every Python that the package supports, with the other SQLite libra
 `matrix.py` runs all of them, two at a time; `matrix.py NAME …` those that are named, and fails if one is missing. The
 Python that runs this program is the one of `make test`, which need not be repeated. What this machine does not have is
 said loudly, at the beginning and at the end.
+
+Only the oldest SQLAlchemy is tested on PostgreSQL too: there the risk is, and a second engine doubles many tests.
 """
 
 import glob
@@ -35,10 +37,15 @@ class Run(NamedTuple):
     extras: str
     constraints: str
     commands: tuple[tuple[str, ...], ...]
+    has_server: bool = False
 
     @property
     def venv(self) -> Path:
         return Path(f".venv-{self.name}")
+
+    @property
+    def environment(self) -> dict[str, str]:
+        return {**os.environ, **({} if self.has_server else {"KKT_BUFFER_NO_SERVER": "1"})}
 
 
 def candidates(version: str) -> Iterator[str]:
@@ -64,11 +71,13 @@ def say(name: str, line: str) -> None:
     print(f"{name:<6} | {line}", flush=True)
 
 
-def succeeds(name: str, *command: str) -> bool:
-    """Run a command; each line that it prints is shown with the name of the run."""
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+def succeeds(run: Run, *command: str) -> bool:
+    """Execute a command of a run; each line that it prints is shown with the name of the run."""
+    with subprocess.Popen(
+        command, env=run.environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as process:
         for line in process.stdout or ():
-            say(name, line.rstrip())
+            say(run.name, line.rstrip())
     return process.returncode == 0
 
 
@@ -81,11 +90,11 @@ def play(run: Run) -> str:
     """Make the environment if it is not there, run the commands in it, and say how that ended."""
     began = time.monotonic()
     if not is_ready(run) and not succeeds(
-        run.name, "sh", ".ci/venv.sh", run.python, str(run.venv), run.constraints, run.extras
+        run, "sh", ".ci/venv.sh", run.python, str(run.venv), run.constraints, run.extras
     ):
         return "FAILED: its environment cannot be made"
     python = str(run.venv / "bin" / "python")
-    outcome = "ok" if all(succeeds(run.name, python, *command) for command in run.commands) else "FAILED"
+    outcome = "ok" if all(succeeds(run, python, *command) for command in run.commands) else "FAILED"
     outcome += f" in {time.monotonic() - began:.0f} s"
     say(run.name, outcome)
     return outcome
@@ -93,7 +102,7 @@ def play(run: Run) -> str:
 
 def main(names: list[str]) -> int:
     runs = {
-        "oldest": Run("oldest", sys.executable, "dev", ".ci/constraints-oldest.txt", (MYPY, PYTEST)),
+        "oldest": Run("oldest", sys.executable, "dev", ".ci/constraints-oldest.txt", (MYPY, PYTEST), has_server=True),
         "sqlite": Run("sqlite", sys.executable, "test,sqlite", CONSTRAINTS, (PYTEST,)),
     }
     missing = []

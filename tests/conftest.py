@@ -7,10 +7,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from builders import STATUSES, Clock, a_receipt
+import servers
+from builders import STATUSES, Clock, a_receipt, an_id, unproven
 from sqlalchemy import Engine
 
 from kkt_buffer import ReceiptRepository, create_buffer_engine, testing, upgrade
+
+pytest_plugins = ["not_proven"]
 
 # A run that was started in the background ignores Control-C, and the programs that it starts would ignore it too.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -40,6 +43,24 @@ def memory_engine() -> Iterator[Engine]:
     engine = testing.memory_engine()
     yield engine
     engine.dispose()
+
+
+@pytest.fixture(scope="session")
+def server() -> Iterator[servers.Server]:
+    """A PostgreSQL server of this process of the run, for all its tests."""
+    if servers.programs() is None:
+        unproven(f"PostgreSQL: {servers.reason()}")
+    with servers.Server() as server:
+        yield server
+
+
+@pytest.fixture
+def postgresql_url(server: servers.Server) -> Iterator[str]:
+    """The URL of a new schema on a server, dropped after the test."""
+    schema = f"test_{an_id()[:8]}"
+    server.execute(f"CREATE SCHEMA {schema}")
+    yield server.url(schema=schema)
+    server.execute(f"DROP SCHEMA {schema} CASCADE")
 
 
 # The fixture that opens a migrated, empty buffer, for each database that the package supports.

@@ -1,0 +1,222 @@
+"""
+Throwaway PostgreSQL servers, made with the distribution's programs.
+
+A server outlives neither its owner nor a run of tests that was killed: `server_guard` ends it.
+"""
+
+import contextlib
+import fcntl
+import functools
+import os
+import pwd
+import random
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import psycopg
+import server_guard
+from sqlalchemy import URL
+
+OLDEST = 15
+PASSWORD = "s3cret-pa55word"  # is accepted as any other would be; no message may show it
+PORTS = 20_000, 32_000  # below those that the kernel gives to clients, so that the port is free after a restart too
+HIDDEN = bool(os.environ.get("KKT_BUFFER_NO_SERVER"))
+CHANCE = random.SystemRandom()  # pytest-randomly gives all processes of a run the same seed
+
+SETTINGS = {
+    "listen_addresses": "127.0.0.1",
+    "unix_socket_directories": "",
+    "max_connections": 200,
+    "shared_buffers": "32MB",
+    "timezone": "Asia/Kamchatka",  # what depends on the server's time zone is found
+}
+
+INSTALL = """
+mkdir -p /etc/postgresql-common
+[ -e /etc/postgresql-common/createcluster.conf ] ||
+    echo 'create_main_cluster = false' >/etc/postgresql-common/createcluster.conf
+export TMPDIR=/var/tmp DEBIAN_FRONTEND=noninteractive
+apt-get update -qq
+apt-get install -y -qq --no-install-recommends -o Dpkg::Options::=--force-confold "$@"
+"""
+
+
+def _bin_folders():
+    """Where the programs may be: where pg_config says, in Debian's folders (the newest first), on PATH."""
+    if pg_config := shutil.which("pg_config"):
+        yield subprocess.run([pg_config, "--bindir"], capture_output=True, text=True, check=True).stdout.strip()
+    folders = Path("/usr/lib/postgresql").glob("*/bin")
+    yield from sorted(map(str, folders), key=lambda folder: [int(n) for n in re.findall(r"\d+", folder)], reverse=True)
+    yield from os.get_exec_path()
+
+
+def _find():
+    """The folder with the server's programs, or None."""
+    for folder in map(Path, _bin_folders()):
+        if (folder / "initdb").exists() and (folder / "postgres").exists():
+            told = subprocess.run([folder / "postgres", "--version"], capture_output=True, text=True, check=True).stdout
+            if int(re.search(r"\d+", told)[0]) >= OLDEST:
+                return folder
+    return None
+
+
+def installed(find, *packages):
+    """
+    What `find` finds, if need be after root has installed the packages; nothing if they cannot be had.
+
+    `KKT_BUFFER_NO_SERVER=1` hides all of it.
+    """
+    if HIDDEN:
+        return None
+    if (found := find()) or os.geteuid() != 0 or not shutil.which("apt-get"):
+        return found
+    with open("/var/tmp/kkt-buffer-install.lock", "w") as lock:  # by one process of the run
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not find():
+            command = ["sh", "-c", INSTALL, "sh", *packages]
+            subprocess.run(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, check=False)
+    return find()
+
+
+@functools.cache
+def programs():
+    """The folder with PostgreSQL's programs, or None."""
+    return installed(_find, "postgresql") if os.path.exists("/proc/self/cwd") else None
+
+
+def reason():
+    """Why there are no programs."""
+    if HIDDEN:
+        return "KKT_BUFFER_NO_SERVER hides its server programs"
+    return f"there are no server programs of version {OLDEST} or newer, and they cannot be installed"
+
+
+def a_free_port():
+    """A port of loopback that nobody listens on."""
+    while True:
+        port = CHANCE.randrange(*PORTS)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+
+
+class Server:
+    """
+    One server on a free port of loopback: `create`, `start`, `kill`, `start` again, …, `stop`.
+
+    With `standby_of`, it is made as a copy of that server, which it follows. Other options are settings of PostgreSQL.
+    Everybody is let in, as `postgres`, whatever the password.
+    """
+
+    def __init__(self, *, standby_of=None, **settings):
+        self.port = a_free_port()
+        self.settings = SETTINGS | settings | {"port": self.port}
+        self.standby_of = standby_of
+        self.process = None
+        # It must be one that PostgreSQL's own user can reach, and on a disk: root's servers belong to that user.
+        self.folder = Path(tempfile.mkdtemp(prefix="kkt-buffer-server-", dir="/var/tmp"))
+        self.data = self.folder / "data"
+        self.log = self.folder / "log"
+        self.account = {}
+        if os.geteuid() == 0:
+            user = pwd.getpwnam("postgres")
+            self.account = {"user": user.pw_uid, "group": user.pw_gid, "extra_groups": ()}
+            os.chown(self.folder, user.pw_uid, user.pw_gid)
+        guard = Path(server_guard.__file__)
+        self.guard = subprocess.Popen(
+            [sys.executable, "-I", "-S", guard, self.folder], stdin=subprocess.PIPE, start_new_session=True, cwd="/"
+        )
+
+    def __enter__(self):
+        try:
+            self.create()
+            self.start()
+        except BaseException:
+            self.stop()
+            raise
+        return self
+
+    def __exit__(self, *_):
+        self.stop()
+
+    def run(self, program, *arguments):
+        """Run one of PostgreSQL's programs as the server's user."""
+        command = [programs() / program, *map(str, arguments)]
+        done = subprocess.run(
+            command, cwd=self.folder, capture_output=True, text=True, timeout=120, check=False, **self.account
+        )
+        if done.returncode:
+            raise RuntimeError(f"{program}: {done.stdout}{done.stderr}")
+
+    def create(self):
+        """Make the server's files. It orders text as Russian does: what needs the order of bytes must say so."""
+        if self.standby_of is None:
+            locale = ("--locale=C.UTF-8", "--locale-provider=icu", "--icu-locale=ru")
+            self.run(
+                "initdb", "-D", self.data, "-U", "postgres", "--auth=trust", "--encoding=UTF8", "--no-sync", *locale
+            )
+        else:
+            source = f"host=127.0.0.1 port={self.standby_of.port} user=postgres application_name=node{self.port}"
+            self.run("pg_basebackup", "-D", self.data, "-d", source, "--write-recovery-conf", "--checkpoint=fast")
+        with (self.data / "postgresql.conf").open("a") as file:
+            file.writelines(f"{name} = '{value}'\n" for name, value in self.settings.items())
+
+    def start(self):
+        """Start the server; returns when it lets clients in."""
+        with self.log.open("ab") as log:
+            self.process = subprocess.Popen(
+                [programs() / "postgres", "-D", self.data],
+                cwd=self.data,  # by which its processes are known
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+                **self.account,
+            )
+        until = time.monotonic() + 60
+        while not self._is_ready():
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.process.wait(0.01)
+                raise RuntimeError(f"the server has not started: {self.log.read_text()}")
+            if time.monotonic() > until:
+                raise RuntimeError(f"the server is not ready after a minute: {self.log.read_text()}")
+
+    def _is_ready(self):
+        """PostgreSQL says in its lock file how far it is: process, folder, time, port, …, status."""
+        with contextlib.suppress(FileNotFoundError):
+            lines = (self.data / "postmaster.pid").read_text().splitlines()
+            return len(lines) > 7 and lines[0] == str(self.process.pid) and lines[7].strip() in {"ready", "standby"}
+        return False
+
+    def kill(self):
+        """SIGKILL all processes of the server, as a crash of the machine does."""
+        server_guard.kill_all(str(self.data))
+        if self.process is not None:
+            self.process.wait()
+
+    def stop(self):
+        """Kill the server and remove its files."""
+        self.guard.stdin.close()
+        self.guard.wait()
+        if self.process is not None:
+            self.process.wait()
+
+    def url(self, *, database="postgres", schema=None):
+        """The URL of a database, or of one schema in it."""
+        query = {} if schema is None else {"options": f"-csearch_path={schema}"}
+        url = URL.create("postgresql+psycopg", "postgres", PASSWORD, "127.0.0.1", self.port, database, query)
+        return url.render_as_string(hide_password=False)
+
+    def execute(self, sql, *, database="postgres"):
+        """Run a statement in autocommit; returns its rows."""
+        with contextlib.closing(
+            psycopg.connect(host="127.0.0.1", port=self.port, user="postgres", dbname=database, autocommit=True)
+        ) as connection:
+            cursor = connection.execute(sql)
+            return cursor.fetchall() if cursor.description else []

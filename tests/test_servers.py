@@ -1,0 +1,110 @@
+"""The throwaway servers: none is left behind, and where there is none, the run says so."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import psycopg
+import pytest
+import servers
+from builders import start_python, unmeasured
+from server_guard import processes_in
+
+HERE = Path(__file__).parent
+ON_A_SERVER = f"{HERE / 'test_servers.py'}::TestServer::test_schema"
+
+OWNER = """
+    import os, sys
+    from servers import Server
+
+    server = Server()
+    server.create()
+    server.start()
+    print(server.folder, flush=True)
+    sys.stdin.read()
+"""
+
+
+def pytest_without_server(*arguments, folder, **variables):
+    """A run of a test that needs a server, where there is none."""
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:randomly", ON_A_SERVER]
+    variables = {"KKT_BUFFER_NO_SERVER": "1", "COVERAGE_FILE": str(folder / "coverage"), **variables}
+    environment = {name: value for name, value in unmeasured().items() if name != "KKT_BUFFER_PROOF"} | variables
+    return subprocess.run(
+        [*command, *arguments], cwd=HERE.parent, env=environment, capture_output=True, text=True, check=False
+    )
+
+
+class TestServer:
+    def test_schema(self, postgresql_url):
+        """A URL leads to a schema of its own, empty, where names without a schema are looked for."""
+        with psycopg.connect(postgresql_url.replace("+psycopg", "")) as connection:
+            connection.execute("CREATE TABLE notes (id integer)")
+            [(schema,)] = connection.execute("SELECT schemaname FROM pg_tables WHERE tablename = 'notes'").fetchall()
+        assert postgresql_url.endswith(f"search_path%3D{schema}")
+
+    def test_kill(self, server):
+        """A killed server has lost nothing that was committed, and is there again at the same port."""
+        with servers.Server() as own:
+            own.execute("CREATE TABLE notes (id integer)")
+            own.kill()
+            assert [] == processes_in(str(own.data))
+            own.start()
+            assert [] == own.execute("SELECT * FROM notes")
+
+    def test_standby(self, server):
+        """A second server follows the first."""
+        with servers.Server() as primary, servers.Server(standby_of=primary) as standby:
+            assert [(True,)] == standby.execute("SELECT pg_is_in_recovery()")
+            [(name,)] = primary.execute("SELECT application_name FROM pg_stat_replication")
+            assert f"node{standby.port}" == name
+
+    def test_stop(self, server):
+        with servers.Server() as own:
+            pass
+        assert [] == processes_in(str(own.data))
+        assert not own.folder.exists()
+
+    def test_fails(self, server):
+        """What a server says that does not start is told, and its files are removed."""
+        own = servers.Server(wal_level="nonsense")
+        with pytest.raises(RuntimeError, match='invalid value for parameter "wal_level"'), own:
+            pass
+        assert not own.folder.exists()
+
+
+class TestGuard:
+    def test_killed(self, server):
+        """A run that is killed leaves neither a process nor a file of its server."""
+        environment = unmeasured() | {"PYTHONPATH": str(HERE)}
+        with start_python(OWNER, stdin=subprocess.PIPE, env=environment) as owner:
+            folder = Path(owner.stdout.readline().strip())
+            assert processes_in(str(folder / "data"))
+            owner.kill()
+            owner.stdout.read()  # until the guard has ended too, which has inherited it
+        assert [] == processes_in(str(folder / "data"))
+        assert not folder.exists()
+
+
+@pytest.mark.one_python
+class TestNoServer:
+    def test_skipped(self, tmp_path):
+        """Where there is no server the run goes on, and its end says loudly what was not proven."""
+        done = pytest_without_server(folder=tmp_path)
+        assert 0 == done.returncode, done.stdout
+        assert "NOT PROVEN, 1 tests: PostgreSQL: KKT_BUFFER_NO_SERVER hides its" in done.stdout
+        assert "LEFT OUT" not in done.stdout
+
+    @pytest.mark.parametrize("parallel", [(), ("-n", "1")], ids=["alone", "xdist"])
+    def test_coverage(self, tmp_path, parallel):
+        """What only runs on PostgreSQL is left out of the coverage, and that is said."""
+        done = pytest_without_server("--cov", *parallel, folder=tmp_path)
+        assert "LEFT OUT of the coverage, because it only runs on PostgreSQL: */kkt_buffer/postgresql/*" in done.stdout
+        assert "src/kkt_buffer/repository.py" in done.stdout
+        assert "src/kkt_buffer/postgresql/" not in done.stdout
+
+    def test_proof(self, tmp_path):
+        """`make proof` fails there."""
+        done = pytest_without_server(folder=tmp_path, KKT_BUFFER_PROOF="1")
+        assert 1 == done.returncode
+        assert "NOT PROVEN: PostgreSQL: " in done.stdout
