@@ -80,7 +80,7 @@ def server_engine(server_buffer: str, open_engine: Callable[..., Engine]) -> Eng
 
 
 # The fixture that opens a migrated, empty buffer, for each database that the package supports.
-ENGINES = {"sqlite": "memory_engine"}
+ENGINES = {"sqlite": "memory_engine", "postgresql": "server_engine"}
 
 
 @pytest.fixture(params=ENGINES.values(), ids=ENGINES)
@@ -142,7 +142,7 @@ def file_repository(file_engine: Engine, clock: Clock) -> ReceiptRepository:
 
 
 # What another process, or a command, opens: a migrated, empty buffer, by its path or URL.
-BUFFERS = {"sqlite": "path"}
+BUFFERS = {"sqlite": "path", "postgresql": "server_buffer"}
 
 
 @pytest.fixture(params=BUFFERS.values(), ids=BUFFERS)

@@ -34,6 +34,7 @@ SETTINGS = {
     "listen_addresses": "127.0.0.1",
     "unix_socket_directories": "",
     "max_connections": 200,
+    "track_commit_timestamp": "on",
     "shared_buffers": "32MB",
     "timezone": "Asia/Kamchatka",  # what depends on the server's time zone is found
 }

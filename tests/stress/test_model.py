@@ -29,7 +29,7 @@ def new_file():
         yield Path(folder) / "buffer.db"
 
 
-@pytest.fixture(params=["sqlite"])
+@pytest.fixture(params=["sqlite", "postgresql"])
 def new_buffer(request):
     """What makes an empty buffer for each history, and removes it."""
     if request.param == "sqlite":
