@@ -18,7 +18,7 @@ from typing import Any, NoReturn, TypeVar
 
 import psycopg
 import pytest
-from sqlalchemy import Engine, Pool, event, make_url, text
+from sqlalchemy import Connection, Engine, Pool, event, make_url, text
 
 from kkt_buffer import Receipt, ReceiptRepository, ReceiptStatus, create_buffer_engine
 from kkt_buffer.backend import backend_of
@@ -66,6 +66,15 @@ def a_receipt(repository: ReceiptRepository, status: str = "pending", **fields: 
     return receipt
 
 
+def fill(buffer: Path | str) -> None:
+    """Store a receipt of every status."""
+    engine = create_buffer_engine(buffer)
+    repository = ReceiptRepository(engine, now=Clock())
+    for status in STATUSES:
+        a_receipt(repository, status)
+    engine.dispose()
+
+
 def together(n: int, work: Callable[[int], T]) -> list[T]:
     """
     Run work(0) … work(n - 1) in threads that begin at one moment; returns their results in this order.
@@ -88,6 +97,12 @@ def together(n: int, work: Callable[[int], T]) -> list[T]:
         return [future.result() for future in futures]
     finally:
         executor.shutdown()
+
+
+def drop_trigger(connection: Connection, name: str) -> None:
+    """Drop a trigger of receipts; SQLite takes no name of a table."""
+    table = "" if connection.dialect.name == "sqlite" else " ON receipts"
+    connection.execute(text(f"DROP TRIGGER {name}{table}"))
 
 
 def snapshot(engine: Engine) -> dict[str, list[tuple[object, ...]]]:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import servers
-from builders import STATUSES, Clock, a_receipt, unproven
+from builders import Clock, fill, unproven
 from sqlalchemy import Engine
 
 from kkt_buffer import ReceiptRepository, create_buffer_engine, testing, upgrade
@@ -98,15 +98,6 @@ def repository(engine: Engine, clock: Clock) -> ReceiptRepository:
 def migrate(path_or_url: Path | str) -> None:
     engine = create_buffer_engine(path_or_url)
     upgrade(engine)
-    engine.dispose()
-
-
-def fill(path_or_url: Path | str) -> None:
-    """Store a receipt of every status."""
-    engine = create_buffer_engine(path_or_url)
-    repository = ReceiptRepository(engine, now=Clock())
-    for status in STATUSES:
-        a_receipt(repository, status)
     engine.dispose()
 
 

@@ -76,6 +76,7 @@ class TestOutage:
         assert ["circuit_opened", "circuit_closed"] == circuit_events(repository)
         assert 8 * 3600 <= worker.status.since - NOON <= 8 * 3600 + TIMEOUT
 
+    @on_sqlite_alone
     @pytest.mark.parametrize("error", [OFFLINE, RuntimeError("500")])
     def test_poisonous(self, repository, clock, line, error):
         """A bad receipt at the head neither keeps it open, nor is it given up because of the outage."""

@@ -3,7 +3,7 @@
 import logging
 
 import pytest
-from builders import NOON, a_foreign_receipt, a_receipt, checkouts, commits, new_receipt, together
+from builders import NOON, a_foreign_receipt, a_receipt, checkouts, commits, drop_trigger, new_receipt, together
 from delivery.ofd import Ofd
 from sqlalchemy import text
 
@@ -146,7 +146,7 @@ class TestDamaged:
     def damaged(self, repository, engine, three):
         """The document of the second receipt has changed in the file, past every guard."""
         with engine.begin() as connection:
-            connection.execute(text("DROP TRIGGER trg_guard_acknowledged"))
+            drop_trigger(connection, "trg_guard_acknowledged")
             connection.execute(
                 text("UPDATE receipts SET fiscal_doc = replace(fiscal_doc, '6490', '6491') WHERE id = :id"),
                 {"id": three[1]},
