@@ -5,10 +5,9 @@ The database is given by `alembic -x db=PATH_OR_URL …`, else by BUFFER_DB_PATH
 From a program, `kkt_buffer.upgrade(engine)` passes its engine.
 """
 
-import contextlib
 import logging
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from logging.config import fileConfig
 from typing import Any
 
@@ -18,7 +17,8 @@ from alembic.util import CommandError
 from sqlalchemy import Connection, Engine, inspect, text
 from sqlalchemy.exc import SQLAlchemyError
 
-from kkt_buffer.backend import READ_ONLY
+from kkt_buffer.backend import backend_of
+from kkt_buffer.columns import ONLY_ON
 from kkt_buffer.drift import Difference, differences
 from kkt_buffer.engine import create_buffer_engine
 from kkt_buffer.errors import ReceiptBufferError
@@ -34,6 +34,11 @@ def _is_ours(name: str | None, kind: str, parents: Mapping[Any, str | None]) -> 
     if kind == "column" and table in metadata.tables:
         return str(name) in metadata.tables[str(table)].columns
     return table is None or table in metadata.tables
+
+
+def _is_here(item: Any, _name: str | None, kind: str, *_: object) -> bool:  # noqa: ANN401 (of any kind)
+    """Whether this engine has a table at all."""
+    return kind != "table" or item.info.get(ONLY_ON) in {None, context.get_bind().dialect.name}
 
 
 def _add_what_autogenerate_misses(ctx: Any, _revision: Any, directives: list[MigrationScript]) -> None:  # noqa: ANN401
@@ -59,50 +64,30 @@ def _add(difference: Difference, up: UpgradeOps, down: DowngradeOps) -> None:
     down.ops[:0] = [ExecuteSQLOp(sql) for sql in (drop if expected else None, found) if sql]
 
 
-def _note_release(connection: Connection) -> None:
+def _note_release(connection: Connection, unix_time: str) -> None:
     """Record the release that made this schema; an older release names it when it refuses the database."""
     if inspect(connection).has_table("config"):
         connection.execute(
             text(
-                "INSERT INTO config VALUES (:key, :value, unixepoch())"
+                f"INSERT INTO config (key, value, updated_at) VALUES (:key, :value, {unix_time})"
                 " ON CONFLICT (key) DO UPDATE SET value = excluded.value, updated_at = excluded.updated_at"
-                " WHERE value <> excluded.value"
+                " WHERE config.value <> excluded.value"
             ),
             {"key": RELEASE_KEY, "value": release()},
         )
 
 
-def _violations(connection: Connection) -> set[tuple[object, ...]]:
-    return {tuple(row) for row in connection.exec_driver_sql("PRAGMA foreign_key_check")}
-
-
-@contextlib.contextmanager
-def _connection(engine: Engine) -> Iterator[Connection]:
-    """
-    A connection of its own for the migrations.
-
-    Foreign keys are off: rebuilding a table would delete the rows that refer to it; the setting cannot be changed
-    inside a transaction. legacy_alter_table: a rename must not change the references of other tables, and must not fail
-    because a view of another program reads the table.
-    """
-    with engine.connect().execution_options(**{READ_ONLY: False}) as connection:
-        connection.connection.cursor().execute("PRAGMA foreign_keys = OFF")
-        connection.connection.cursor().execute("PRAGMA legacy_alter_table = ON")
-        try:
-            yield connection
-        finally:
-            connection.invalidate()  # closes it: with these settings it must not be used again
-
-
 def _migrate(engine: Engine) -> None:
     current(engine)  # raises if a newer release made the database
     steps: list[object] = []
-    with _connection(engine) as connection:
+    backend = backend_of(engine)
+    with backend.migrating(engine) as connection:
         context.configure(
             connection=connection,
             target_metadata=metadata,
             version_table=VERSION_TABLE,
             include_name=_is_ours,
+            include_object=_is_here,
             transactional_ddl=True,
             transaction_per_migration=False,
             compare_server_default=True,
@@ -110,13 +95,13 @@ def _migrate(engine: Engine) -> None:
             on_version_apply=lambda step, **_: steps.append(step),
         )
         with context.begin_transaction():
-            before = _violations(connection)
+            before = backend.violations(connection)
             if before:
                 logger.warning("foreign keys were violated before the migration: %s", sorted(before, key=str))
             context.run_migrations()
             if steps:
-                _note_release(connection)
-            broken = _violations(connection) - before
+                _note_release(connection, backend.unix_time)
+            broken = backend.violations(connection) - before
             if broken:
                 raise CommandError(f"the migration would break foreign keys: {sorted(broken, key=str)}; rolled back")
     # Read by `kkt_buffer.upgrade`: another process may have run the migrations while this one waited.

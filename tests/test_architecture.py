@@ -25,7 +25,11 @@ MODULES = {
 }
 SPEAKING = {"__main__", "cli", "demo"}  # programs
 LONGEST = 350  # lines of a file
-EXCEPTIONS = {"repository": 660}  # every operation, with its documentation
+EXCEPTIONS = {
+    "repository": 660,  # every operation, with its documentation
+    "postgresql.schema": 400,  # texts in SQL
+    "transaction": 360,
+}
 
 
 def lint_imports(folder):
@@ -54,7 +58,7 @@ class TestArrows:
             ("errors", "from kkt_buffer import hlc", "the house"),
             ("delivery", "from kkt_buffer import buffer", "the house"),
             ("delivery", "def lazy():\n    from .buffer import insert_receipt", "the house"),
-            ("repository", "from kkt_buffer.sqlite import file", "only engine, drift and cli reach for sqlite"),
+            ("repository", "from kkt_buffer.sqlite import file", "nobody reaches past the interface"),
             ("models", "from kkt_buffer import ReceiptRepository", "the public names are for others"),
             ("novelty", "", "the house"),
             ("group_commit", "import kkt_buffer.operations.receipts", "the house"),
@@ -85,13 +89,14 @@ class TestArrows:
 
     def test_third_parties(self):
         """
-        What is not ours and not in the standard library: two packages, and one for an extra.
+        What is not ours and not in the standard library: two packages, and one for each of two extras.
 
-        (A driver is imported by its name.)
+        (SQLite's drivers are imported by their names.)
         """
         graph = grimp.build_graph(PACKAGE, include_external_packages=True, cache_dir=None)
         top = {module.partition(".")[0] for module in graph.modules}
-        assert {"alembic", "prometheus_client", "sqlalchemy"} == top - set(sys.stdlib_module_names) - {PACKAGE}
+        theirs = top - set(sys.stdlib_module_names) - {PACKAGE}
+        assert {"alembic", "prometheus_client", "psycopg", "sqlalchemy"} == theirs
         importers = graph.find_modules_that_directly_import("alembic")
         assert {f"{PACKAGE}.migrate"} == importers
         assert {f"{PACKAGE}.metrics"} == graph.find_modules_that_directly_import("prometheus_client")

@@ -16,6 +16,7 @@ from kkt_buffer.errors import (
     BufferFullError,
     BufferStorageError,
     ClockDriftError,
+    ConnectionLostError,
     DeliveryRejected,
     DeliveryUnavailable,
     DuplicateReceiptError,
@@ -23,9 +24,11 @@ from kkt_buffer.errors import (
     InvalidDocumentError,
     InvalidTransitionError,
     LeaseLostError,
+    OutcomeUnknownError,
     ReceiptBufferError,
     ReceiptNotFoundError,
     SchemaError,
+    TransactionConflictError,
 )
 from kkt_buffer.hlc import HybridLogicalClock, HybridTimestamp
 from kkt_buffer.migrate import check, current, upgrade
@@ -52,6 +55,7 @@ __all__ = [
     "BufferStorageError",
     "ClockDriftError",
     "ConfigEntry",
+    "ConnectionLostError",
     "DeadLetter",
     "DeliveryRejected",
     "DeliveryReport",
@@ -67,6 +71,7 @@ __all__ = [
     "InvalidTransitionError",
     "LeaseLostError",
     "Outcome",
+    "OutcomeUnknownError",
     "PruneReport",
     "Receipt",
     "ReceiptBufferError",
@@ -77,6 +82,7 @@ __all__ = [
     "Resolution",
     "SchemaError",
     "Send",
+    "TransactionConflictError",
     "WorkerStatus",
     "check",
     "create_buffer_engine",

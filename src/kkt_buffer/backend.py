@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 from sqlalchemy import Connection, CursorResult, Engine
 from sqlalchemy.exc import DBAPIError
 
+from kkt_buffer.arguments import NewReceipt
 from kkt_buffer.bell import Bell  # noqa: TC001 (the annotation of an attribute may be evaluated)
 from kkt_buffer.errors import ReceiptBufferError
 
@@ -26,37 +27,75 @@ AT_MOST = 100  # reported problems of one kind
 
 Parameters = dict[str, Any] | Sequence[dict[str, Any]]
 
+# Kind and name of an object of the schema, and its definition.
+Objects = Mapping[tuple[str, str], str]
+
 
 class Reference(NamedTuple):
-    """A foreign key that refers to receipts: its table, its column, and the column of receipts."""
+    """A foreign key that refers to receipts: its table, its column, and the column of receipts, quoted for SQL."""
 
     table: str
     column: str
     target: str
 
 
+class RefusedError(Exception):
+    """
+    Receipts were not stored, because an id is known or there is no room. The transaction can go on.
+
+    `error`: of the statement that was refused; None if it was not even tried, so that a second look may find room.
+    """
+
+    def __init__(self, error: DBAPIError | None = None) -> None:
+        super().__init__()
+        self.error = error
+
+
 class Backend(ABC):
     """
     The differences between engines.
 
-    `str(backend)` names the buffer in messages. `driver` is the DBAPI module. `insert` stores one receipt with its
-    timestamp, from the parameters id, pos_id, fiscal_doc, digest, held_at and now. `last_synced_at` is a
-    query for the time of the last delivery (Unix seconds, or null), including receipts that were pruned since.
-    `json_array` is the SQL function that makes a JSON array of its arguments. `bells` are rung after each commit of a
-    write transaction in this process.
+    `str(backend)` names the buffer in messages. `driver` is the DBAPI module. `json_array` is the SQL term for the text
+    of a JSON array of the values `{}`; `unix_time` is the SQL term for the present time. `bells` are rung after each
+    commit of a write transaction in this process. `is_server`: its clock rules, and an operation of one statement needs
+    no transaction around it.
     """
 
     driver: ModuleType
-    insert: str
-    last_synced_at: str
     json_array: str
+    unix_time: str
+    is_server: bool
 
     def __init__(self) -> None:
         self.bells: set[Bell] = set()
 
     @abstractmethod
-    def connect(self, engine: Engine, *, write: bool) -> Connection:
-        """A connection for one transaction of this package, to write or only to read."""
+    def connect(self, engine: Engine, *, write: bool, one_statement: bool = False) -> Connection:
+        """
+        A connection for one transaction of this package, to write or only to read.
+
+        With `one_statement`, each statement is a transaction by itself (only if `is_server`).
+        """
+
+    @abstractmethod
+    def now(self, connection: Connection) -> float:
+        """The time that rules in this transaction, in Unix seconds."""
+
+    @abstractmethod
+    def insert(self, connection: Connection, many: Sequence[NewReceipt], now: int | None) -> None:
+        """
+        Store receipts, each with its timestamp, or none of them: `RefusedError`.
+
+        `now` is the time; None for that of the server, after the write lock was granted.
+        """
+
+    @abstractmethod
+    def lock(self, connection: Connection) -> None:
+        """Keep out whoever inserts or takes this lock, until the end of the transaction."""
+
+    @abstractmethod
+    def confirm(self, connection: Connection) -> None:
+        """Return only when everything that this transaction has read is durable, as after a commit."""
 
     @abstractmethod
     def run(self, connection: Connection, sql: str, parameters: Parameters) -> CursorResult[Any]:
@@ -92,8 +131,28 @@ class Backend(ABC):
         """The checks of this backend for `check_integrity`: for each subject, a function that lists problems."""
 
     @abstractmethod
+    def pruned(self, connection: Connection) -> None:
+        """Called after receipts were deleted, in the same transaction."""
+
+    @abstractmethod
+    def refuse_backup(self) -> None:
+        """Raise `BufferStorageError` if `backup` cannot copy this buffer."""
+
+    @abstractmethod
     def backup(self, engine: Engine, path: str | os.PathLike[str]) -> None:
         """Copy a consistent snapshot of the buffer to the file `path`."""
+
+    @abstractmethod
+    def objects(self, connection: Connection) -> tuple[Objects, Objects]:
+        """The objects of the schema: those that this release expects, and those of the database."""
+
+    @abstractmethod
+    def migrating(self, engine: Engine) -> AbstractContextManager[Connection]:
+        """A connection for migrations, which then begin a transaction that keeps out other migrations."""
+
+    @abstractmethod
+    def violations(self, connection: Connection) -> set[tuple[object, ...]]:
+        """The rows that violate a foreign key."""
 
     @abstractmethod
     def upgraded(self, engine: Engine) -> None:

@@ -1,18 +1,16 @@
 """
-Compare the schema of a database with the models and `sqlite.schema`: tables, indexes, views and triggers.
+Compare the schema of a database with the models and the `schema` of its engine: tables, indexes, views and triggers.
 
-The SQL text that SQLite keeps is compared. Triggers, views and columns with other names belong to other programs.
+Their SQL text is compared. Triggers, views and columns with other names belong to other programs.
 """
 
 import re
 from typing import NamedTuple
 
-from sqlalchemy import Connection, text
-from sqlalchemy.schema import CreateIndex, CreateTable
+from sqlalchemy import Connection
 
-from kkt_buffer.models import metadata
+from kkt_buffer.backend import backend_of
 from kkt_buffer.sqlite.ddl import first_word, table_clauses
-from kkt_buffer.sqlite.schema import SQLITE_TRIGGERS, SQLITE_VIEWS
 
 
 class Difference(NamedTuple):
@@ -56,32 +54,12 @@ class Difference(NamedTuple):
 
 def differences(connection: Connection) -> list[Difference]:
     """Every difference, sorted by kind and name; empty if the database has the schema of this release."""
-    expected = _expected(connection)
-    found = _found(connection, set(expected))
+    expected, found = backend_of(connection.engine).objects(connection)
     return [
         Difference(kind, name, expected.get((kind, name)), found.get((kind, name)))
         for kind, name in sorted(expected.keys() | found.keys())
         if _differ(expected.get((kind, name)), found.get((kind, name)))
     ]
-
-
-def _expected(connection: Connection) -> dict[tuple[str, str], str]:
-    objects = {("view", name): sql for name, sql in SQLITE_VIEWS.items()}
-    objects |= {("trigger", name): sql for name, sql in SQLITE_TRIGGERS.items()}
-    for table in metadata.tables.values():
-        objects["table", table.name] = str(CreateTable(table).compile(connection)).strip()
-        for index in table.indexes:
-            objects["index", str(index.name)] = str(CreateIndex(index).compile(connection)).strip()
-    return objects
-
-
-def _found(connection: Connection, expected: set[tuple[str, str]]) -> dict[tuple[str, str], str]:
-    rows = connection.execute(text("SELECT type, name, tbl_name, sql FROM sqlite_master WHERE sql IS NOT NULL"))
-    return {
-        (kind, name): sql
-        for kind, name, table, sql in rows
-        if (kind, name) in expected or (kind == "index" and ("table", table) in expected)
-    }
 
 
 def _differ(expected: str | None, found: str | None) -> bool:

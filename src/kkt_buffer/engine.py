@@ -1,11 +1,12 @@
 """`create_buffer_engine`: open an engine on a buffer."""
 
+import importlib
 import os
 import sys
 from types import ModuleType
 from typing import Any
 
-from sqlalchemy import URL, Engine
+from sqlalchemy import URL, Engine, make_url
 
 from kkt_buffer.errors import BufferStorageError
 from kkt_buffer.sqlite.driver import Driver
@@ -14,18 +15,21 @@ if sys.platform != "win32":  # pragma: no branch (no test runs there); Windows h
     from kkt_buffer.sqlite import engine as sqlite
 
 LOCK_TIMEOUT_SECONDS = 10.0
+ANSWER_TIMEOUT_SECONDS = 30.0
 
 
-def create_buffer_engine(
+def create_buffer_engine(  # noqa: PLR0913 (all but one are keywords)
     path_or_url: str | os.PathLike[str] | URL,
     *,
     read_only: bool = False,
     busy_timeout: float = LOCK_TIMEOUT_SECONDS,
+    answer_timeout: float = ANSWER_TIMEOUT_SECONDS,
+    require_replicas: int = 0,
     driver: Driver | ModuleType | None = None,
     **engine_options: Any,  # noqa: ANN401 (passed on to create_engine)
 ) -> Engine:
     """
-    Open an engine on a buffer: a path, an SQLite URL, or `":memory:"`.
+    Open an engine on a buffer: a path, an SQLite URL, `":memory:"`, or a URL of PostgreSQL.
 
     A missing file is created, with its folders, readable by the owner only; its schema is not (see
     `kkt_buffer.upgrade`). An in-memory buffer is shared by all threads of this process; `dispose()` deletes it. With
@@ -38,12 +42,40 @@ def create_buffer_engine(
     The engine may be used after a fork, unless a connection was in use at that moment: then every use of it in the
     child raises `BufferStorageError`.
 
-    Raises `BufferStorageError` if the path cannot be used or SQLite is too old, `BufferDamagedError` if the file is
-    not an SQLite database, `ValueError` for a URL or a driver of another kind.
+    On PostgreSQL (`postgresql+psycopg://…`, with the extra `postgresql`) the buffer is the first schema of
+    `search_path`. A commit is refused if the settings of the server do not make it durable, and, with
+    `require_replicas`, if not as many replicas have confirmed it. A server that does not answer for `answer_timeout`
+    seconds is left.
+
+    Raises `BufferStorageError` if the path cannot be used, SQLite is too old or the server refuses,
+    `BufferDamagedError` if the file is not an SQLite database, `ValueError` for a URL or a driver of another kind.
 
     >>> engine = create_buffer_engine(":memory:")
     >>> engine.dispose()
     """
     if sys.platform == "win32":
         raise BufferStorageError("kkt-buffer runs on Linux and macOS; Windows has no flock. Nothing was opened.")
-    return sqlite.create(path_or_url, read_only=read_only, busy_timeout=busy_timeout, driver=driver, **engine_options)
+    url = make_url(path_or_url) if isinstance(path_or_url, str) and "://" in path_or_url else path_or_url
+    if isinstance(url, URL) and url.get_backend_name() == "postgresql":
+        engine: Engine = _postgresql().create(
+            url,
+            read_only=read_only,
+            busy_timeout=busy_timeout,
+            answer_timeout=answer_timeout,
+            require_replicas=require_replicas,
+            **engine_options,
+        )
+        return engine
+    if require_replicas:
+        raise ValueError("require_replicas: a file has no replicas; give the URL of a PostgreSQL server")
+    return sqlite.create(url, read_only=read_only, busy_timeout=busy_timeout, driver=driver, **engine_options)
+
+
+def _postgresql() -> ModuleType:
+    try:
+        return importlib.import_module("kkt_buffer.postgresql.engine")
+    except ModuleNotFoundError as error:
+        raise BufferStorageError(
+            "PostgreSQL needs a driver that is not installed here. Nothing was opened. Install it: "
+            "pip install 'kkt-buffer[postgresql]'"
+        ) from error

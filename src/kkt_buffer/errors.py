@@ -4,6 +4,7 @@ The errors of this package: one tree under `ReceiptBufferError`, with the facts 
 A wrong argument raises a plain `ValueError` or `TypeError` that names the argument (see `arguments`).
 """
 
+from collections.abc import Iterable
 from typing import Any, Self
 
 
@@ -149,6 +150,31 @@ class BufferStorageError(ReceiptBufferError):
 
 class BufferBusyError(BufferStorageError):
     """Another thread or process kept the write lock for longer than the timeout; try again."""
+
+
+class ConnectionLostError(BufferStorageError):
+    """The connection to the server was lost, or it led to a server that takes no writes. Try again."""
+
+
+class TransactionConflictError(BufferStorageError):
+    """The server gave this transaction up for a concurrent one; nothing in it was stored. Try again, all of it."""
+
+
+class OutcomeUnknownError(BufferStorageError):
+    """
+    The connection was lost after a commit was sent and before its answer came: it is stored, or it is not.
+
+    `receipt_ids`: the receipts that this transaction has added or changed, as far as it is known.
+    """
+
+    def __init__(self, buffer: object, receipt_ids: Iterable[str]) -> None:
+        self.receipt_ids = tuple(dict.fromkeys(receipt_ids))
+        about = f" Receipts: {', '.join(self.receipt_ids)}." if self.receipt_ids else ""
+        super().__init__(
+            f"{buffer}: the connection was lost before the answer to a commit came, so this operation may be stored or "
+            "not. What was acknowledged before is safe. Try again: a receipt with the same id and exist_ok=True is "
+            f"stored once; otherwise look first.{about}"
+        )
 
 
 class BufferDamagedError(BufferStorageError):

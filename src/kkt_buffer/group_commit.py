@@ -14,38 +14,43 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from itertools import groupby
 from typing import Any, Generic, TypeVar
 
 from sqlalchemy.exc import SQLAlchemyError
 
 from kkt_buffer.bell import Bell
-from kkt_buffer.errors import BufferStorageError, ReceiptBufferError
-from kkt_buffer.transaction import NotTogetherError, Transaction, Transactions
+from kkt_buffer.errors import BufferStorageError, DuplicateReceiptError, OutcomeUnknownError, ReceiptBufferError
+from kkt_buffer.transaction import NOT_STORED, PAUSES_SECONDS, NotTogetherError, Transaction, Transactions
 
 POLL_SECONDS = 0.05  # in case a wake-up was lost
 MAX_BATCH = 64  # operations in one transaction: other processes wait for its end
 
-A = TypeVar("A")
+A = TypeVar("A", bound=tuple[Any, ...])
 R = TypeVar("R")
 
 
 @dataclass(frozen=True, slots=True)
 class Shareable(Generic[A, R]):
     """
-    An operation that may share a transaction: `one` runs it for one argument.
+    An operation that may share a transaction: `one` runs it for one argument, which begins with the id of a receipt.
 
     `many` runs it for several arguments with one statement. It raises `NotTogetherError` if that is not possible.
+    `again` makes the argument with which it is repeated if its outcome is unknown. With `one_statement`, `one` and
+    `many` need no transaction.
     """
 
     one: Callable[[Transaction, A], R]
     many: Callable[[Transaction, list[A]], list[R]] | None = None
+    again: Callable[[A], A] | None = None
+    one_statement: bool = False
 
 
 class _Member:
     """A queued call: its operation, and its result or error."""
 
-    def __init__(self, work: Shareable[Any, Any], argument: object) -> None:
+    def __init__(self, work: Shareable[Any, Any], argument: tuple[Any, ...]) -> None:
         self.work = work
         self.argument = argument
         self.result: Any = None
@@ -113,11 +118,11 @@ class GroupCommit:
         members = [leader]
         try:
             try:
-                self._commit(tx, members, self._all_together)
-            except _RETRY_ONE_BY_ONE:
-                if len(members) == 1:
+                self._commit_together(tx, members)
+            except _RETRY_ONE_BY_ONE as error:
+                if len(members) == 1 and not isinstance(error, _REPEAT):
                     raise
-                self._commit(tx, members, _one_by_one)
+                self._commit_one_by_one(tx, members, error)
         except (ReceiptBufferError, SQLAlchemyError) as error:
             for member in members[1:]:
                 member.error = _copy_for_thread(tx.explain(error))
@@ -127,12 +132,39 @@ class GroupCommit:
             with contextlib.suppress(IndexError):
                 self._waiting[0].bell.ring()  # it becomes the next leader
 
+    def _commit_together(self, tx: Transaction, members: list[_Member]) -> None:
+        if tx.backend.is_server:
+            self._gather(members)
+            if all(member.work.one_statement and member.work is members[0].work for member in members):
+                self._commit(tx, members, _in_one_statement, one_statement=True)
+                return
+        self._commit(tx, members, self._all_together)
+
+    def _commit_one_by_one(self, tx: Transaction, members: list[_Member], error: Exception) -> None:
+        unknown: OutcomeUnknownError | None = None
+        for pause in PAUSES_SECONDS:
+            if isinstance(error, OutcomeUnknownError):
+                unknown = error
+            try:
+                self._commit(tx, members, partial(_one_by_one, unknown=unknown))
+            except _REPEAT as repeat:
+                error = repeat
+                time.sleep(pause)
+            else:
+                return
+        raise unknown or error
+
     def _commit(
-        self, tx: Transaction, members: list[_Member], run: Callable[[Transaction, list[_Member]], None]
+        self,
+        tx: Transaction,
+        members: list[_Member],
+        run: Callable[[Transaction, list[_Member]], None],
+        *,
+        one_statement: bool = False,
     ) -> None:
         is_begun = False
         try:
-            with self._transactions.begun(tx):
+            with self._transactions.begun(tx, one_statement=one_statement):
                 is_begun = True
                 run(tx, members)
                 for member in members:
@@ -150,15 +182,8 @@ class GroupCommit:
         self._gather(members)
         while done < len(members):
             batch, done = members[done:], len(members)
-            for work, group in groupby(batch, key=lambda member: member.work):
-                same_work = list(group)
-                arguments = [member.argument for member in same_work]
-                if work.many is None or len(same_work) == 1:
-                    results = [work.one(tx, argument) for argument in arguments]
-                else:
-                    results = work.many(tx, arguments)
-                for member, result in zip(same_work, results, strict=True):
-                    member.result = result
+            for _, group in groupby(batch, key=lambda member: member.work):
+                _in_one_statement(tx, list(group))
             if self._is_shared or len(members) > 1:
                 time.sleep(0)  # yields the GIL: threads that the last commit has woken may call again already
             self._gather(members)
@@ -170,19 +195,43 @@ class GroupCommit:
                 members.append(member)
 
 
+_REPEAT = (*NOT_STORED, OutcomeUnknownError)
 _RETRY_ONE_BY_ONE = (NotTogetherError, ReceiptBufferError, SQLAlchemyError)
 
 
-def _one_by_one(tx: Transaction, members: list[_Member]) -> None:
-    """Run each operation in its own savepoint, so that a refused one does not affect the others."""
+def _in_one_statement(tx: Transaction, members: list[_Member]) -> None:
+    """Run the same operation of several calls, with one statement if it can do that."""
+    work, arguments = members[0].work, [member.argument for member in members]
+    if work.many is None or len(members) == 1:
+        results = [work.one(tx, argument) for argument in arguments]
+    else:
+        results = work.many(tx, arguments)
+    for member, result in zip(members, results, strict=True):
+        member.result = result
+
+
+def _one_by_one(tx: Transaction, members: list[_Member], unknown: OutcomeUnknownError | None) -> None:
+    """
+    Run each operation in its own savepoint, so that a refused one does not affect the others.
+
+    `unknown`: they were tried before, and may be stored. A failure now says nothing about that, unless the id is taken.
+    """
     for member in members:
+        argument = member.argument
+        if unknown is not None:
+            member.error = OutcomeUnknownError(tx.backend, [str(argument[0])])
+            if member.work.again is None:
+                continue
+            argument = member.work.again(argument)
         try:
             with tx.connection.begin_nested():
-                member.result = member.work.one(tx, member.argument)
+                member.result = member.work.one(tx, argument)
+                member.error = None
         except (ReceiptBufferError, SQLAlchemyError) as error:
-            if tx.connection.invalidated:
+            if tx.connection.invalidated or isinstance(error, _REPEAT):
                 raise
-            member.error = tx.explain(error)
+            if member.error is None or isinstance(error, DuplicateReceiptError):
+                member.error = tx.explain(error)
 
 
 def _copy_for_thread(error: Exception) -> ReceiptBufferError:

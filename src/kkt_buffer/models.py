@@ -1,8 +1,8 @@
 """
 The tables, the allowed values of their columns, and the allowed transitions between statuses.
 
-`metadata` contains every table of a buffer. Triggers and the status view are in `sqlite.schema`; `migrations` creates
-all of them.
+`metadata` contains every table of a buffer. Triggers and the status view are in the `schema` module of each engine;
+`migrations` creates all of them.
 """
 
 import json
@@ -11,12 +11,12 @@ from enum import StrEnum
 from typing import Any
 
 from sqlalchemy import (
+    BigInteger,
     CheckConstraint,
     Column,
     Dialect,
     ForeignKey,
     Index,
-    Integer,
     MetaData,
     PrimaryKeyConstraint,
     String,
@@ -27,6 +27,7 @@ from sqlalchemy import (
 )
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
+from kkt_buffer.columns import ONLY_ON, JsonText, Key, TransactionId, WholeNumber, partial_index
 from kkt_buffer.documents import is_intact
 from kkt_buffer.errors import BufferDamagedError, InvalidDocumentError
 
@@ -84,26 +85,6 @@ class EventType(StrEnum):
     MAINTENANCE_COMPLETED = "maintenance_completed"
 
 
-class JsonText(TypeDecorator[Any]):
-    """JSON stored as TEXT, with Cyrillic unescaped. Text of other programs that is not JSON is returned unchanged."""
-
-    impl = Text
-    cache_ok = True
-
-    def process_bind_param(self, value: object, dialect: Dialect) -> str | None:
-        """Encode, for SQLAlchemy."""
-        del dialect
-        return None if value is None else json.dumps(value, ensure_ascii=False, allow_nan=False)
-
-    def process_result_value(self, value: str | None, dialect: Dialect) -> object:
-        """Decode, for SQLAlchemy."""
-        del dialect
-        try:
-            return None if value is None else json.loads(value)
-        except (ValueError, TypeError):
-            return value
-
-
 class StatusText(TypeDecorator[ReceiptStatus]):
     """A `ReceiptStatus` stored as TEXT."""
 
@@ -133,7 +114,7 @@ class Base(DeclarativeBase):
     )
     type_annotation_map = {  # noqa: RUF012 (SQLAlchemy reads a plain dict)
         str: Text,
-        int: Integer,
+        int: WholeNumber,
         ReceiptStatus: StatusText,
     }
 
@@ -152,21 +133,12 @@ COMMON_EVENTS = (EventType.RECEIPT_ADDED, EventType.RECEIPT_SYNCED)  # every del
 RARE_EVENTS = f"event_type NOT IN ({', '.join(repr(str(kind)) for kind in COMMON_EVENTS)})"
 
 
-def _partial_index(name: str, *columns: str, where: str, unique: bool = False) -> Index:
-    """
-    An index on the rows that match `where`.
-
-    Not with `postgresql_where`: that imports SQLAlchemy's PostgreSQL dialect, some 60 ms at each start.
-    """
-    return Index(name, *columns, unique=unique, sqlite_where=text(where))
-
-
 class Receipt(Base):
     """A fiscal receipt and the state of its delivery. Times are Unix seconds."""
 
     __tablename__ = "receipts"
 
-    id: Mapped[str] = mapped_column(primary_key=True)
+    id: Mapped[str] = mapped_column(Key, primary_key=True)
     pos_id: Mapped[str]
     created_at: Mapped[int]
     hlc_local_time: Mapped[int]
@@ -203,11 +175,11 @@ class Receipt(Base):
         # All indexes are partial: synced receipts, which may be a million, are in none but the last. HLC order needs no
         # hlc_server_time: only a synced receipt has one.
         # The receipts that are due, in HLC order.
-        _partial_index(
+        partial_index(
             "idx_receipts_status", "hlc_local_time", "hlc_logical_counter", "next_attempt_at", where=PENDING_ONLY
         ),
         # The receipts of one till that are due, in HLC order.
-        _partial_index(
+        partial_index(
             "idx_receipts_pos_id",
             "pos_id",
             "hlc_local_time",
@@ -216,13 +188,13 @@ class Receipt(Base):
             where=PENDING_ONLY,
         ),
         # The oldest undelivered receipt, together with idx_receipts_status and idx_receipts_held.
-        _partial_index("idx_receipts_hlc", "hlc_local_time", "hlc_logical_counter", where=UNDELIVERED_REST),
+        partial_index("idx_receipts_hlc", "hlc_local_time", "hlc_logical_counter", where=UNDELIVERED_REST),
         # The held receipts: not printed yet.
-        _partial_index("idx_receipts_held", "hlc_local_time", "hlc_logical_counter", where=HELD_ONLY),
+        partial_index("idx_receipts_held", "hlc_local_time", "hlc_logical_counter", where=HELD_ONLY),
         # The leases. There are never more of them than the capacity.
-        _partial_index("idx_receipts_lease", "lease_token", "lease_expires_at", "lease_taken_at", where=SYNCING_ONLY),
+        partial_index("idx_receipts_lease", "lease_token", "lease_expires_at", "lease_taken_at", where=SYNCING_ONLY),
         # The receipts that may be pruned.
-        _partial_index("idx_receipts_synced", "synced_at", where=SYNCED_ONLY),
+        partial_index("idx_receipts_synced", "synced_at", where=SYNCED_ONLY),
     )
 
     def __repr__(self) -> str:
@@ -268,8 +240,8 @@ class DeadLetter(Base):
 
     __tablename__ = "dlq"
 
-    id: Mapped[str] = mapped_column(primary_key=True)
-    original_receipt_id: Mapped[str] = mapped_column(ForeignKey("receipts.id"))
+    id: Mapped[str] = mapped_column(Key, primary_key=True)
+    original_receipt_id: Mapped[str] = mapped_column(Key, ForeignKey("receipts.id"))
     failed_at: Mapped[int]
     reason: Mapped[str]
     fiscal_doc: Mapped[str]
@@ -284,7 +256,7 @@ class DeadLetter(Base):
         CheckConstraint("(resolved_at IS NULL) = (resolved_by IS NULL)", name="resolved"),
         Index("idx_dlq_original_receipt", "original_receipt_id"),
         # At most one open dead letter per receipt.
-        _partial_index("idx_dlq_open", "original_receipt_id", where=OPEN_ONLY, unique=True),
+        partial_index("idx_dlq_open", "original_receipt_id", where=OPEN_ONLY, unique=True),
     )
 
     def __repr__(self) -> str:
@@ -304,9 +276,10 @@ class BufferEvent(Base):
     details: Mapped[Any] = mapped_column("metadata", JsonText, nullable=True)
 
     __table_args__ = (
-        _partial_index("idx_events_receipt_id", "receipt_id", where="receipt_id IS NOT NULL"),
+        partial_index("idx_events_receipt_id", "receipt_id", where="receipt_id IS NOT NULL"),
         # The common types need no index: their newest rows are always near the end of the table.
-        _partial_index("idx_events_type", "event_type", where=RARE_EVENTS),
+        # `more`: the newest one of a type. On SQLite every index ends with the id.
+        partial_index("idx_events_type", "event_type", where=RARE_EVENTS, more=("id",)),
         {"sqlite_autoincrement": True},
     )
 
@@ -319,24 +292,43 @@ class ConfigEntry(Base):
 
     __tablename__ = "config"
 
-    key: Mapped[str] = mapped_column(primary_key=True)
+    key: Mapped[str] = mapped_column(Key, primary_key=True)
     value: Mapped[str]
     updated_at: Mapped[int]
 
 
-# The state of the buffer in one row, maintained by triggers, so that reading it takes constant time.
+# The state of the buffer in one row, maintained by triggers, so that reading it takes constant time. On PostgreSQL this
+# is a view of buffer_changes: a row that every transaction updates would slow all of them down under a long snapshot.
 buffer_state = Table(
     "buffer_state",
     metadata,
-    Column("id", Integer, primary_key=True),
-    *(Column(status.value, Integer, nullable=False) for status in ReceiptStatus),  # the number of receipts in it
-    Column("open_dead_letters", Integer, nullable=False),
+    Column("id", WholeNumber, primary_key=True),
+    *(Column(status.value, WholeNumber, nullable=False) for status in ReceiptStatus),  # the number of receipts in it
+    Column("open_dead_letters", WholeNumber, nullable=False),
     # The greatest HLC pair ever inserted; 0 and -1 before the first receipt.
-    Column("hlc_local_time", Integer, nullable=False),
-    Column("hlc_logical_counter", Integer, nullable=False),
-    Column("last_synced_at", Integer, nullable=True),
+    Column("hlc_local_time", WholeNumber, nullable=False),
+    Column("hlc_logical_counter", WholeNumber, nullable=False),
+    Column("last_synced_at", WholeNumber, nullable=True),
     CheckConstraint("id = 1", name="one_row"),
     sqlite_strict=True,
+    info={ONLY_ON: "sqlite"},
+)
+
+# PostgreSQL: what each transaction has changed in the state. Now and then all rows are folded into one.
+buffer_changes = Table(
+    "buffer_changes",
+    metadata,
+    Column("transaction_id", TransactionId, nullable=False, server_default=text("pg_current_xact_id()")),
+    # In a folded row: the rows that are not in it have at least this transaction_id.
+    Column("folded_below", TransactionId, nullable=True),
+    *(Column(status.value, BigInteger, nullable=False, server_default=text("0")) for status in ReceiptStatus),
+    Column("open_dead_letters", BigInteger, nullable=False, server_default=text("0")),
+    Column("hlc_local_time", BigInteger, nullable=True),
+    Column("hlc_logical_counter", BigInteger, nullable=True),
+    Column("last_synced_at", BigInteger, nullable=True),
+    Index("idx_changes_transaction_id", "transaction_id"),
+    partial_index("idx_changes_folded", "folded_below", where="folded_below IS NOT NULL"),
+    info={ONLY_ON: "postgresql"},
 )
 
 # Alembic creates and writes it. It is declared here so that the autogenerate of a host application does not drop it.

@@ -10,7 +10,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
-from typing import Any, overload
+from typing import Any, Concatenate, overload
 
 from sqlalchemy import Engine
 from sqlalchemy.orm import Session
@@ -19,7 +19,7 @@ from kkt_buffer import arguments
 from kkt_buffer.arguments import ReceiptData, StatusName
 from kkt_buffer.backend import backend_of
 from kkt_buffer.config import NumberKey
-from kkt_buffer.errors import ReceiptBufferError
+from kkt_buffer.errors import OutcomeUnknownError, ReceiptBufferError
 from kkt_buffer.group_commit import A, GroupCommit, R, Shareable
 from kkt_buffer.migrate import require
 from kkt_buffer.models import BufferEvent, DeadLetter, Receipt, ReceiptStatus
@@ -28,12 +28,12 @@ from kkt_buffer.operations.integrity import IntegrityReport
 from kkt_buffer.operations.pruning import PruneReport
 from kkt_buffer.operations.status import BufferStatus
 from kkt_buffer.streak import Streak
-from kkt_buffer.transaction import NotTogetherError, Transaction, Transactions
+from kkt_buffer.transaction import NotTogetherError, P, Transaction, Transactions
 
 __all__ = ["BufferStatus", "IntegrityReport", "PruneReport", "ReceiptData", "ReceiptRepository"]
 
-_INSERT = Shareable(receipts.insert_one, receipts.insert_together)
-_MARK_SYNCED = Shareable(receipts.mark_synced, receipts.mark_synced_together)
+_INSERT = Shareable(receipts.insert_one, receipts.insert_together, again=receipts.again, one_statement=True)
+_MARK_SYNCED = Shareable(receipts.mark_synced, receipts.mark_synced_together, again=lambda delivery: delivery)
 _RECORD_FAILURE = Shareable(leases.record_failure)
 
 
@@ -41,10 +41,10 @@ class ReceiptRepository:
     """
     The operations of one buffer. Safe for threads.
 
-    `engine` comes from `create_buffer_engine`; `now` is the wall clock, in Unix seconds; `jitter` returns a number from
-    0 to 1, to spread retries. `streak` is the state of the deliveries with this repository. Every operation opens its
-    own transaction, or joins the one that `transaction()` has open in this thread. Returned objects are detached and
-    fully loaded.
+    `engine` comes from `create_buffer_engine`; `now` is a wall clock, in Unix seconds (default: that of this machine,
+    or of the database server); `jitter` returns a number from 0 to 1, to spread retries. `streak` is the state of the
+    deliveries with this repository. Every operation opens its own transaction, or joins the one that `transaction()`
+    has open in this thread. Returned objects are detached and fully loaded.
 
     Besides the errors that each operation names, every one raises `BufferStorageError` when the file cannot be read or
     written, and `TypeError` or `ValueError` for a wrong argument; nothing is changed then. In the examples,
@@ -55,11 +55,11 @@ class ReceiptRepository:
         self,
         engine: Engine,
         *,
-        now: Callable[[], float] = time.time,
+        now: Callable[[], float] | None = None,
         jitter: Callable[[], float] = random.random,
     ) -> None:
-        self.now = now
-        self.streak = Streak(now)
+        self.now = now or time.time
+        self.streak = Streak(self.now)
         self.engine = engine
         self._transactions = Transactions(engine, now)
         self._group = GroupCommit(self._transactions)
@@ -136,13 +136,16 @@ class ReceiptRepository:
         new = arguments.new_receipts(many, exist_ok=exist_ok, hold=hold)
         if not new:
             return []
+        self._require_schema()
         try:
-            with self._writing() as tx:
+            with self._transactions.writing(one_statement=True) as tx:
                 return receipts.insert_together(tx, new)
         except NotTogetherError:
             # Only now check the receipts one by one, to name the refused one.
-            with self._writing() as tx:
-                return receipts.insert_unknown(tx, new)
+            return self._write_idempotent(receipts.insert_unknown, new)
+        except OutcomeUnknownError as unknown:
+            again = [receipts.again(receipt) for receipt in new]
+            return self._transactions.write_idempotent(unknown, receipts.insert_unknown, again)
 
     def get_pending_receipts(self, limit: int = 50) -> list[Receipt]:
         """
@@ -152,8 +155,7 @@ class ReceiptRepository:
         []
         """
         limit = arguments.whole_number("limit", limit, 1)
-        with self._reading() as tx:
-            return tx.load(receipts.PENDING, limit=limit)
+        return self._read(receipts.list_pending, limit)
 
     def get_receipt_by_id(self, receipt_id: str | uuid.UUID) -> Receipt | None:
         """
@@ -163,9 +165,7 @@ class ReceiptRepository:
         True
         """
         receipt_id = arguments.lookup_id(receipt_id)
-        with self._reading() as tx:
-            found: list[Receipt] = tx.load(receipts.RECEIPT, receipt_id=receipt_id)
-        return found[0] if found else None
+        return self._read(receipts.get_receipt, receipt_id)
 
     def list_receipts(
         self, *, status: str, pos_id: str | None = None, after: Receipt | None = None, limit: int = 100
@@ -179,8 +179,7 @@ class ReceiptRepository:
         []
         """
         page = arguments.page(status, pos_id, after, limit)
-        with self._reading() as tx:
-            return receipts.list_receipts(tx, page)
+        return self._read(receipts.list_receipts, page)
 
     def mark_synced(self, receipt_id: str | uuid.UUID, server_time: int) -> bool:
         """
@@ -207,8 +206,7 @@ class ReceiptRepository:
         1
         """
         receipt_id, error = arguments.lookup_id(receipt_id), arguments.error_text(error)
-        with self._writing() as tx:
-            return receipts.increment_retry_count(tx, receipt_id, error)
+        return self._write(receipts.increment_retry_count, receipt_id, error)
 
     def move_to_dlq(self, receipt_id: str | uuid.UUID, reason: str) -> bool:
         """
@@ -221,8 +219,7 @@ class ReceiptRepository:
         True
         """
         receipt_id, reason = arguments.lookup_id(receipt_id), arguments.note("reason", reason)
-        with self._writing() as tx:
-            return receipts.move_to_dlq(tx, receipt_id, reason)
+        return self._write_idempotent(receipts.move_to_dlq, receipt_id, reason)
 
     def update_receipt_status(self, receipt_id: str | uuid.UUID, status: ReceiptStatus | StatusName) -> bool:
         """
@@ -237,8 +234,7 @@ class ReceiptRepository:
         True
         """
         receipt_id, wanted = arguments.lookup_id(receipt_id), arguments.status(status)
-        with self._writing() as tx:
-            return receipts.update_status(tx, receipt_id, wanted)
+        return self._write(receipts.update_status, receipt_id, wanted)
 
     # Held receipts: print first, then deliver.
 
@@ -260,8 +256,7 @@ class ReceiptRepository:
         ['{"totalSum": 10.10,"fiscalSign":3141592653}']
         """
         receipt_id, new_fields = arguments.lookup_id(receipt_id), arguments.new_fields(fields)
-        with self._writing() as tx:
-            return held.complete(tx, receipt_id, new_fields)
+        return self._write_idempotent(held.complete, receipt_id, new_fields)
 
     def list_held(self, limit: int = 100, *, pos_id: str | None = None) -> list[Receipt]:
         """
@@ -275,8 +270,7 @@ class ReceiptRepository:
         """
         limit = arguments.whole_number("limit", limit, 1)
         pos_id = None if pos_id is None else arguments.name("pos_id", pos_id)
-        with self._reading() as tx:
-            return held.list_held(tx, limit, pos_id)
+        return self._read(held.list_held, limit, pos_id)
 
     def discard_held(self, receipt_id: str | uuid.UUID, *, actor: str, reason: str) -> None:
         """
@@ -290,8 +284,7 @@ class ReceiptRepository:
         """
         receipt_id = arguments.lookup_id(receipt_id)
         actor, reason = arguments.note("actor", actor), arguments.note("reason", reason)
-        with self._writing() as tx:
-            held.discard(tx, receipt_id, actor, reason)
+        self._write(held.discard, receipt_id, actor, reason)
 
     # Delivery. `kkt_buffer.deliver_pending` is built from these.
 
@@ -319,8 +312,8 @@ class ReceiptRepository:
         limit = arguments.whole_number("limit", limit, 1)
         pos_id = None if pos_id is None else arguments.name("pos_id", pos_id)
         seconds = None if lease_seconds is None else arguments.setting("lease_seconds", lease_seconds)
-        with self._writing() as tx:
-            return leases.claim(tx, limit, pos_id, seconds, retries_last=bool(retries_last))
+        wanted = leases.Claim(limit, pos_id, seconds, bool(retries_last), token=str(uuid.uuid4()))
+        return self._write_idempotent(leases.claim, wanted)
 
     def renew_lease(self, receipt_id: str | uuid.UUID, lease_token: str, *, lease_seconds: int | None = None) -> int:
         """
@@ -335,8 +328,7 @@ class ReceiptRepository:
         """
         receipt_id, token = arguments.lookup_id(receipt_id), arguments.name("lease_token", lease_token)
         seconds = None if lease_seconds is None else arguments.setting("lease_seconds", lease_seconds)
-        with self._writing() as tx:
-            return leases.renew(tx, receipt_id, token, seconds)
+        return self._write_idempotent(leases.renew, receipt_id, token, seconds)
 
     def renew_leases(self, lease_token: str, *, lease_seconds: int | None = None) -> list[str]:
         """
@@ -351,8 +343,7 @@ class ReceiptRepository:
         """
         token = arguments.name("lease_token", lease_token)
         seconds = None if lease_seconds is None else arguments.setting("lease_seconds", lease_seconds)
-        with self._writing() as tx:
-            return leases.renew_all(tx, token, seconds)
+        return self._write_idempotent(leases.renew_all, token, seconds)
 
     def release(self, receipt_id: str | uuid.UUID, lease_token: str, *, wait_seconds: int | None = None) -> None:
         """
@@ -369,8 +360,7 @@ class ReceiptRepository:
         """
         receipt_id, token = arguments.lookup_id(receipt_id), arguments.name("lease_token", lease_token)
         wait = None if wait_seconds is None else arguments.whole_number("wait_seconds", wait_seconds, 0)
-        with self._writing() as tx:
-            leases.release(tx, receipt_id, token, wait, self._jitter)
+        self._write(leases.release, receipt_id, token, wait, self._jitter)
 
     def record_failure(self, receipt_id: str | uuid.UUID, error: str, lease_token: str) -> ReceiptStatus:
         """
@@ -400,8 +390,7 @@ class ReceiptRepository:
         >>> repository.next_due_at() is None
         True
         """
-        with self._reading() as tx:
-            return leases.next_due_at(tx)
+        return self._read(leases.next_due_at)
 
     def recover_expired_leases(self) -> int:
         """
@@ -412,8 +401,7 @@ class ReceiptRepository:
         >>> repository.recover_expired_leases()
         0
         """
-        with self._writing() as tx:
-            return leases.recover(tx)
+        return self._write_idempotent(leases.recover)
 
     # Dead letters.
 
@@ -425,8 +413,7 @@ class ReceiptRepository:
         []
         """
         limit = arguments.whole_number("limit", limit, 1)
-        with self._reading() as tx:
-            return dead_letters.list_dead_letters(tx, limit, open_only=open_only)
+        return self._read(dead_letters.list_dead_letters, limit, open_only=open_only)
 
     def requeue(self, receipt_id: str | uuid.UUID, *, actor: str, reason: str) -> None:
         """
@@ -443,8 +430,7 @@ class ReceiptRepository:
         """
         receipt_id = arguments.lookup_id(receipt_id)
         actor, reason = arguments.note("actor", actor), arguments.note("reason", reason)
-        with self._writing() as tx:
-            dead_letters.requeue(tx, receipt_id, actor, reason)
+        self._write(dead_letters.requeue, receipt_id, actor, reason)
 
     def requeue_all(self, *, actor: str, reason: str) -> int:
         """
@@ -456,8 +442,7 @@ class ReceiptRepository:
         0
         """
         actor, reason = arguments.note("actor", actor), arguments.note("reason", reason)
-        with self._writing() as tx:
-            return dead_letters.requeue_all(tx, actor, reason)
+        return self._write(dead_letters.requeue_all, actor, reason)
 
     def resolve(self, receipt_id: str | uuid.UUID, *, actor: str, reason: str) -> None:
         """
@@ -473,8 +458,7 @@ class ReceiptRepository:
         """
         receipt_id = arguments.lookup_id(receipt_id)
         actor, reason = arguments.note("actor", actor), arguments.note("reason", reason)
-        with self._writing() as tx:
-            dead_letters.resolve(tx, receipt_id, actor, reason)
+        self._write(dead_letters.resolve, receipt_id, actor, reason)
 
     # Events and settings.
 
@@ -497,8 +481,7 @@ class ReceiptRepository:
         event_type = arguments.own_event_type(event_type)
         about = None if receipt_id is None else arguments.lookup_id(receipt_id)
         details = arguments.details(metadata)
-        with self._writing() as tx:
-            return events.log_event(tx, event_type, about, details)
+        return self._write(events.log_event, event_type, about, details)
 
     def get_events(
         self, limit: int = 100, *, event_type: str | None = None, receipt_id: str | uuid.UUID | None = None
@@ -513,8 +496,7 @@ class ReceiptRepository:
         limit = arguments.whole_number("limit", limit, 1)
         event_type = None if event_type is None else arguments.name("event_type", event_type)
         about = None if receipt_id is None else arguments.lookup_id(receipt_id)
-        with self._reading() as tx:
-            return events.get_events(tx, limit, event_type, about)
+        return self._read(events.get_events, limit, event_type, about)
 
     @overload
     def get_config(self, key: NumberKey) -> int: ...
@@ -532,8 +514,7 @@ class ReceiptRepository:
         200
         """
         key = arguments.name("key", key)
-        with self._reading() as tx:
-            return settings.get_config(tx, key)
+        return self._read(settings.get_config, key)
 
     def set_config(self, key: str, value: int | str) -> None:
         """
@@ -545,8 +526,7 @@ class ReceiptRepository:
         """
         key = arguments.name("key", key)
         stored = arguments.setting_text(key, value)
-        with self._writing() as tx:
-            settings.set_config(tx, key, stored)
+        self._write_idempotent(settings.set_config, key, stored)
 
     # The buffer as a whole.
 
@@ -557,8 +537,7 @@ class ReceiptRepository:
         >>> repository.get_buffer_status().percent_full
         0.0
         """
-        with self._reading() as tx:
-            return status.get_buffer_status(tx)
+        return self._read(status.get_buffer_status)
 
     def get_receipts_due(self, before: int, *, limit: int = 100) -> list[Receipt]:
         """
@@ -570,8 +549,7 @@ class ReceiptRepository:
         []
         """
         before, limit = arguments.whole_number("before", before, 0), arguments.whole_number("limit", limit, 1)
-        with self._reading() as tx:
-            return status.get_receipts_due(tx, before, limit)
+        return self._read(status.get_receipts_due, before, limit)
 
     def prune(self) -> PruneReport:
         """
@@ -631,13 +609,19 @@ class ReceiptRepository:
 
     # The transaction of an operation.
 
-    def _writing(self) -> AbstractContextManager[Transaction]:
+    def _write(self, operation: Callable[Concatenate[Transaction, P], R], *args: P.args, **options: P.kwargs) -> R:
         self._require_schema()
-        return self._transactions.writing()
+        return self._transactions.write(operation, *args, **options)
 
-    def _reading(self) -> AbstractContextManager[Transaction]:
+    def _write_idempotent(
+        self, operation: Callable[Concatenate[Transaction, P], R], *args: P.args, **options: P.kwargs
+    ) -> R:
         self._require_schema()
-        return self._transactions.reading()
+        return self._transactions.write_idempotent(None, operation, *args, **options)
+
+    def _read(self, operation: Callable[Concatenate[Transaction, P], R], *args: P.args, **options: P.kwargs) -> R:
+        self._require_schema()
+        return self._transactions.read(operation, *args, **options)
 
     def _shared(self, work: Shareable[A, R], argument: A) -> R:
         self._require_schema()

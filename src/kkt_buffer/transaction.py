@@ -6,10 +6,11 @@ The backend begins and commits them on its database; the statements of each oper
 
 import logging
 import threading
+import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from sqlalchemy import Connection, CursorResult, Engine, Select, select
 from sqlalchemy.exc import DBAPIError, InvalidRequestError
@@ -19,10 +20,24 @@ from kkt_buffer import arguments
 from kkt_buffer.backend import Backend, Parameters, backend_of
 from kkt_buffer.bell import own_bell
 from kkt_buffer.config import number_of
-from kkt_buffer.errors import BufferDamagedError, BufferStorageError, ReceiptBufferError
+from kkt_buffer.errors import (
+    BufferDamagedError,
+    BufferStorageError,
+    ConnectionLostError,
+    DuplicateReceiptError,
+    OutcomeUnknownError,
+    ReceiptBufferError,
+    TransactionConflictError,
+)
 from kkt_buffer.models import ConfigEntry
 
 logger = logging.getLogger(__name__)
+
+# An operation is repeated after these pauses if the server gave it up, or its connection was lost.
+PAUSES_SECONDS = (0.0, 0.05, 0.5, 1.0)
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 _SETTINGS = select(ConfigEntry.key, ConfigEntry.value)
 
@@ -35,9 +50,10 @@ class Transaction:
     write transaction this happens under the write lock.
     """
 
-    def __init__(self, backend: Backend, now: Callable[[], float], *, write: bool) -> None:
+    def __init__(self, backend: Backend, now: Callable[[], float] | None, *, write: bool) -> None:
         self.backend = backend
         self.write = write
+        self.receipt_ids: list[str] = []  # added or changed here, for an outcome that is not known
         self.connection: Connection
         self.session: Session  # set in the caller's `transaction()` or `reading()`
         self._clock = now
@@ -54,8 +70,13 @@ class Transaction:
     def now(self) -> int:
         """The time of this transaction, in Unix seconds."""
         if self._now is None:
-            self._now = arguments.moment(self._clock())
+            self._now = arguments.moment(self._clock() if self._clock else self.backend.now(self.connection))
         return self._now
+
+    @property
+    def given_now(self) -> int | None:
+        """The time of this transaction; None if the server tells it, after the lock was granted."""
+        return None if self._clock is None and self.backend.is_server else self.now
 
     def number(self, key: str) -> int:
         """A setting of the buffer. Raises `InvalidConfigError` if the stored value is invalid."""
@@ -66,8 +87,13 @@ class Transaction:
     def start_on(self, connection: Connection) -> None:
         """Use this connection from now on, and forget the time and the settings."""
         self.connection = connection
+        self.receipt_ids.clear()
         self.is_begun = True
         self._now = self._settings = None
+
+    def changed(self, *receipt_ids: str) -> None:
+        """Note that receipts are added or changed here."""
+        self.receipt_ids += receipt_ids
 
     def forget_settings(self) -> None:
         """Read the settings again at their next use."""
@@ -98,6 +124,10 @@ class Transaction:
         return rows
 
 
+# Nothing of the operation was stored, so it can be repeated.
+NOT_STORED = (ConnectionLostError, TransactionConflictError)
+
+
 class NotTogetherError(Exception):
     """Several operations cannot be run with one statement: roll back and run them one by one."""
 
@@ -118,7 +148,7 @@ _here = _Here()
 class Transactions:
     """Opens transactions on one engine, or joins the open transaction of the thread."""
 
-    def __init__(self, engine: Engine, now: Callable[[], float]) -> None:
+    def __init__(self, engine: Engine, now: Callable[[], float] | None) -> None:
         self.backend = backend_of(engine)
         self._engine = engine
         self._now = now
@@ -150,12 +180,66 @@ class Transactions:
             )
         return tx
 
+    def read(self, operation: Callable[Concatenate[Transaction, P], R], *args: P.args, **options: P.kwargs) -> R:
+        """Run an operation in a read transaction; again, if its connection was lost."""
+        return self._repeated(self.reading, lambda tx: operation(tx, *args, **options))
+
+    def write(self, operation: Callable[Concatenate[Transaction, P], R], *args: P.args, **options: P.kwargs) -> R:
+        """Run an operation in a write transaction; again, if nothing of it was stored."""
+        return self._repeated(self.writing, lambda tx: operation(tx, *args, **options))
+
+    def write_idempotent(
+        self,
+        unknown: OutcomeUnknownError | None,
+        operation: Callable[Concatenate[Transaction, P], R],
+        *args: P.args,
+        **options: P.kwargs,
+    ) -> R:
+        """
+        The same, and again if its outcome is unknown, because doing it twice is doing it once.
+
+        `unknown`: the outcome of an earlier try. No later failure tells whether that one was stored.
+        """
+        return self._repeated(
+            self.writing, lambda tx: operation(tx, *args, **options), (*NOT_STORED, OutcomeUnknownError), unknown
+        )
+
+    def _repeated(
+        self,
+        transaction: Callable[[], AbstractContextManager[Transaction]],
+        run: Callable[[Transaction], R],
+        again: tuple[type[Exception], ...] = NOT_STORED,
+        unknown: OutcomeUnknownError | None = None,
+    ) -> R:
+        # Inside a transaction of the caller, only the caller can repeat it, as a whole.
+        pauses = PAUSES_SECONDS if self.current is None else ()
+        for pause in (*pauses, None):
+            try:
+                with transaction() as tx:
+                    return run(tx)
+            except DuplicateReceiptError:
+                raise
+            except ReceiptBufferError as error:
+                if isinstance(error, OutcomeUnknownError):
+                    unknown = error
+                if pause is None or not isinstance(error, again):
+                    if unknown is None or unknown is error:
+                        raise
+                    raise unknown from error
+            time.sleep(pause)
+        raise AssertionError  # pragma: no cover (the last try has returned or raised)
+
     @contextmanager
-    def writing(self) -> Iterator[Transaction]:
+    def writing(self, *, one_statement: bool = False) -> Iterator[Transaction]:
         """
         A write transaction for one operation: a savepoint in the thread's open transaction, else a new transaction.
+
+        With `one_statement`, the operation needs no transaction around its only statement.
         """
-        with self.operation(write=True) as tx, tx.connection.begin_nested() if tx.is_begun else self.begun(tx):
+        with (
+            self.operation(write=True) as tx,
+            tx.connection.begin_nested() if tx.is_begun else self.begun(tx, one_statement=one_statement),
+        ):
             yield tx
 
     @contextmanager
@@ -191,18 +275,30 @@ class Transactions:
             raise self.backend.explain(error) or error from error.orig
 
     @contextmanager
-    def begun(self, tx: Transaction) -> Iterator[None]:
-        """Begin a transaction on a connection of the pool and commit it at the end; an exception rolls it back."""
+    def begun(self, tx: Transaction, *, one_statement: bool = False) -> Iterator[None]:
+        """
+        Begin a transaction on a connection of the pool and commit it at the end; an exception rolls it back.
+
+        With `one_statement`, the statement that runs in it commits itself, if the backend can do that.
+        """
+        one_statement = one_statement and self.backend.is_server
+        may_be_stored = False
         try:
-            with self.backend.connect(self._engine, write=tx.write) as connection:
+            with self.backend.connect(self._engine, write=tx.write, one_statement=one_statement) as connection:
                 transaction = connection.begin()
                 tx.start_on(connection)
+                may_be_stored = one_statement
                 try:
                     yield
                     if tx.write:
+                        may_be_stored = True
                         transaction.commit()
                         for bell in self.backend.bells - {own_bell.get()}:
                             bell.ring()
+                except ConnectionLostError as error:
+                    if may_be_stored:
+                        raise OutcomeUnknownError(self.backend, tx.receipt_ids) from error
+                    raise
                 except (DBAPIError, InvalidRequestError) as error:
                     if not connection.invalidated:
                         raise

@@ -45,7 +45,7 @@ class TestAlembic:
         assert alembic("-x", f"db=sqlite:///{tmp_path}/buffer.db", "upgrade", "head").returncode == 0
         assert (tmp_path / "buffer.db").exists()
 
-    @pytest.mark.parametrize("target", ["{folder}", "postgresql://localhost/shop"])
+    @pytest.mark.parametrize("target", ["{folder}", "mysql://localhost/shop"])
     def test_refused(self, tmp_path, target):
         """A target that cannot be used is told in one line."""
         done = alembic("-x", f"db={target.format(folder=tmp_path)}", "upgrade", "head")

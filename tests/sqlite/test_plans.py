@@ -14,6 +14,7 @@ HEADS = {"SCAN part", "SCAN oldest", "USE TEMP B-TREE FOR ORDER BY"}
 # Receipts with equal timestamps are sorted by id; SQLite has had two names for that.
 TIES = {"USE TEMP B-TREE FOR RIGHT PART OF ORDER BY", "USE TEMP B-TREE FOR LAST TERM OF ORDER BY"}
 KNOWN = {
+    "claim_pending": {"SCAN due"},  # the receipts that were found, at most the limit
     "list_receipts": HEADS | TIES,
     "get_buffer_status": HEADS,
     "get_receipts_due": HEADS,

@@ -12,7 +12,13 @@ from kkt_buffer.models import OPEN_ONLY, DeadLetter, Resolution
 from kkt_buffer.operations.receipts import UNDELIVERED, close_dead_letter, receipts, refuse_if_full, status_of
 from kkt_buffer.transaction import Transaction
 
-ALL = select(DeadLetter).order_by(DeadLetter.failed_at, text("dlq.rowid")).limit(bindparam("limit"))
+# Those of one second in the order of their receipts.
+ALL = (
+    select(DeadLetter)
+    .join(receipts, receipts.c.id == DeadLetter.original_receipt_id, isouter=True)
+    .order_by(DeadLetter.failed_at, receipts.c.hlc_local_time, receipts.c.hlc_logical_counter)
+    .limit(bindparam("limit"))
+)
 OPEN = ALL.where(text(OPEN_ONLY))
 ANY_OPEN = select(text(f"EXISTS (SELECT 1 FROM dlq WHERE {OPEN_ONLY})"))
 # Served by idx_receipts_hlc.
@@ -36,6 +42,7 @@ def list_dead_letters(tx: Transaction, limit: int, *, open_only: bool) -> list[D
 
 def requeue(tx: Transaction, receipt_id: str, actor: str, reason: str) -> None:
     """Close the dead letter of a receipt and make the receipt pending again."""
+    tx.backend.lock(tx.connection)  # before the capacity is read
     _close(tx, receipt_id, actor, reason, Resolution.REQUEUED)
     refuse_if_full(tx, 1)
     tx.connection.execute(REQUEUE, {"receipt_id": receipt_id, "now": tx.now})
@@ -45,6 +52,7 @@ def requeue_all(tx: Transaction, actor: str, reason: str) -> int:
     """Requeue as many as fit; returns how many."""
     if not tx.connection.scalar(ANY_OPEN):
         return 0
+    tx.backend.lock(tx.connection)
     refuse_if_full(tx, 1)
     room = tx.number("buffer_capacity") - (tx.connection.scalar(UNDELIVERED) or 0)
     receipt_ids = tx.connection.scalars(OPEN_IN_ORDER, {"limit": room}).all()

@@ -29,8 +29,10 @@ HELD = (
     .limit(bindparam("limit"))
 )
 HELD_OF_POS = HELD.where(Receipt.pos_id == bindparam("pos"))
-STATE = select(receipts.c.status, receipts.c.held_at, receipts.c.fiscal_doc, receipts.c.digest).where(
-    receipts.c.id == bindparam("receipt_id")
+STATE = (
+    select(receipts.c.status, receipts.c.held_at, receipts.c.fiscal_doc, receipts.c.digest)
+    .where(receipts.c.id == bindparam("receipt_id"))
+    .with_for_update()
 )
 COMPLETE = (
     update(receipts)

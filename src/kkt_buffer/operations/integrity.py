@@ -7,10 +7,11 @@ from sqlalchemy import CheckConstraint, Connection, select, text
 from sqlalchemy.exc import SQLAlchemyError
 
 from kkt_buffer.backend import AT_MOST, Backend
+from kkt_buffer.columns import ONLY_ON
 from kkt_buffer.config import CONFIG_RULES
 from kkt_buffer.documents import is_intact
 from kkt_buffer.errors import InvalidConfigError, ReceiptBufferError
-from kkt_buffer.models import ConfigEntry, Receipt, metadata
+from kkt_buffer.models import OPEN_ONLY, ConfigEntry, Receipt, ReceiptStatus, metadata
 from kkt_buffer.transaction import Transactions
 
 # Problems with these subjects damage no receipt: a backup would not be better.
@@ -48,7 +49,7 @@ _RULES = " UNION ALL ".join(
     f" FROM {table.name} WHERE NOT ({constraint.sqltext})"
     for table in metadata.sorted_tables
     for constraint in sorted(table.constraints, key=lambda constraint: str(constraint.name))
-    if isinstance(constraint, CheckConstraint)
+    if isinstance(constraint, CheckConstraint) and ONLY_ON not in table.info
 )
 _DEAD_LETTERS = """\
 SELECT 'receipt ' || receipts.id || ' is ' || status || ' and has an open dead letter'
@@ -56,6 +57,27 @@ FROM dlq JOIN receipts ON receipts.id = original_receipt_id WHERE resolved_at IS
 UNION ALL
 SELECT 'receipt ' || id || ' is failed without a dead letter' FROM receipts
 WHERE status = 'failed' AND NOT EXISTS (SELECT 1 FROM dlq WHERE original_receipt_id = receipts.id)"""
+
+
+_LAST = """\
+SELECT 'the last timestamp is below that of receipt ' || receipts.id FROM receipts, buffer_state AS state
+WHERE (receipts.hlc_local_time, receipts.hlc_logical_counter) > (state.hlc_local_time, state.hlc_logical_counter)"""
+# On every engine; `buffer_state` is a table or a view.
+_COUNTS = "\nUNION ALL\n".join(
+    [
+        f"SELECT '{name} are counted as ' || COALESCE({column}, 0) || ', and are ' || found"
+        f" FROM buffer_state, (SELECT COUNT(*) AS found FROM {table} WHERE {where}) AS rows_of_{column}"
+        f" WHERE COALESCE({column}, -1) <> found"
+        for name, column, table, where in (
+            *((str(status), str(status), "receipts", f"status = '{status}'") for status in ReceiptStatus),
+            ("open dead letters", "open_dead_letters", "dlq", OPEN_ONLY),
+        )
+    ]
+    + [
+        "SELECT 'the row of counts is missing' WHERE NOT EXISTS (SELECT 1 FROM buffer_state)",
+        _LAST,
+    ]
+)
 
 
 def _query(sql: str) -> Callable[[Connection], list[str]]:
@@ -97,6 +119,7 @@ def check(transactions: Transactions) -> IntegrityReport:
         "settings": _settings,
         "rules of the tables": _query(_RULES),
         "dead letters": _query(_DEAD_LETTERS),
+        "counts": _query(_COUNTS),
         "documents": lambda connection: _documents(connection, transactions.backend),
     }
     return IntegrityReport({what: _found(transactions, check) for what, check in checks.items()})

@@ -7,7 +7,6 @@ If a worker dies or its lease expires between a send and its record, the receipt
 its fiscal number.
 """
 
-import uuid
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -21,11 +20,12 @@ from kkt_buffer.transaction import Transaction
 # A lease is over when it has expired, or when it was taken in the future: then the clock was set back, and the lease
 # could last far too long. One minute is tolerated: a small clock correction must not end a new lease.
 _unleased = {"status": literal_column("'pending'"), **NO_LEASE}
-RECOVER = (
-    update(receipts)
+_over = (
+    select(receipts.c.id)
     .where(text(SYNCING_ONLY + " AND (lease_expires_at <= :now OR lease_taken_at > :now + 60)"))
-    .values(_unleased)
+    .with_for_update(skip_locked=True)  # SQLite has one writer, and no such words
 )
+RECOVER = update(receipts).where(receipts.c.id.in_(_over)).values(_unleased)
 
 # Served by idx_receipts_status or idx_receipts_pos_id. A next attempt that is later than any backoff was computed with
 # a wrong clock, so it counts as due.
@@ -33,6 +33,7 @@ _due = (
     select(receipts.c.id)
     .where(text(PENDING_ONLY + " AND COALESCE(next_attempt_at NOT BETWEEN :now + 1 AND :horizon, TRUE)"))
     .limit(bindparam("limit"))
+    .with_for_update(skip_locked=True)
 )
 # The same conditions as in CLAIM and RECOVER.
 NEXT_DUE = f"""\
@@ -48,7 +49,8 @@ _in_order = (receipts.c.hlc_local_time, receipts.c.hlc_logical_counter)
 # Those never tried, then those that have been due for the longest time. It sorts, but no more rows than the capacity.
 _retries_last = (func.coalesce(receipts.c.next_attempt_at, 0), *_in_order)
 CLAIM = {
-    (of_one_pos, retries_last): LEASED.where(receipts.c.id.in_(due.order_by(*order)))
+    # Through a CTE: PostgreSQL might run a subquery several times, and lock more receipts each time.
+    (of_one_pos, retries_last): LEASED.where(receipts.c.id.in_(select(due.order_by(*order).cte("due").c.id)))
     for of_one_pos, due in ((False, _due), (True, _due.where(text("pos_id = :pos"))))
     for retries_last, order in ((False, _in_order), (True, _retries_last))
 }
@@ -85,27 +87,34 @@ class Failure(NamedTuple):
     jitter: Callable[[], float]
 
 
-def claim(
-    tx: Transaction, limit: int, pos_id: str | None, lease_seconds: int | None, *, retries_last: bool
-) -> list[Receipt]:
+class Claim(NamedTuple):
+    """What a worker asks for. `token` is new; a claim with an unknown outcome is repeated with the same one."""
+
+    limit: int
+    pos_id: str | None
+    lease_seconds: int | None
+    retries_last: bool
+    token: str
+
+
+def claim(tx: Transaction, wanted: Claim) -> list[Receipt]:
     """Lease the receipts that are due, in HLC order or in the order of their last attempts."""
     recover(tx)
-    seconds = tx.number("lease_seconds") if lease_seconds is None else lease_seconds
-    token = str(uuid.uuid4())
+    seconds = tx.number("lease_seconds") if wanted.lease_seconds is None else wanted.lease_seconds
     parameters = {
-        "limit": limit,
+        "limit": wanted.limit,
         "now": tx.now,
         "horizon": tx.now + tx.number("retry_backoff_max"),
-        "token": token,
+        "token": wanted.token,
         "expires": tx.now + seconds,
     }
-    if pos_id is not None:
-        parameters["pos"] = pos_id
-    claimed = tx.connection.execute(CLAIM[pos_id is not None, retries_last], parameters)
-    found: list[Receipt] = tx.load(CLAIMED, token=token) if claimed.rowcount else []
+    if wanted.pos_id is not None:
+        parameters["pos"] = wanted.pos_id
+    tx.connection.execute(CLAIM[wanted.pos_id is not None, wanted.retries_last], parameters)
+    found: list[Receipt] = tx.load(CLAIMED, token=wanted.token)
 
     def place(receipt: Receipt) -> tuple[int, int, int]:
-        last = receipt.next_attempt_at if retries_last else None
+        last = receipt.next_attempt_at if wanted.retries_last else None
         return last or 0, receipt.hlc_local_time, receipt.hlc_logical_counter
 
     return sorted(found, key=place)

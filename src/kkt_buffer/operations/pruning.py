@@ -32,13 +32,11 @@ class PruneReport:
 # Served by idx_receipts_synced.
 _DELIVERED = "status = 'synced' AND synced_at <= :synced"
 
-# Closed dead letters that no longer explain a status: the receipt is not failed, or it has a later dead letter.
+# Closed dead letters that no longer explain a status: the receipt is not failed, or it was requeued after this one.
 _HISTORY = f"""\
 DELETE FROM dlq WHERE id IN (
     SELECT letter.id FROM dlq AS letter JOIN receipts ON receipts.id = letter.original_receipt_id
-    WHERE letter.resolved_at <= :closed AND (receipts.status <> 'failed' OR EXISTS (
-        SELECT 1 FROM dlq AS later
-        WHERE later.original_receipt_id = letter.original_receipt_id AND later.rowid > letter.rowid))
+    WHERE letter.resolved_at <= :closed AND (receipts.status <> 'failed' OR letter.resolution = 'requeued')
     LIMIT {BATCH})"""
 
 # Failed receipts with all dead letters resolved. The query starts from dlq: it is small, receipts may be large.
@@ -49,20 +47,10 @@ WHERE id IN (SELECT original_receipt_id FROM dlq WHERE resolved_at <= :closed) A
         SELECT 1 FROM dlq
         WHERE original_receipt_id = receipts.id AND (resolved_at IS NULL OR resolved_at > :closed))"""
 
-# In the order of id, which is the order of time. unixepoch(): the guard trigger uses the wall clock, not `now`.
-_EVENTS = text(
-    f"""\
-SELECT id FROM buffer_events WHERE timestamp <= :events AND timestamp <= unixepoch() - :events_age
-ORDER BY id LIMIT {BATCH}"""
-)
-
-# If the receipts with the greatest rowids are deleted, SQLite gives these rowids to new receipts. Lower `adopted_rows`,
-# so that it does not include them.
-_ADOPTED = text(
-    """\
-UPDATE config SET value = (SELECT COALESCE(MAX(rowid), 0) FROM receipts)
-WHERE key = 'adopted_rows' AND CAST(value AS INTEGER) > (SELECT COALESCE(MAX(rowid), 0) FROM receipts)"""
-)
+# In the order of id, which is the order of time. The wall clock, because the guard trigger uses it instead of `now`.
+_EVENTS = """\
+SELECT id FROM buffer_events WHERE timestamp <= :events AND timestamp <= {unix_time} - :events_age
+ORDER BY id LIMIT {batch}"""
 
 Parameters = Mapping[str, int]
 
@@ -90,11 +78,10 @@ def prune(transactions: Transactions) -> PruneReport:
 
 def _unreferenced(tx: Transaction, but: str = "") -> str:
     """The SQL condition that no row of a table other than `but` refers to the receipt."""
-    quoted = tx.connection.dialect.identifier_preparer.quote_identifier
     conditions = [
-        f"NOT EXISTS (SELECT 1 FROM {quoted(table)} AS other WHERE other.{quoted(column)} = receipts.{quoted(target)})"
+        f"NOT EXISTS (SELECT 1 FROM {table} AS other WHERE other.{column} = receipts.{target})"
         for table, column, target in tx.backend.references(tx.connection)
-        if table != but
+        if table.strip('"') != but
     ]
     return " AND ".join(conditions).replace(":", "\\:") or "TRUE"  # a colon would begin a parameter
 
@@ -105,7 +92,7 @@ def _delete(transactions: Transactions, statement: str, parameters: Parameters) 
     while True:
         with transactions.writing() as tx:
             batch = tx.connection.execute(text(statement), parameters).rowcount
-            tx.connection.execute(_ADOPTED)
+            tx.backend.pruned(tx.connection)
         deleted += batch
         if batch < BATCH:
             return deleted
@@ -122,7 +109,7 @@ def _prune_resolved(transactions: Transactions, resolved: str, parameters: Param
                     text("DELETE FROM dlq WHERE original_receipt_id = :id"), of_this
                 ).rowcount
                 tx.connection.execute(text("DELETE FROM receipts WHERE id = :id"), of_this)
-            tx.connection.execute(_ADOPTED)
+            tx.backend.pruned(tx.connection)
         receipts += len(found)
         if len(found) < BATCH:
             return letters, receipts
@@ -131,9 +118,10 @@ def _prune_resolved(transactions: Transactions, resolved: str, parameters: Param
 def _prune_events(transactions: Transactions, parameters: Parameters) -> int:
     """Find old events without the write lock, because their time has no index; then delete them by id."""
     deleted = 0
+    old = _EVENTS.format(unix_time=transactions.backend.unix_time, batch=BATCH)
     while True:
         with transactions.reading() as tx:
-            found = tx.connection.scalars(_EVENTS, parameters).all()
+            found = tx.connection.scalars(text(old), parameters).all()
         if found:
             with transactions.writing() as tx:
                 tx.connection.execute(

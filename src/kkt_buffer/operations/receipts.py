@@ -6,11 +6,10 @@ from functools import cache
 from typing import Any, cast
 
 from sqlalchemy import Select, Table, bindparam, insert, literal_column, null, select, text, update
-from sqlalchemy.exc import IntegrityError
 
 from kkt_buffer.arguments import NewReceipt, Page
+from kkt_buffer.backend import RefusedError
 from kkt_buffer.errors import (
-    BufferDamagedError,
     BufferFullError,
     DuplicateReceiptError,
     InvalidTransitionError,
@@ -47,7 +46,8 @@ RECEIPT = select(Receipt).where(Receipt.id == bindparam("receipt_id"))
 KNOWN = select(receipts.c.pos_id, receipts.c.fiscal_doc, receipts.c.inserted_digest).where(
     receipts.c.id == bindparam("receipt_id")
 )
-STATUS_OF = select(receipts.c.status).where(receipts.c.id == bindparam("receipt_id"))
+# FOR UPDATE, which SQLite does not need: what is decided by this status is still true when it is written.
+STATUS_OF = select(receipts.c.status).where(receipts.c.id == bindparam("receipt_id")).with_for_update()
 UNDELIVERED = select(buffer_state.c.pending + buffer_state.c.syncing)
 
 # Pages. Pending receipts are in two indexes, and each part is in HLC order; the other pages need one index.
@@ -90,7 +90,7 @@ DEAD_LETTER = insert(dlq).from_select(
         receipts.c.fiscal_doc,
         receipts.c.retry_count,
         receipts.c.last_error,
-    ).where(text("id = :receipt_id AND status IN ('pending', 'syncing')")),
+    ).where(text("id = :receipt_id")),
 )
 FAIL = (
     update(receipts)
@@ -139,6 +139,17 @@ def _page_key(status: ReceiptStatus) -> tuple[str, ...]:
     return _BY_DELIVERY if status is ReceiptStatus.SYNCED else _BY_HLC
 
 
+def list_pending(tx: Transaction, limit: int) -> list[Receipt]:
+    """The receipts that wait for delivery, in HLC order, without the held ones."""
+    return tx.load(PENDING, limit=limit)
+
+
+def get_receipt(tx: Transaction, receipt_id: str) -> Receipt | None:
+    """A receipt by its id."""
+    found: list[Receipt] = tx.load(RECEIPT, receipt_id=receipt_id)
+    return found[0] if found else None
+
+
 def list_receipts(tx: Transaction, page: Page) -> list[Receipt]:
     """One page of the receipts of one status: those after the last receipt of the page before."""
     status, pos_id, after, limit = page
@@ -148,61 +159,57 @@ def list_receipts(tx: Transaction, page: Page) -> list[Receipt]:
     return tx.load(_page(status, of_pos=pos_id is not None, after=after is not None), limit=limit, **position)
 
 
+def again(receipt: NewReceipt) -> NewReceipt:
+    """The same insert, to be repeated because the outcome of the first try is unknown."""
+    return receipt._replace(exist_ok=True)
+
+
 def insert_one(tx: Transaction, receipt: NewReceipt) -> str:
     """Store a receipt; returns its id, also for an identical repeated insert if `exist_ok`."""
-    try:
-        _add(tx, [receipt])
-    except IntegrityError as refused:
-        if _is_replay(receipt, _stored(tx, receipt.id)):
+    while True:
+        try:
+            _add(tx, [receipt])
+        except RefusedError as refused:
+            if _is_replay(tx, receipt):
+                tx.backend.confirm(tx.connection)
+                return receipt.id
+            refuse_if_full(tx, 1)
+            if refused.error is not None:
+                raise tx.explain(refused.error) from refused.error
+        else:
             return receipt.id
-        refuse_if_full(tx, 1)
-        raise tx.explain(refused) from refused
-    return receipt.id
 
 
 def insert_together(tx: Transaction, many: list[NewReceipt]) -> list[str]:
     """Store receipts with one statement. Raises `NotTogetherError` if one of them is refused."""
     try:
         _add(tx, many)
-    except IntegrityError as error:
-        raise NotTogetherError from error
+    except RefusedError as refused:
+        raise NotTogetherError from refused
     return [receipt.id for receipt in many]
 
 
 def insert_unknown(tx: Transaction, many: list[NewReceipt]) -> list[str]:
     """Store the receipts that are not replays. Raises for the first one that may not be stored."""
+    tx.backend.lock(tx.connection)
     new = _new_only(tx, many)
     refuse_if_full(tx, len(new))
     if new:
-        _add(tx, new)
+        try:
+            _add(tx, new)
+        except RefusedError as refused:
+            raise tx.explain(refused.error or refused) from refused.error
     return [receipt.id for receipt in many]
 
 
 def _add(tx: Transaction, many: Sequence[NewReceipt]) -> None:
-    now = tx.now
-    rows = [
-        {
-            "id": receipt.id,
-            "pos_id": receipt.pos_id,
-            "fiscal_doc": receipt.fiscal_doc,
-            "digest": receipt.digest,
-            "held_at": now if receipt.hold else None,
-            "now": now,
-        }
-        for receipt in many
-    ]
-    stored = tx.run(tx.backend.insert, rows if len(rows) > 1 else rows[0]).rowcount
-    if stored != len(rows):
-        raise BufferDamagedError.found(tx.backend, f"{stored} of {len(rows)} receipts were stored")
+    tx.changed(*(receipt.id for receipt in many))
+    tx.backend.insert(tx.connection, many, tx.given_now)
 
 
-def _stored(tx: Transaction, receipt_id: str) -> tuple[str, str, str | None] | None:
-    row = tx.connection.execute(KNOWN, {"receipt_id": receipt_id}).one_or_none()
-    return None if row is None else (row[0], row[1], row[2])
-
-
-def _is_replay(receipt: NewReceipt, stored: tuple[str, str, str | None] | None) -> bool:
+def _is_replay(tx: Transaction, receipt: NewReceipt) -> bool:
     """Whether this is an allowed repeated insert. Raises `DuplicateReceiptError` if the id is known and it is not."""
+    stored = tx.connection.execute(KNOWN, {"receipt_id": receipt.id}).one_or_none()
     if stored is None:
         return False
     pos_id, fiscal_doc, inserted_digest = stored
@@ -232,7 +239,7 @@ def _new_only(tx: Transaction, many: list[NewReceipt]) -> list[NewReceipt]:
             )
             if not (receipt.exist_ok and error.identical):
                 raise error
-        elif not _is_replay(receipt, _stored(tx, receipt.id)):
+        elif not _is_replay(tx, receipt):
             new[receipt.id] = receipt
     return list(new.values())
 
@@ -253,18 +260,25 @@ def status_of(tx: Transaction, receipt_id: str) -> ReceiptStatus | None:
 def mark_synced(tx: Transaction, delivery: tuple[str, int]) -> bool:
     """Record that the OFD has accepted the receipt; False if there is no such receipt."""
     receipt_id, server_time = delivery
+    tx.changed(receipt_id)
     parameters = {"receipt_id": receipt_id, "server_time": server_time, "now": tx.now}
-    if tx.run(MARK_SYNCED, parameters).rowcount:
-        return True
-    status = status_of(tx, receipt_id)
-    if status is ReceiptStatus.FAILED:
-        close_dead_letter(tx, receipt_id, "delivery", "the receipt was delivered", Resolution.DELIVERED)
-        tx.run(MARK_FAILED_SYNCED, parameters)
-    return status is not None
+    while not tx.run(MARK_SYNCED, parameters).rowcount:
+        status = status_of(tx, receipt_id)
+        if status is None:
+            return False
+        if status is ReceiptStatus.SYNCED:
+            tx.backend.confirm(tx.connection)
+            return True
+        if status is ReceiptStatus.FAILED:  # pragma: no branch (else it was requeued just now)
+            close_dead_letter(tx, receipt_id, "delivery", "the receipt was delivered", Resolution.DELIVERED)
+            tx.run(MARK_FAILED_SYNCED, parameters)
+            return True
+    return True
 
 
 def mark_synced_together(tx: Transaction, deliveries: list[tuple[str, int]]) -> list[bool]:
     """Record deliveries with one statement. Raises `NotTogetherError` if a receipt is neither pending nor leased."""
+    tx.changed(*(receipt_id for receipt_id, _ in deliveries))
     rows = [{"receipt_id": receipt_id, "server_time": time, "now": tx.now} for receipt_id, time in deliveries]
     if tx.run(MARK_SYNCED, rows).rowcount != len(rows):
         raise NotTogetherError
@@ -282,13 +296,13 @@ def increment_retry_count(tx: Transaction, receipt_id: str, error: str) -> int:
 
 def move_to_dlq(tx: Transaction, receipt_id: str, reason: str) -> bool:
     """Dead-letter a receipt; False if there is no such receipt. Idempotent."""
-    letter = {"receipt_id": receipt_id, "letter_id": str(uuid.uuid4()), "now": tx.now, "why": reason}
-    if tx.connection.execute(DEAD_LETTER, letter).rowcount:
-        tx.connection.execute(FAIL, {"receipt_id": receipt_id, "now": tx.now})
-        return True
     status = status_of(tx, receipt_id)
     if status is ReceiptStatus.SYNCED:
         raise InvalidTransitionError(receipt_id, status, ReceiptStatus.FAILED)
+    if status in {ReceiptStatus.PENDING, ReceiptStatus.SYNCING}:
+        letter = {"receipt_id": receipt_id, "letter_id": str(uuid.uuid4()), "now": tx.now, "why": reason}
+        tx.connection.execute(DEAD_LETTER, letter)
+        tx.connection.execute(FAIL, {"receipt_id": receipt_id, "now": tx.now})
     return status is not None
 
 

@@ -1,21 +1,15 @@
 """Settings: rows of the `config` table, checked by the rules in the `config` module."""
 
-from typing import cast
-
-from sqlalchemy import Table, bindparam, insert, select, update
+from sqlalchemy import bindparam, select
 
 from kkt_buffer.config import CONFIG_RULES, number_of
 from kkt_buffer.models import ConfigEntry
 from kkt_buffer.transaction import Transaction
 
-_config = cast("Table", ConfigEntry.__table__)
-
 VALUE = select(ConfigEntry.value).where(ConfigEntry.key == bindparam("name"))
-CHANGE = (
-    update(_config)
-    .where(ConfigEntry.key == bindparam("name"))
-    .values(value=bindparam("new"), updated_at=bindparam("now"))
-)
+STORE = """\
+INSERT INTO config (key, value, updated_at) VALUES (:key, :value, :now)
+ON CONFLICT (key) DO UPDATE SET value = excluded.value, updated_at = excluded.updated_at"""
 
 
 def get_config(tx: Transaction, key: str) -> int | str | None:
@@ -26,7 +20,5 @@ def get_config(tx: Transaction, key: str) -> int | str | None:
 
 def set_config(tx: Transaction, key: str, value: str) -> None:
     """Store a setting."""
-    row = {"key": key, "value": value, "updated_at": tx.now}
-    if not tx.connection.execute(CHANGE, {"name": key, "new": value, "now": tx.now}).rowcount:
-        tx.connection.execute(insert(_config), row)
+    tx.run(STORE, {"key": key, "value": value, "now": tx.now})
     tx.forget_settings()

@@ -55,6 +55,7 @@ _figures = {
     ),
     "capacity_setting": "SELECT value FROM config WHERE key = 'buffer_capacity'",
     "deadline_days": "SELECT value FROM config WHERE key = 'ofd_deadline_days'",
+    "last_synced_at": "SELECT last_synced_at FROM buffer_state",
 }
 
 
@@ -62,16 +63,15 @@ _VIEW = ("total_receipts", "pending", "syncing", "synced", "failed", "dlq_size",
 
 
 @cache
-def _status(json_array: str, last_synced_at: str) -> tuple[tuple[str, ...], str]:
+def _status(json_array: str) -> tuple[tuple[str, ...], str]:
     """
     The names of the figures, and the query that returns them as one JSON array.
 
     SQLAlchemy builds the description of the result columns on each call; for sixteen columns that costs more than the
     query itself.
     """
-    figures = {**_figures, "last_synced_at": last_synced_at}
-    values = ", ".join((*_VIEW, *(f"({query})" for query in figures.values())))
-    return (*_VIEW, *figures), f"SELECT {json_array}({values}) FROM v_buffer_status"
+    values = ", ".join((*_VIEW, *(f"({query})" for query in _figures.values())))
+    return (*_VIEW, *_figures), f"SELECT {json_array.format(values)} FROM v_buffer_status"
 
 
 DUE = (
@@ -120,7 +120,7 @@ class BufferStatus:
 
 def get_buffer_status(tx: Transaction) -> BufferStatus:
     """Read the state of the buffer with one statement."""
-    names, query = _status(tx.backend.json_array, tx.backend.last_synced_at)
+    names, query = _status(tx.backend.json_array)
     figures = tx.run(query, {"now": tx.now}).scalar()
     if figures is None:
         raise BufferDamagedError.found(tx.backend, "the row of counts is missing")

@@ -8,7 +8,13 @@ their own copies of these texts; a test compares the two.
 
 from collections.abc import Mapping
 
+from sqlalchemy import Connection, text
+from sqlalchemy.schema import CreateIndex, CreateTable
+
+from kkt_buffer.backend import Objects
+from kkt_buffer.columns import ONLY_ON
 from kkt_buffer.config import CONFIG_RULES
+from kkt_buffer.models import metadata
 
 # Used if the setting is not stored.
 _CAPACITY = CONFIG_RULES["buffer_capacity"].default
@@ -215,3 +221,21 @@ BEGIN
     SELECT RAISE(ABORT, 'an event cannot be deleted before retention_events_days have passed');
 END""",
 }
+
+
+def objects(connection: Connection) -> tuple[Objects, Objects]:
+    """The objects of the schema, expected and found, as the SQL text that SQLite keeps."""
+    expected = {("view", name): sql for name, sql in SQLITE_VIEWS.items()}
+    expected |= {("trigger", name): sql for name, sql in SQLITE_TRIGGERS.items()}
+    for table in metadata.tables.values():
+        if table.info.get(ONLY_ON, "sqlite") == "sqlite":
+            expected["table", table.name] = str(CreateTable(table).compile(connection)).strip()
+            for index in table.indexes:
+                expected["index", str(index.name)] = str(CreateIndex(index).compile(connection)).strip()
+    rows = connection.execute(text("SELECT type, name, tbl_name, sql FROM sqlite_master WHERE sql IS NOT NULL"))
+    found = {
+        (kind, name): sql
+        for kind, name, table, sql in rows
+        if (kind, name) in expected or (kind == "index" and ("table", table) in expected)
+    }
+    return expected, found

@@ -1,0 +1,1 @@
+"""The PostgreSQL backend, for those who outgrow one machine. Imported only for a URL of PostgreSQL."""

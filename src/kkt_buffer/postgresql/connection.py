@@ -1,0 +1,104 @@
+"""
+`ServerConnection`: a driver connection whose `commit()` tells the truth.
+
+It is in autocommit mode: a statement outside of `begin` and `commit` is a transaction by itself, in one round trip.
+"""
+
+from typing import Any, TypeVar
+
+import psycopg
+from psycopg.abc import PQGen
+from psycopg.pq import TransactionStatus
+
+from kkt_buffer.errors import BufferStorageError, ConnectionLostError
+from kkt_buffer.postgresql.errors import unsafe_settings
+from kkt_buffer.postgresql.schema import unsafe_commit
+
+R = TypeVar("R")
+
+# Taken by migrations before the tables exist.
+_MIGRATION_LOCK = "SELECT pg_advisory_xact_lock(hashtext('kkt_buffer ' || current_schema()));"
+
+
+class ServerConnection(psycopg.Connection[Any]):
+    """
+    One connection to the server; `buffer` is named in messages.
+
+    `lock_timeout` and `answer_timeout` are in seconds. `replicas`: how many must confirm a commit.
+    """
+
+    buffer: object = None
+    lock_timeout = 0.0
+    answer_timeout = 0.0
+    replicas = 0
+    moment = 0.0  # the server's clock at the beginning of the transaction
+    pid = 0
+    is_limited = True
+    is_unconfirmed = False
+
+    def wait(self, gen: PQGen[R], interval: float = 0.1, timeout: float | None = None) -> R:
+        """Wait for the server's answer, for a limited time: the server may stand still, or wait for a replica."""
+        if timeout is None and self.is_limited:
+            timeout = self.answer_timeout
+        try:
+            return super().wait(gen, interval, timeout)
+        except psycopg.OperationalError:
+            if self.pgconn.transaction_status == TransactionStatus.ACTIVE:
+                self.pgconn.finish()  # an answer that comes later must not be taken for that of another statement
+            raise
+
+    def begin(self, *, write: bool, migrating: bool) -> None:
+        """
+        Begin, with one round trip. A write transaction is refused if its commit would not be safe.
+
+        SET LOCAL, and each time: behind pgbouncer, other clients use the same session. JIT takes longer than our
+        statements.
+        """
+        self.is_limited = not migrating
+        mode = "READ COMMITTED, READ WRITE" if write else "REPEATABLE READ, READ ONLY"
+        timeout = 0 if migrating else round(self.lock_timeout * 1000)
+        unsafe = unsafe_commit(self.replicas) if write else "NULL"
+        cursor = self.execute(
+            f"BEGIN ISOLATION LEVEL {mode}; SET LOCAL jit = off; SET LOCAL lock_timeout = {timeout};"
+            f"{_MIGRATION_LOCK if migrating else ''}"
+            f"SELECT extract(epoch FROM clock_timestamp())::float8, pg_is_in_recovery(), {unsafe}".encode()
+        )
+        while cursor.nextset():
+            pass
+        self.moment, is_replica, problem = cursor.fetchone() or (0.0, True, None)
+        if is_replica:
+            self.rollback()
+            raise psycopg.errors.ReadOnlySqlTransaction("it is in recovery")
+        if problem:
+            self.rollback()
+            raise unsafe_settings(self.buffer, problem)
+
+    def commit(self) -> None:
+        """Commit. Fails if the server has rolled back, or if a replica that must confirm did not."""
+        if self.pgconn.transaction_status == TransactionStatus.INERROR:
+            self.rollback()  # COMMIT would roll back too, and report success
+            raise BufferStorageError(
+                f"{self.buffer}: a statement in this transaction has failed, and the server rolled all of it back. "
+                "Nothing in it was stored; what was acknowledged before is safe. Try again, and put a statement that "
+                "may fail into a savepoint (session.begin_nested())."
+            )
+        super().commit()
+        self.refuse_unconfirmed()
+
+    def refuse_unconfirmed(self) -> None:
+        """Raise `ConnectionLostError` if the replicas that must confirm did not confirm the last commit."""
+        is_unconfirmed, self.is_unconfirmed = self.is_unconfirmed, False
+        # If the replicas were taken out of the settings during the wait, it ended as if they had confirmed.
+        if self.replicas and not is_unconfirmed:
+            row = self.execute(f"SELECT {unsafe_commit(self.replicas)}".encode()).fetchone()
+            is_unconfirmed = row is None or row[0] is not None
+        if is_unconfirmed:
+            raise ConnectionLostError(
+                f"{self.buffer}: the wait for a replica was ended before it had confirmed the commit. It is stored on "
+                "the primary alone, and is lost if that fails now. Try again."
+            )
+
+    def notice(self, diagnostic: psycopg.errors.Diagnostic) -> None:
+        """Note that a wait for a replica was cancelled: the commit reports success all the same."""
+        if (diagnostic.source_function or "").startswith("SyncRep"):
+            self.is_unconfirmed = True

@@ -1,0 +1,297 @@
+"""
+The PostgreSQL backend: an engine that refuses a commit unless it is durable, on as many machines as it must be.
+
+One receipt or one batch is stored with one statement, outside of a transaction. Everything else begins one.
+"""
+
+import contextlib
+import os
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cache
+from typing import Any, NoReturn, cast
+
+import psycopg
+from sqlalchemy import URL, Connection, CursorResult, Dialect, Engine, ExceptionContext, create_engine, event, text
+from sqlalchemy.exc import DBAPIError, DisconnectionError, IntegrityError
+
+from kkt_buffer.arguments import NewReceipt, whole_number
+from kkt_buffer.backend import OPTION, READ_ONLY, Backend, Objects, Parameters, Reference, RefusedError
+from kkt_buffer.errors import BufferStorageError, ConnectionLostError, ReceiptBufferError
+from kkt_buffer.postgresql import catalog
+from kkt_buffer.postgresql.connection import ServerConnection
+from kkt_buffer.postgresql.errors import statement_error, storage_error
+
+OLDEST = 15
+ONE_STATEMENT = "kkt_buffer_one_statement"
+MIGRATING = "kkt_buffer_migrating"
+
+# %b: the binary format, which is eight times faster for a batch of documents.
+INSERT = """\
+SELECT known, room FROM kkt_insert_receipts(
+    %(ids)b::text[], %(pos_ids)b::text[], %(documents)b::text[], %(digests)b::text[], %(held)b::boolean[],
+    %(now)s::bigint, %(replicas)s::integer, %(lock_timeout)s::text)"""
+
+REFERENCES = text(
+    """\
+SELECT conrelid::regclass::text, quote_ident(origin.attname), quote_ident(target.attname)
+FROM pg_constraint
+JOIN pg_attribute AS origin ON origin.attrelid = conrelid AND origin.attnum = conkey[1]
+JOIN pg_attribute AS target ON target.attrelid = confrelid AND target.attnum = confkey[1]
+WHERE contype = 'f' AND confrelid = 'receipts'::regclass"""
+)
+
+# Databases that speak the same protocol, and keep other promises.
+_OTHERS = {"CockroachDB": "CockroachDB", "-YB-": "YugabyteDB"}
+
+
+def create(
+    url: URL,
+    *,
+    read_only: bool,
+    busy_timeout: float,
+    answer_timeout: float,
+    require_replicas: int,
+    **options: Any,  # noqa: ANN401 (passed on to create_engine)
+) -> Engine:
+    """Create an engine on the first schema of `search_path`, and connect once to check that it can be used."""
+    if "isolation_level" in options:
+        raise ValueError("isolation_level: a buffer needs READ COMMITTED, and begins its transactions itself")
+    server = Server(
+        url,
+        lock_timeout=busy_timeout,
+        answer_timeout=answer_timeout,
+        replicas=whole_number("require_replicas", require_replicas, 0),
+    )
+    engine = create_engine(
+        url.set(drivername="postgresql+psycopg"),
+        execution_options={**options.pop("execution_options", {}), OPTION: server, READ_ONLY: read_only},
+        **options,
+    )
+    server.watch(engine)
+    try:
+        with engine.connect() as connection:
+            server.refuse_others(connection)
+    except DBAPIError as error:
+        engine.dispose()
+        raise server.explain(error) or error from error
+    except BaseException:
+        engine.dispose()
+        raise
+    return engine
+
+
+def driver_connection(connection: Connection) -> ServerConnection:
+    """The driver connection of an SQLAlchemy connection."""
+    return cast("ServerConnection", connection.connection.dbapi_connection)
+
+
+@cache
+def _pyformat(sql: str) -> str:
+    return re.sub(r"(?<!:):(\w+)", r"%(\1)s", sql.replace("%", "%%"))
+
+
+class Server(Backend):
+    """What the connections of one engine share."""
+
+    driver = psycopg
+    json_array = "json_build_array({})::text"
+    unix_time = "floor(extract(epoch FROM clock_timestamp()))::bigint"
+    is_server = True
+
+    def __init__(self, url: URL, *, lock_timeout: float, answer_timeout: float, replicas: int) -> None:
+        super().__init__()
+        self._name = url.set(username=None, password=None, query={}).render_as_string()
+        self._lock_timeout = lock_timeout
+        self._answer_timeout = answer_timeout
+        self._replicas = replicas
+
+    def __str__(self) -> str:
+        return self._name
+
+    # Called by SQLAlchemy.
+
+    def watch(self, engine: Engine) -> None:
+        """Listen to the events of the engine."""
+        event.listen(engine, "do_connect", self._open)
+        event.listen(engine, "checkout", self._checkout)
+        event.listen(engine, "begin", self._begin)
+        event.listen(engine, "handle_error", self._handle_error)
+
+    def _open(self, _dialect: Dialect, _record: object, cargs: list[Any], cparams: dict[str, Any]) -> ServerConnection:
+        """Open one connection. It is ended when the network has been silent for `answer_timeout`."""
+        limits = {"connect_timeout": 10, "tcp_user_timeout": round(self._answer_timeout * 1000), "keepalives_idle": 10}
+        # Prepared statements: behind pgbouncer another session would not know them.
+        connection = ServerConnection.connect(*cargs, **{**limits, **cparams}, autocommit=True, prepare_threshold=None)
+        connection.buffer = self
+        connection.replicas = self._replicas
+        connection.lock_timeout = self._lock_timeout
+        connection.answer_timeout = self._answer_timeout
+        connection.add_notice_handler(connection.notice)
+        connection.pid = os.getpid()
+        return connection
+
+    def _checkout(self, connection: ServerConnection, _record: object, _proxy: object) -> None:
+        if connection.pid != os.getpid():
+            raise DisconnectionError("a connection of the parent process")  # the pool opens another one
+
+    def _begin(self, connection: Connection) -> None:
+        options = connection.get_execution_options()
+        if options.get(ONE_STATEMENT):
+            return
+        driver = driver_connection(connection)
+        try:
+            driver.begin(write=not options[READ_ONLY], migrating=bool(options.get(MIGRATING)))
+        except psycopg.Error as error:
+            refused = storage_error(self, error) or BufferStorageError(f"{self}: {error}. Nothing was stored.")
+            if isinstance(refused, ConnectionLostError):
+                connection.invalidate()
+                connection.engine.pool.dispose()  # the idle connections are those of the same server
+            raise refused from error
+
+    def _handle_error(self, context: ExceptionContext) -> BaseException | None:
+        refused = storage_error(self, context.original_exception)
+        if isinstance(refused, ConnectionLostError):
+            cast("Any", context).is_disconnect = True  # SQLAlchemy 2.0 declares it as fixed
+        return refused
+
+    def refuse_others(self, connection: Connection) -> None:
+        """Raise unless this is a server that keeps what it promises, and a schema that exists."""
+        version, encoding, schema, citus = connection.execute(
+            text(
+                "SELECT version(), current_setting('server_encoding'), current_schema(),"
+                " EXISTS (SELECT 1 FROM pg_extension WHERE extname = 'citus')"
+            )
+        ).one()
+        others = [name for sign, name in _OTHERS.items() if sign in version] + ["Citus"] * citus
+        if others:
+            raise BufferStorageError(
+                f"{self}: this is {others[0]}, on which a buffer was never tested: its locks and triggers differ. "
+                "Nothing was changed. Use PostgreSQL itself."
+            )
+        if driver_connection(connection).pgconn.server_version < OLDEST * 10_000:
+            raise BufferStorageError(f"{self}: PostgreSQL {OLDEST} or newer is needed, this is {version}.")
+        if encoding != "UTF8":
+            raise BufferStorageError(f"{self}: its encoding is {encoding}; a buffer needs a database in UTF8.")
+        if schema is None:
+            raise BufferStorageError(
+                f"{self}: none of the schemas in search_path exists, or this user may not use it. Nothing was changed. "
+                "Create it first: CREATE SCHEMA …."
+            )
+
+    # Called by operations.
+
+    def connect(self, engine: Engine, *, write: bool, one_statement: bool = False) -> Connection:
+        """A connection of the engine's pool; only to read, it is refused every write."""
+        connection = engine.connect()
+        if not write and not connection.get_execution_options()[READ_ONLY]:
+            connection = connection.execution_options(**{READ_ONLY: True})
+        elif one_statement:
+            connection = connection.execution_options(**{ONE_STATEMENT: True})
+        return connection
+
+    def now(self, connection: Connection) -> float:
+        """The server's clock, at the beginning of the transaction."""
+        return driver_connection(connection).moment
+
+    def insert(self, connection: Connection, many: Sequence[NewReceipt], now: int | None) -> None:
+        """Insert all of them with one statement, and one round trip."""
+        ids, pos_ids, documents, digests, _, held = zip(*many, strict=True)
+        parameters = {
+            "ids": list(ids),
+            "pos_ids": list(pos_ids),
+            "documents": list(documents),
+            "digests": list(digests),
+            "held": list(held),
+            "now": now,
+            "replicas": self._replicas,
+            "lock_timeout": f"{round(self._lock_timeout * 1000)}ms",
+        }
+        try:
+            known, room = connection.exec_driver_sql(INSERT, parameters).one()
+        except IntegrityError as error:
+            raise RefusedError(error) from error
+        if known is not None or room is not None:
+            raise RefusedError
+        if connection.get_execution_options().get(ONE_STATEMENT):
+            driver_connection(connection).refuse_unconfirmed()
+
+    def lock(self, connection: Connection) -> None:
+        """Take the lock that every insert takes."""
+        connection.execute(text("SELECT kkt_lock_buffer()"))
+
+    def confirm(self, connection: Connection) -> None:
+        """Write something, so that the commit waits for the replicas: what was read may not be on them yet."""
+        if self._replicas:
+            connection.execute(text("SELECT 1 FROM config WHERE key = 'buffer_capacity' FOR UPDATE"))
+            if connection.get_execution_options().get(ONE_STATEMENT):
+                driver_connection(connection).refuse_unconfirmed()
+
+    def run(self, connection: Connection, sql: str, parameters: Parameters) -> CursorResult[Any]:
+        """Run the text with the driver's own marks for parameters."""
+        return connection.exec_driver_sql(_pyformat(sql), parameters)
+
+    def end(self) -> None:
+        """Nothing: a connection that goes back to the pool is rolled back."""
+
+    def refuse_second(self) -> None:
+        """Nothing: a second transaction of a thread waits at most `busy_timeout`."""
+
+    def explain(self, error: DBAPIError) -> ReceiptBufferError | None:
+        """The domain error for a statement that the server refused."""
+        return statement_error(self, error)
+
+    def lenient_text(self, connection: Connection) -> contextlib.AbstractContextManager[None]:
+        """Nothing: the server stores no invalid UTF-8."""
+        del connection
+        return contextlib.nullcontext()
+
+    def references(self, connection: Connection) -> list[Reference]:
+        """The foreign keys that refer to receipts, from the catalogue."""
+        return [Reference(*row) for row in connection.execute(REFERENCES)]
+
+    def checks(self) -> Mapping[str, Callable[[Connection], list[str]]]:
+        """The check of the settings, of the tables, indexes and triggers."""
+        return {"safety of commits": self._unsafe, "schema": _schema}
+
+    def _unsafe(self, connection: Connection) -> list[str]:
+        found = connection.scalar(text("SELECT kkt_unsafe_commit(:replicas)"), {"replicas": self._replicas})
+        return [] if found is None or found.startswith("transaction_isolation") else [str(found)]
+
+    def pruned(self, connection: Connection) -> None:
+        """Nothing."""
+
+    def refuse_backup(self) -> NoReturn:
+        """Raise: a server has its own tools, which can restore a moment."""
+        raise BufferStorageError(
+            f"{self}: a buffer on a server is backed up by the server's own tools: pg_basebackup with an archive of "
+            "the WAL, or pg_dump. Nothing was copied."
+        )
+
+    def backup(self, engine: Engine, path: str | os.PathLike[str]) -> None:
+        """Raise, see `refuse_backup`."""
+        del engine, path
+        self.refuse_backup()
+
+    def objects(self, connection: Connection) -> tuple[Objects, Objects]:
+        """The objects of the schema, as the server describes them."""
+        return catalog.objects(connection)
+
+    @contextlib.contextmanager
+    def migrating(self, engine: Engine) -> Iterator[Connection]:
+        """A connection whose transaction waits for that of another migration, however long that takes."""
+        with engine.connect().execution_options(**{READ_ONLY: False, MIGRATING: True}) as connection:
+            yield connection
+
+    def violations(self, connection: Connection) -> set[tuple[object, ...]]:
+        """None: the server allows no row to violate a foreign key."""
+        del connection
+        return set()
+
+    def upgraded(self, engine: Engine) -> None:
+        """Nothing."""
+
+
+def _schema(connection: Connection) -> list[str]:
+    expected, found = catalog.objects(connection)
+    return [f"the {kind} {name} differs" for kind, name in expected if found.get((kind, name)) != expected[kind, name]]

@@ -1,0 +1,102 @@
+"""
+Convert errors of PostgreSQL into the errors of this package, by SQLSTATE.
+
+https://www.postgresql.org/docs/current/errcodes-appendix.html
+"""
+
+from typing import NamedTuple
+
+import psycopg
+from sqlalchemy.exc import DBAPIError
+
+from kkt_buffer.errors import (
+    AcknowledgedReceiptError,
+    BufferBusyError,
+    BufferDamagedError,
+    BufferStorageError,
+    ConnectionLostError,
+    ReceiptBufferError,
+    SchemaError,
+    TransactionConflictError,
+)
+from kkt_buffer.postgresql.schema import ACKNOWLEDGED, REFUSED, UNSAFE
+
+_SAFE = "This operation was not stored; what was acknowledged before is safe."
+_MAYBE = "What was acknowledged before is safe."
+
+
+class _Fault(NamedTuple):
+    error: type[BufferStorageError]
+    problem: str
+    advice: str
+
+
+_LOST = _Fault(ConnectionLostError, "the connection to the server was lost", f"{_MAYBE} Try again.")
+
+# By SQLSTATE, or by its class.
+_FAULTS = {
+    "08": _LOST,
+    "25006": _Fault(ConnectionLostError, "this server takes no writes now: it is a replica", f"{_SAFE} Try again."),
+    "25P03": _Fault(
+        ConnectionLostError, "the transaction was open and idle for too long", f"{_SAFE} Do no other work inside it."
+    ),
+    "28": _Fault(BufferStorageError, "the server refused this user", "Nothing was done. Check user and password."),
+    "3D000": _Fault(BufferStorageError, "there is no such database", "Nothing was done. Check the URL."),
+    "40": _Fault(TransactionConflictError, "another transaction was in the way", f"{_SAFE} Try again, all of it."),
+    "42501": _Fault(BufferStorageError, "this user may not do that", f"{_SAFE} Grant it what the README lists."),
+    "53": _Fault(BufferStorageError, "the server is out of room or connections", f"{_SAFE} Make room; try again."),
+    "55P03": _Fault(BufferBusyError, "another transaction has kept it locked", f"{_SAFE} Try again."),
+    "57014": _Fault(BufferStorageError, "the statement was cancelled", f"{_SAFE} Try again."),
+    "57P": _LOST,
+    "58": _Fault(BufferStorageError, "the server's system reported an error", f"{_SAFE} Look into the server's log."),
+    "XX": _Fault(
+        BufferDamagedError, "the server found it damaged", "Stop, keep a copy of the server's files, restore a backup."
+    ),
+    UNSAFE: _Fault(
+        BufferStorageError,
+        "a commit would not be safe here",
+        f"{_SAFE} Correct this setting of the server, the role or the session, and try again.",
+    ),
+}
+
+
+def unsafe_settings(buffer: object, problem: str) -> BufferStorageError:
+    """The error for settings with which a commit would not be safe."""
+    fault = _FAULTS[UNSAFE]
+    return fault.error(f"{buffer}: {fault.problem} ({problem}). {fault.advice}")
+
+
+def storage_error(buffer: object, error: BaseException | None) -> ReceiptBufferError | None:
+    """The domain error for an error of the server or of the connection to it; None if it is about a statement."""
+    if not isinstance(error, psycopg.Error):
+        return None
+    state = error.sqlstate or ""
+    if state == ACKNOWLEDGED:
+        return AcknowledgedReceiptError()
+    fault = next((_FAULTS[state[:n]] for n in (5, 3, 2) if state[:n] in _FAULTS), None)
+    if fault is None and not state and isinstance(error, psycopg.OperationalError):
+        fault = _LOST
+    return fault and fault.error(f"{buffer}: {fault.problem} ({_text(error)}). {fault.advice}")
+
+
+def statement_error(buffer: object, error: DBAPIError) -> ReceiptBufferError | None:
+    """The domain error for a refused statement of an operation; None if a trigger of the service itself refused it."""
+    cause = error.orig
+    state = getattr(cause, "sqlstate", None) or ""
+    if state in {"42P01", "42703", "42883", "3F000"}:
+        return SchemaError(
+            f"{buffer}: the schema is not that of this release ({_text(cause)}). The operation changed nothing. A "
+            "table, function or trigger was changed by hand, or search_path names another schema; run `kkt-buffer "
+            "verify URL`."
+        )
+    constraint = getattr(getattr(cause, "diag", None), "constraint_name", None) or ""
+    if state == REFUSED or constraint.startswith(("ck_", "fk_dlq", "pk_", "idx_dlq")) or state == "23502":
+        return BufferDamagedError(
+            f"{buffer}: its rows contradict each other ({_text(cause)}). The operation changed nothing. Unless a "
+            "trigger of your own did it, it is damaged: run `kkt-buffer verify URL`, and restore a backup."
+        )
+    return None
+
+
+def _text(error: BaseException | None) -> str:
+    return str(error).split("\n", 1)[0]
