@@ -10,7 +10,7 @@ from sqlalchemy import Connection, text
 from sqlalchemy.dialects import postgresql
 from sqlalchemy.schema import CreateIndex, CreateTable
 
-from kkt_buffer.backend import Objects
+from kkt_buffer.backend import READ_ONLY, Objects
 from kkt_buffer.columns import MORE_COLUMNS, ONLY_ON, WHERE
 from kkt_buffer.models import metadata
 from kkt_buffer.postgresql.schema import FUNCTIONS, VIEWS, statements
@@ -56,7 +56,9 @@ def objects(connection: Connection) -> tuple[Objects, Objects]:
     """The objects of the schema, expected and found."""
     schema = connection.scalar(text("SELECT current_schema()"))
     found = _described(connection, str(schema))
-    with connection.engine.connect() as scratch, scratch.begin() as transaction:
+    # An engine that only reads may make temporary objects.
+    writing = connection.engine.execution_options(**{READ_ONLY: False})
+    with writing.connect() as scratch, scratch.begin() as transaction:
         expected = _expected(scratch)
         transaction.rollback()
     return expected, {
