@@ -135,7 +135,7 @@ def _verify(arguments: argparse.Namespace) -> int:
         report = repository.check_integrity()
         schema = differences(engine)
         is_damaged = report.is_damaged or any(difference.is_damage for difference in schema)
-        findings = {"schema": tuple(map(str, schema)), **report.findings}
+        findings = {"schema": (), **report.findings} | {"schema": tuple(map(str, schema))}  # in this order
         rows |= {what: text.printable_lines(problems) or "ok" for what, problems in findings.items()}
         is_whole = not any(findings.values())
         if is_whole:
