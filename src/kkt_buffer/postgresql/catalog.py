@@ -32,16 +32,18 @@ SELECT 'table', relname::text,
             LEFT JOIN pg_collation ON pg_collation.oid = attcollation
             LEFT JOIN pg_attrdef ON adrelid = attrelid AND adnum = attnum
         WHERE attrelid = tables.oid AND attnum > 0 AND NOT attisdropped),
-        (SELECT string_agg('CONSTRAINT ' || conname || ' ' || pg_get_constraintdef(oid, true), ', ' ORDER BY conname)
+        (SELECT string_agg(format('CONSTRAINT %s %s', conname, pg_get_constraintdef(oid, true)), ', ' ORDER BY conname)
         FROM pg_constraint WHERE conrelid = tables.oid AND contype IN ('c', 'f', 'p', 'u')))
     || ')' || COALESCE(' WITH ' || reloptions::text, '')
 FROM tables
 UNION ALL
-SELECT 'index', pg_class.relname::text, pg_get_indexdef(indexrelid, 0, true) || CASE WHEN indisvalid THEN '' ELSE ' INVALID' END
+SELECT 'index', pg_class.relname::text,
+    pg_get_indexdef(indexrelid, 0, true) || CASE WHEN indisvalid THEN '' ELSE ' INVALID' END
 FROM pg_index JOIN tables ON indrelid = tables.oid JOIN pg_class ON pg_class.oid = indexrelid
 WHERE NOT EXISTS (SELECT 1 FROM pg_constraint WHERE conindid = indexrelid AND contype IN ('p', 'u'))
 UNION ALL
-SELECT 'trigger', tgname::text, pg_get_triggerdef(pg_trigger.oid, true) || CASE WHEN tgenabled = 'O' THEN '' ELSE ' OFF' END
+SELECT 'trigger', tgname::text,
+    pg_get_triggerdef(pg_trigger.oid, true) || CASE WHEN tgenabled = 'O' THEN '' ELSE ' OFF' END
 FROM pg_trigger JOIN tables ON tgrelid = tables.oid WHERE NOT tgisinternal
 UNION ALL
 SELECT 'view', relname::text, pg_get_viewdef(pg_class.oid, true) FROM pg_class JOIN here ON relnamespace = here.oid
@@ -56,11 +58,9 @@ def objects(connection: Connection) -> tuple[Objects, Objects]:
     """The objects of the schema, expected and found."""
     schema = connection.scalar(text("SELECT current_schema()"))
     found = _described(connection, str(schema))
-    # An engine that only reads may make temporary objects.
-    writing = connection.engine.execution_options(**{READ_ONLY: False})
-    with writing.connect() as scratch, scratch.begin() as transaction:
+    with connection.engine.connect().execution_options(**{READ_ONLY: False}) as scratch:
         expected = _expected(scratch)
-        transaction.rollback()
+        scratch.rollback()
     return expected, {
         (kind, name): sql for (kind, name), sql in found.items() if kind == "index" or (kind, name) in expected
     }
@@ -100,7 +100,6 @@ def _described(connection: Connection, schema: str) -> Objects:
             "functions": list(FUNCTIONS),
         },
     )
-    # Without the name of the schema, and as many line breaks as the text of a function has.
-    own = re.compile(rf"(?:{re.escape(schema)}|pg_temp)\.")
-    path = re.compile(rf"(?<=SET search_path TO )'?{re.escape(schema)}'?(?=, )")
-    return {(kind, name): path.sub("SCHEMA", own.sub("", sql)) for kind, name, sql in rows}
+    # Without the name of the schema, and without line breaks.
+    name_of_it = re.compile(rf"(?:{re.escape(schema)}|pg_temp)\.|(?<=SET search_path TO )'?{re.escape(schema)}'?(?=, )")
+    return {(kind, name): re.sub(r"\s+", " ", name_of_it.sub("", sql)) for kind, name, sql in rows}

@@ -256,7 +256,7 @@ class Server(Backend):
 
     def _unsafe(self, connection: Connection) -> list[str]:
         found = connection.scalar(text("SELECT kkt_unsafe_commit(:replicas)"), {"replicas": self._replicas})
-        return [] if found is None or found.startswith("transaction_isolation") else [str(found)]
+        return [] if found is None or found.startswith("the isolation level") else [str(found)]
 
     def pruned(self, connection: Connection) -> None:
         """Nothing."""
