@@ -14,22 +14,22 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar
 
+import psycopg
 import pytest
-from sqlalchemy import Engine, Pool, event, text
+from sqlalchemy import Connection, Engine, Pool, event, make_url, text
 
 from kkt_buffer import Receipt, ReceiptRepository, ReceiptStatus, create_buffer_engine
 from kkt_buffer.backend import backend_of
 from kkt_buffer.testing import NOON as NOON  # noqa: PLC0414 (for the tests)
 from kkt_buffer.testing import Clock as Clock  # noqa: PLC0414
 
-if TYPE_CHECKING:
-    import sqlite3
-
 T = TypeVar("T")
 
 STATUSES = tuple(str(status) for status in ReceiptStatus)
+# For what takes long and does not depend on the database.
+on_sqlite_alone = pytest.mark.parametrize("engine", ["memory_engine"], ids=["sqlite"], indirect=True)
 PROOF = bool(os.environ.get("KKT_BUFFER_PROOF"))  # `make proof`: deeper, and nothing may be left out
 
 
@@ -66,6 +66,15 @@ def a_receipt(repository: ReceiptRepository, status: str = "pending", **fields: 
     return receipt
 
 
+def fill(buffer: Path | str) -> None:
+    """Store a receipt of every status."""
+    engine = create_buffer_engine(buffer)
+    repository = ReceiptRepository(engine, now=Clock())
+    for status in STATUSES:
+        a_receipt(repository, status)
+    engine.dispose()
+
+
 def together(n: int, work: Callable[[int], T]) -> list[T]:
     """
     Run work(0) … work(n - 1) in threads that begin at one moment; returns their results in this order.
@@ -88,6 +97,12 @@ def together(n: int, work: Callable[[int], T]) -> list[T]:
         return [future.result() for future in futures]
     finally:
         executor.shutdown()
+
+
+def drop_trigger(connection: Connection, name: str) -> None:
+    """Drop a trigger of receipts; SQLite takes no name of a table."""
+    table = "" if connection.dialect.name == "sqlite" else " ON receipts"
+    connection.execute(text(f"DROP TRIGGER {name}{table}"))
 
 
 def snapshot(engine: Engine) -> dict[str, list[tuple[object, ...]]]:
@@ -159,10 +174,24 @@ def driver() -> ModuleType:
         engine.dispose()
 
 
+def is_server(buffer: Path | str) -> bool:
+    """Is the buffer named by the URL of a server, not by its path?"""
+    return str(buffer).startswith("postgresql")
+
+
+def shown(buffer: Path | str) -> str:
+    """The name of a buffer as it is printed: a URL without its password."""
+    return make_url(str(buffer)).render_as_string() if is_server(buffer) else str(buffer)
+
+
 @contextlib.contextmanager
-def another_program(path: Path, **options: Any) -> "Iterator[sqlite3.Connection]":
-    """A connection as another program opens it: of plain SQLite, in autocommit, closed at the end of the block."""
-    with contextlib.closing(driver().connect(path, isolation_level=None, **options)) as connection:
+def another_program(buffer: Path | str, **options: Any) -> Iterator[Any]:
+    """A connection as another program opens it: the driver's own, in autocommit, closed at the end of the block."""
+    if is_server(buffer):
+        connection = psycopg.connect(str(buffer).replace("+psycopg", ""), autocommit=True)
+    else:
+        connection = driver().connect(buffer, isolation_level=None, **options)
+    with contextlib.closing(connection):
         yield connection
 
 
@@ -222,11 +251,19 @@ def open_files(path: Path) -> list[str]:
     return sorted(name for name in names if name.startswith(str(path)))
 
 
-def everything(path: Path) -> list[str]:
-    """All that a database holds, as SQL, read by a process of its own."""
+def everything(buffer: Path | str) -> list[str]:
+    """All that a database holds, as SQL, read by a process of its own; of a server, the rows of each table."""
+    if is_server(buffer):
+        with another_program(buffer) as db:
+            tables = db.execute("SELECT tablename FROM pg_tables WHERE schemaname = current_schema() ORDER BY 1")
+            return [
+                f"{table}: {row}"
+                for (table,) in tables.fetchall()
+                for row in sorted(map(str, db.execute(f"TABLE {table}")))
+            ]
     program = """
         import contextlib, sqlite3, sys
         with contextlib.closing(sqlite3.connect(sys.argv[1])) as db:
             print(*db.iterdump(), sep="\\n")
     """
-    return run_python(program, path).stdout.splitlines()
+    return run_python(program, buffer).stdout.splitlines()

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import servers
-from builders import STATUSES, Clock, a_receipt, an_id, unproven
+from builders import Clock, fill, unproven
 from sqlalchemy import Engine
 
 from kkt_buffer import ReceiptRepository, create_buffer_engine, testing, upgrade
@@ -54,17 +54,33 @@ def server() -> Iterator[servers.Server]:
         yield server
 
 
+@pytest.fixture(scope="session")
+def migrated_schema(server: servers.Server) -> servers.Template:
+    """A migrated buffer on the server, to be copied."""
+    return servers.Template(server, migrate)
+
+
 @pytest.fixture
 def postgresql_url(server: servers.Server) -> Iterator[str]:
-    """The URL of a new schema on a server, dropped after the test."""
-    schema = f"test_{an_id()[:8]}"
-    server.execute(f"CREATE SCHEMA {schema}")
-    yield server.url(schema=schema)
-    server.execute(f"DROP SCHEMA {schema} CASCADE")
+    """The URL of a new, empty schema on a server, dropped after the test."""
+    with server.schema() as schema:
+        yield server.url(schema=schema)
+
+
+@pytest.fixture
+def server_buffer(server: servers.Server, migrated_schema: servers.Template) -> Iterator[str]:
+    """The URL of a migrated, empty buffer on a server, dropped after the test."""
+    with server.schema(migrated_schema) as schema:
+        yield server.url(schema=schema)
+
+
+@pytest.fixture
+def server_engine(server_buffer: str, open_engine: Callable[..., Engine]) -> Engine:
+    return open_engine(server_buffer)
 
 
 # The fixture that opens a migrated, empty buffer, for each database that the package supports.
-ENGINES = {"sqlite": "memory_engine"}
+ENGINES = {"sqlite": "memory_engine", "postgresql": "server_engine"}
 
 
 @pytest.fixture(params=ENGINES.values(), ids=ENGINES)
@@ -79,13 +95,17 @@ def repository(engine: Engine, clock: Clock) -> ReceiptRepository:
     return ReceiptRepository(engine, now=clock)
 
 
+def migrate(path_or_url: Path | str) -> None:
+    engine = create_buffer_engine(path_or_url)
+    upgrade(engine)
+    engine.dispose()
+
+
 @pytest.fixture(scope="session")
 def migrated_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A migrated buffer that nobody has open, to be copied."""
     path = tmp_path_factory.mktemp("migrated") / "buffer.db"
-    engine = create_buffer_engine(path)
-    upgrade(engine)
-    engine.dispose()
+    migrate(path)
     return path
 
 
@@ -98,11 +118,7 @@ def path(migrated_file: Path, tmp_path: Path) -> Path:
 @pytest.fixture
 def used(path: Path) -> Path:
     """A buffer on disk with a receipt of every status, that nobody has open."""
-    engine = create_buffer_engine(path)
-    repository = ReceiptRepository(engine, now=Clock())
-    for status in STATUSES:
-        a_receipt(repository, status)
-    engine.dispose()
+    fill(path)
     return path
 
 
@@ -114,3 +130,31 @@ def file_engine(path: Path, open_engine: Callable[..., Engine]) -> Engine:
 @pytest.fixture
 def file_repository(file_engine: Engine, clock: Clock) -> ReceiptRepository:
     return ReceiptRepository(file_engine, now=clock)
+
+
+# What another process, or a command, opens: a migrated, empty buffer, by its path or URL.
+BUFFERS = {"sqlite": "path", "postgresql": "server_buffer"}
+
+
+@pytest.fixture(params=BUFFERS.values(), ids=BUFFERS)
+def buffer(request: pytest.FixtureRequest) -> str:
+    """The path or URL of a migrated, empty buffer that several processes can open."""
+    return str(request.getfixturevalue(request.param))
+
+
+@pytest.fixture
+def shared_engine(buffer: str, open_engine: Callable[..., Engine]) -> Engine:
+    """An engine on `buffer`: unlike a buffer in memory, it lets readers in beside a writer."""
+    return open_engine(buffer)
+
+
+@pytest.fixture
+def shared_repository(shared_engine: Engine, clock: Clock) -> ReceiptRepository:
+    return ReceiptRepository(shared_engine, now=clock)
+
+
+@pytest.fixture
+def filled(buffer: str) -> str:
+    """The path or URL of a buffer with a receipt of every status, that nobody has open."""
+    fill(buffer)
+    return buffer

@@ -77,16 +77,16 @@ class TestFigures:
             repository.log_event(f"circuit_{event}")
         assert state == values(as_text(repository, clock))["kkt_circuit_breaker_state",]
 
-    def test_lock_nobody(self, file_engine, file_repository, clock):
+    def test_lock_nobody(self, shared_engine, shared_repository, clock):
         """A scrape inside another's write transaction waits for nothing and commits nothing."""
-        with file_engine.connect() as writer, writer.begin():
+        with shared_engine.connect() as writer, writer.begin():
             writer.exec_driver_sql("UPDATE config SET value = '100' WHERE key = 'buffer_capacity'")
-            with commits(file_engine) as seen:
-                assert as_text(file_repository, clock)
+            with commits(shared_engine) as seen:
+                assert as_text(shared_repository, clock)
             assert [] == seen
 
     def test_cheap(self, file_repository, clock):
-        """Less than a millisecond, as the best of many, whatever else this machine does."""
+        """Of a file in less than a millisecond, as the best of many, whatever else this machine does."""
         file_repository.insert_receipts(new_receipt() for _ in range(100))
         times = []
         for _ in range(200):

@@ -140,6 +140,7 @@ CREATE TABLE dlq (
 )
 
 FUNCTIONS = (
+    # An advisory lock: nothing is written for it, so nothing rots under a long snapshot. Its key is that of the table.
     """\
 CREATE FUNCTION kkt_lock_buffer() RETURNS void LANGUAGE plpgsql AS $$
 BEGIN
@@ -153,23 +154,32 @@ BEGIN
     WHEN current_setting('full_page_writes') <> 'on' THEN 'full_page_writes is off'
     WHEN current_setting('synchronous_commit') = 'off' THEN 'synchronous_commit is off'
     WHEN current_setting('transaction_isolation') <> 'read committed'
-        THEN 'transaction_isolation is ' || current_setting('transaction_isolation') || ', not read committed'
+        THEN 'the isolation level is not read committed'
     WHEN replicas > 0 AND current_setting('synchronous_commit') = 'local' THEN 'synchronous_commit is local'
     WHEN replicas > CASE WHEN current_setting('synchronous_standby_names') = '' THEN 0 ELSE COALESCE((regexp_match(
         current_setting('synchronous_standby_names'), '^\\s*(?:ANY|FIRST)?\\s*(\\d+)\\s*\\(', 'i'))[1]::integer, 1) END
-        THEN 'synchronous_standby_names is ''' || current_setting('synchronous_standby_names') || ''''
+        THEN format('synchronous_standby_names is %L', current_setting('synchronous_standby_names'))
 END,
-        (SELECT 'the table ' || relname || ' is not logged' FROM pg_class WHERE relpersistence <> 'p' AND oid IN (
-            'receipts'::regclass, 'dlq'::regclass, 'buffer_events'::regclass, 'buffer_changes'::regclass) LIMIT 1));
+        (SELECT 'the table ' || relname || ' is not logged' FROM pg_class
+        WHERE oid IN ('receipts'::regclass, 'dlq'::regclass, 'buffer_events'::regclass,
+        'buffer_changes'::regclass) AND relpersistence <> 'p' LIMIT 1));
 END $$""",
+    """\
+CREATE FUNCTION kkt_buffer_capacity() RETURNS bigint LANGUAGE plpgsql STABLE AS $$
+BEGIN
+    RETURN COALESCE((SELECT CASE WHEN value ~ '^\\d{1,10}$' THEN value::bigint ELSE 0 END FROM config
+        WHERE key = 'buffer_capacity'), 200);
+END $$""",
+    # `known`: the ids that are stored already. `room`: for how many more receipts there was room, if too few. Nothing
+    # was stored if there is either.
     """\
 CREATE FUNCTION kkt_insert_receipts(
     ids text[], pos_ids text[], documents text[], digests text[], held boolean[], at bigint, replicas integer,
     patience text, OUT known text[], OUT room bigint
-) LANGUAGE plpgsql SET jit = off AS $$
+) LANGUAGE plpgsql SET jit = off SET kkt_buffer.has_room = 'yes' AS $$
 DECLARE
-    moment bigint;
     last record;
+    moment bigint;
     problem text;
 BEGIN
     PERFORM set_config('lock_timeout', patience, true);
@@ -183,27 +193,29 @@ BEGIN
         RETURN;
     END IF;
     SELECT hlc_local_time, hlc_logical_counter, kkt_buffer_capacity() - pending - syncing AS room INTO last
-    FROM buffer_state;
+    FROM kkt_state();
     IF last.room < cardinality(ids) THEN
         room := last.room;
         RETURN;
     END IF;
     moment := COALESCE(at, floor(extract(epoch FROM clock_timestamp()))::bigint);
-    INSERT INTO receipts (
-        id, pos_id, created_at, hlc_local_time, hlc_logical_counter, fiscal_doc, digest, held_at)
+    INSERT INTO receipts (id, pos_id, created_at, hlc_local_time, hlc_logical_counter, fiscal_doc, digest, held_at)
     SELECT
         id, pos_id, moment, GREATEST(last.hlc_local_time, moment),
         CASE WHEN moment > last.hlc_local_time THEN 0 ELSE last.hlc_logical_counter + 1 END + place - 1,
         document, digest, CASE WHEN hold THEN moment END
     FROM unnest(ids, pos_ids, documents, digests, held) WITH ORDINALITY
-        AS new (id, pos_id, document, digest, hold, place);
+        AS given (id, pos_id, document, digest, hold, place);
 END $$""",
+    # The state is the sum of all rows. Those below `folded_below` of the newest folded row are in that row, and dead. A
+    # long snapshot keeps them, so they are not even looked at. After a restore into another server, whose transactions
+    # have other numbers, the folded row is none of this server's (its xmin differs), and all rows are read.
     """\
-CREATE FUNCTION kkt_buffer_capacity() RETURNS bigint LANGUAGE plpgsql STABLE AS $$
+CREATE FUNCTION kkt_live_changes() RETURNS xid8 LANGUAGE plpgsql STABLE SET enable_seqscan = off AS $$
 BEGIN
     RETURN COALESCE((
-        SELECT CASE WHEN value ~ '^\\d{1,10}$' THEN value::bigint ELSE 0 END FROM config
-        WHERE key = 'buffer_capacity'), 200);
+        SELECT CASE WHEN xmin::text::numeric = transaction_id::text::numeric % 4294967296 THEN folded_below END
+        FROM buffer_changes WHERE folded_below IS NOT NULL ORDER BY folded_below DESC LIMIT 1), '0');
 END $$""",
     """\
 CREATE FUNCTION kkt_state() RETURNS TABLE (
@@ -214,21 +226,14 @@ CREATE FUNCTION kkt_state() RETURNS TABLE (
 DECLARE
     from_here xid8 := kkt_live_changes();
 BEGIN
-    RETURN QUERY SELECT
-        1, SUM(pending)::bigint, SUM(syncing)::bigint, SUM(synced)::bigint, SUM(failed)::bigint,
-        SUM(open_dead_letters)::bigint,
-        (MAX(ARRAY[hlc_local_time, hlc_logical_counter]) FILTER (WHERE hlc_local_time IS NOT NULL))[1],
-        (MAX(ARRAY[hlc_local_time, hlc_logical_counter]) FILTER (WHERE hlc_local_time IS NOT NULL))[2],
-        MAX(last_synced_at)
+    RETURN QUERY SELECT 1, SUM(pending)::bigint, SUM(syncing)::bigint, SUM(synced)::bigint, SUM(failed)::bigint,
+        SUM(open_dead_letters)::bigint, (MAX(ARRAY[hlc_local_time, hlc_logical_counter])
+        FILTER (WHERE hlc_local_time IS NOT NULL))[1], (MAX(ARRAY[hlc_local_time, hlc_logical_counter])
+        FILTER (WHERE hlc_local_time IS NOT NULL))[2], MAX(last_synced_at)
     FROM buffer_changes WHERE transaction_id >= from_here;
 END $$""",
-    """\
-CREATE FUNCTION kkt_live_changes() RETURNS xid8 LANGUAGE plpgsql STABLE SET enable_seqscan = off AS $$
-BEGIN
-    RETURN COALESCE((
-        SELECT CASE WHEN xmin::text::numeric = transaction_id::text::numeric % 4294967296 THEN folded_below END
-        FROM buffer_changes WHERE folded_below IS NOT NULL ORDER BY folded_below DESC LIMIT 1), '0');
-END $$""",
+    # Replaces all rows by their sum, one transaction at a time. The rows of transactions that are not committed yet
+    # stay; their numbers are not below the xmin of the snapshot of this statement.
     """\
 CREATE FUNCTION kkt_fold_changes() RETURNS void LANGUAGE plpgsql SET enable_seqscan = off AS $$
 DECLARE
@@ -237,18 +242,18 @@ BEGIN
     IF current_setting('transaction_isolation') = 'read committed'
         AND pg_try_advisory_xact_lock('buffer_changes'::regclass::oid::bigint) THEN
         WITH gone AS (DELETE FROM buffer_changes WHERE transaction_id >= from_here RETURNING *)
-        INSERT INTO buffer_changes (
-            folded_below, pending, syncing, synced, failed, open_dead_letters, hlc_local_time, hlc_logical_counter,
-            last_synced_at)
-        SELECT
-            pg_snapshot_xmin(pg_current_snapshot()), SUM(pending), SUM(syncing), SUM(synced), SUM(failed),
-            SUM(open_dead_letters),
-            (MAX(ARRAY[hlc_local_time, hlc_logical_counter]) FILTER (WHERE hlc_local_time IS NOT NULL))[1],
-            (MAX(ARRAY[hlc_local_time, hlc_logical_counter]) FILTER (WHERE hlc_local_time IS NOT NULL))[2],
-            MAX(last_synced_at)
+        INSERT INTO buffer_changes (folded_below, pending, syncing, synced, failed, open_dead_letters,
+        hlc_local_time,
+            hlc_logical_counter, last_synced_at)
+        SELECT pg_snapshot_xmin(pg_current_snapshot()), SUM(pending)::bigint, SUM(syncing)::bigint,
+        SUM(synced)::bigint, SUM(failed)::bigint,
+        SUM(open_dead_letters)::bigint, (MAX(ARRAY[hlc_local_time, hlc_logical_counter])
+        FILTER (WHERE hlc_local_time IS NOT NULL))[1], (MAX(ARRAY[hlc_local_time, hlc_logical_counter])
+        FILTER (WHERE hlc_local_time IS NOT NULL))[2], MAX(last_synced_at)
         FROM gone;
     END IF;
 END $$""",
+    # Facts and changes. `kkt_insert_receipts` has looked for room before; whoever else inserts is checked here.
     """\
 CREATE FUNCTION kkt_receipts_added() RETURNS trigger LANGUAGE plpgsql AS $$
 BEGIN
@@ -257,19 +262,17 @@ BEGIN
     FROM new_rows ORDER BY hlc_local_time, hlc_logical_counter;
     INSERT INTO buffer_changes (
         pending, syncing, synced, failed, hlc_local_time, hlc_logical_counter, last_synced_at)
-    SELECT
-        COUNT(*) FILTER (WHERE status = 'pending'), COUNT(*) FILTER (WHERE status = 'syncing'),
-        COUNT(*) FILTER (WHERE status = 'synced'), COUNT(*) FILTER (WHERE status = 'failed'),
-        (MAX(ARRAY[hlc_local_time, hlc_logical_counter]))[1], (MAX(ARRAY[hlc_local_time, hlc_logical_counter]))[2],
-        MAX(synced_at)
+    SELECT COUNT(*) FILTER (WHERE status = 'pending'), COUNT(*) FILTER (WHERE status = 'syncing'), COUNT(*)
+        FILTER (WHERE status = 'synced'), COUNT(*) FILTER (WHERE status = 'failed'), (MAX(ARRAY[hlc_local_time,
+        hlc_logical_counter]) FILTER (WHERE hlc_local_time IS NOT NULL))[1], (MAX(ARRAY[hlc_local_time,
+        hlc_logical_counter]) FILTER (WHERE hlc_local_time IS NOT NULL))[2], MAX(synced_at)
     FROM new_rows HAVING COUNT(*) > 0;
-    IF (SELECT pending + syncing FROM buffer_state) > kkt_buffer_capacity()
+    IF COALESCE(current_setting('kkt_buffer.has_room', true), '') <> 'yes'
+        AND (SELECT pending + syncing FROM kkt_state()) > kkt_buffer_capacity()
         AND EXISTS (SELECT 1 FROM new_rows WHERE status IN ('pending', 'syncing')) THEN
         RAISE EXCEPTION 'Buffer full' USING ERRCODE = '23K03';
     END IF;
-    IF random() < 0.02 THEN
-        PERFORM kkt_fold_changes();
-    END IF;
+    IF random() < 0.02 THEN PERFORM kkt_fold_changes(); END IF;
     RETURN NULL;
 END $$""",
     """\
@@ -288,25 +291,22 @@ BEGIN
     WHERE is_new ORDER BY later.hlc_local_time, later.hlc_logical_counter;
     INSERT INTO buffer_changes (pending, syncing, synced, failed, last_synced_at)
     SELECT
-        SUM((later.status = 'pending')::integer - (earlier.status = 'pending')::integer),
-        SUM((later.status = 'syncing')::integer - (earlier.status = 'syncing')::integer),
-        SUM((later.status = 'synced')::integer - (earlier.status = 'synced')::integer),
-        SUM((later.status = 'failed')::integer - (earlier.status = 'failed')::integer),
+        COUNT(*) FILTER (WHERE later.status = 'pending') - COUNT(*) FILTER (WHERE earlier.status = 'pending'),
+        COUNT(*) FILTER (WHERE later.status = 'syncing') - COUNT(*) FILTER (WHERE earlier.status = 'syncing'),
+        COUNT(*) FILTER (WHERE later.status = 'synced') - COUNT(*) FILTER (WHERE earlier.status = 'synced'),
+        COUNT(*) FILTER (WHERE later.status = 'failed') - COUNT(*) FILTER (WHERE earlier.status = 'failed'),
         MAX(later.synced_at)
     FROM new_rows AS later JOIN old_rows AS earlier USING (id)
-    WHERE later.status <> earlier.status HAVING COUNT(*) > 0;
-    IF random() < 0.02 THEN
-        PERFORM kkt_fold_changes();
-    END IF;
+        WHERE later.status <> earlier.status HAVING COUNT(*) > 0;
+    IF random() < 0.02 THEN PERFORM kkt_fold_changes(); END IF;
     RETURN NULL;
 END $$""",
     """\
 CREATE FUNCTION kkt_receipts_removed() RETURNS trigger LANGUAGE plpgsql AS $$
 BEGIN
     INSERT INTO buffer_changes (pending, syncing, synced, failed)
-    SELECT
-        -COUNT(*) FILTER (WHERE status = 'pending'), -COUNT(*) FILTER (WHERE status = 'syncing'),
-        -COUNT(*) FILTER (WHERE status = 'synced'), -COUNT(*) FILTER (WHERE status = 'failed')
+    SELECT -COUNT(*) FILTER (WHERE status = 'pending'), -COUNT(*) FILTER (WHERE status = 'syncing'), -COUNT(*)
+        FILTER (WHERE status = 'synced'), -COUNT(*) FILTER (WHERE status = 'failed')
     FROM old_rows HAVING COUNT(*) > 0;
     RETURN NULL;
 END $$""",
@@ -314,8 +314,7 @@ END $$""",
 CREATE FUNCTION kkt_dead_letters_added() RETURNS trigger LANGUAGE plpgsql AS $$
 BEGIN
     INSERT INTO buffer_events (event_type, receipt_id, timestamp, metadata)
-    SELECT
-        'receipt_failed', original_receipt_id, failed_at,
+    SELECT 'receipt_failed', original_receipt_id, failed_at,
         json_build_object('reason', reason, 'retry_attempts', retry_attempts)
     FROM new_rows;
     INSERT INTO buffer_changes (open_dead_letters)
@@ -326,17 +325,15 @@ END $$""",
 CREATE FUNCTION kkt_dead_letters_changed() RETURNS trigger LANGUAGE plpgsql AS $$
 BEGIN
     INSERT INTO buffer_events (event_type, receipt_id, timestamp, metadata)
-    SELECT
-        CASE later.resolution WHEN 'requeued' THEN 'receipt_requeued' ELSE 'receipt_resolved' END,
-        later.original_receipt_id, later.resolved_at,
+    SELECT 'receipt_' || COALESCE(later.resolution, 'resolved'), later.original_receipt_id, later.resolved_at,
         json_build_object('actor', later.resolved_by, 'reason', later.resolution_reason)
-    FROM new_rows AS later JOIN old_rows AS earlier USING (id)
-    WHERE earlier.resolved_at IS NULL AND later.resolved_at IS NOT NULL
+    FROM new_rows AS later JOIN old_rows AS earlier USING (id) WHERE earlier.resolved_at IS NULL
+        AND later.resolved_at IS NOT NULL
         AND COALESCE(later.resolution, 'resolved') IN ('requeued', 'resolved');
     INSERT INTO buffer_changes (open_dead_letters)
-    SELECT SUM((later.resolved_at IS NULL)::integer - (earlier.resolved_at IS NULL)::integer)
+    SELECT COUNT(*) FILTER (WHERE later.resolved_at IS NULL) - COUNT(*) FILTER (WHERE earlier.resolved_at IS NULL)
     FROM new_rows AS later JOIN old_rows AS earlier USING (id)
-    WHERE (later.resolved_at IS NULL) <> (earlier.resolved_at IS NULL) HAVING COUNT(*) > 0;
+        WHERE (later.resolved_at IS NULL) <> (earlier.resolved_at IS NULL) HAVING COUNT(*) > 0;
     RETURN NULL;
 END $$""",
     """\
@@ -346,12 +343,12 @@ BEGIN
     SELECT -COUNT(*) FROM old_rows WHERE resolved_at IS NULL HAVING COUNT(*) > 0;
     RETURN NULL;
 END $$""",
+    # Guards. A stale snapshot would not see the receipts of the transaction that had the lock before.
     """\
 CREATE FUNCTION kkt_guard_insert() RETURNS trigger LANGUAGE plpgsql AS $$
 BEGIN
     IF current_setting('transaction_isolation') <> 'read committed' THEN
-        RAISE EXCEPTION 'transaction_isolation is %, not read committed', current_setting('transaction_isolation')
-            USING ERRCODE = '55K01';
+        RAISE EXCEPTION 'the isolation level is not read committed' USING ERRCODE = '55K01';
     END IF;
     PERFORM kkt_lock_buffer();
     RETURN NULL;
@@ -374,19 +371,17 @@ CREATE FUNCTION kkt_guard_failed() RETURNS trigger LANGUAGE plpgsql AS $$
 BEGIN
     IF (NEW.status = 'failed') <> EXISTS (
         SELECT 1 FROM dlq WHERE original_receipt_id = NEW.id AND resolved_at IS NULL) THEN
-        IF NEW.status = 'failed' THEN
-            RAISE EXCEPTION 'a receipt fails through its dead letter: insert that first' USING ERRCODE = '23K02';
-        END IF;
-        RAISE EXCEPTION 'a failed receipt has an open dead letter: resolve that first' USING ERRCODE = '23K02';
+        RAISE EXCEPTION '%', CASE WHEN NEW.status = 'failed'
+        THEN 'a receipt fails through its dead letter: insert that'
+            ELSE 'a failed receipt has an open dead letter: resolve that' END || ' first' USING ERRCODE = '23K02';
     END IF;
     RETURN NEW;
 END $$""",
     """\
 CREATE FUNCTION kkt_guard_event_removed() RETURNS trigger LANGUAGE plpgsql AS $$
 BEGIN
-    IF OLD.timestamp > extract(epoch FROM now()) - 86400 * COALESCE((
-        SELECT CASE WHEN value ~ '^\\d{1,10}$' THEN value::bigint ELSE 0 END FROM config
-        WHERE key = 'retention_events_days'), 90) THEN
+    IF OLD.timestamp > extract(epoch FROM now()) - 86400 * COALESCE((SELECT CASE WHEN value ~ '^\\d{1,10}$'
+        THEN value::bigint ELSE 0 END FROM config WHERE key = 'retention_events_days'), 90) THEN
         RAISE EXCEPTION 'an event cannot be deleted before retention_events_days have passed'
             USING ERRCODE = '23K02';
     END IF;
@@ -442,11 +437,11 @@ EXECUTE FUNCTION kkt_guard('an acknowledged receipt does not change', '23K01')""
     """\
 CREATE TRIGGER trg_guard_held BEFORE UPDATE ON receipts
 FOR EACH ROW WHEN (NEW.held_at IS NOT NULL AND NEW.held_at IS DISTINCT FROM OLD.held_at)
-EXECUTE FUNCTION kkt_guard('held_at is set when a receipt is stored, never later')""",
+EXECUTE FUNCTION kkt_guard('held_at is set when a receipt is stored, never later', '23K02')""",
     """\
 CREATE TRIGGER trg_guard_undelivered BEFORE DELETE ON receipts
 FOR EACH ROW WHEN (OLD.status IN ('pending', 'syncing'))
-EXECUTE FUNCTION kkt_guard('an undelivered receipt cannot be deleted')""",
+EXECUTE FUNCTION kkt_guard('an undelivered receipt cannot be deleted', '23K02')""",
     """\
 CREATE TRIGGER trg_guard_dead_letter BEFORE INSERT ON dlq
 FOR EACH ROW WHEN (NEW.resolved_at IS NULL) EXECUTE FUNCTION kkt_guard_dead_letter()""",
@@ -455,7 +450,7 @@ CREATE TRIGGER trg_guard_failed BEFORE UPDATE ON receipts
 FOR EACH ROW WHEN ((NEW.status = 'failed') <> (OLD.status = 'failed')) EXECUTE FUNCTION kkt_guard_failed()""",
     """\
 CREATE TRIGGER trg_guard_event_changed BEFORE UPDATE ON buffer_events
-FOR EACH ROW EXECUTE FUNCTION kkt_guard('buffer_events is append-only')""",
+FOR EACH ROW WHEN (true) EXECUTE FUNCTION kkt_guard('buffer_events is append-only', '23K02')""",
     """\
 CREATE TRIGGER trg_guard_event_removed BEFORE DELETE ON buffer_events
 FOR EACH ROW EXECUTE FUNCTION kkt_guard_event_removed()""",
@@ -474,17 +469,26 @@ FOR EACH STATEMENT EXECUTE FUNCTION kkt_guard('a buffer is pruned, not truncated
 )
 
 
+def server_statements(schema: str) -> list[str]:
+    """
+    What makes all of it in a schema. `kkt_buffer.check` runs the same statements, to know what it should find.
+
+    Functions search that schema alone, whoever calls them; pg_temp last, so that no temporary table hides a table.
+    """
+    path = f"SET search_path = {schema}, pg_temp AS $$"
+    return [
+        *TABLES,
+        "ALTER TABLE receipts SET (toast_tuple_target = 256)",  # documents are compressed: a third less WAL
+        *(function.replace("AS $$", path, 1) for function in FUNCTIONS),
+        *(re.sub(r"\b(kkt_\w+\()", rf"{schema}.\1", statement) for statement in (*VIEWS, *TRIGGERS)),
+    ]
+
+
 def upgrade() -> None:
     if op.get_context().dialect.name == "sqlite":
         return
-    schema = op.get_bind().scalar(sa.text("SELECT quote_ident(current_schema())"))
-    # Functions search that schema alone, whoever calls them; pg_temp last, so that no temporary table hides a table.
-    path = f"SET search_path = {schema}, pg_temp AS $$"
-    for statement in (*TABLES, *(function.replace("AS $$", path, 1) for function in FUNCTIONS)):
+    for statement in server_statements(op.get_bind().scalar(sa.text("SELECT quote_ident(current_schema())"))):
         run(statement)
-    for statement in (*VIEWS, *TRIGGERS):
-        run(re.sub(r"\b(kkt_\w+\()", rf"{schema}.\1", statement))
-    run("ALTER TABLE receipts SET (toast_tuple_target = 256)")  # documents are compressed: a third less WAL
     run("INSERT INTO buffer_changes (folded_below, hlc_local_time, hlc_logical_counter) VALUES ('0', 0, -1)")
     now = "floor(extract(epoch FROM clock_timestamp()))::bigint"
     for key, value in CONFIG.items():

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from datetime import datetime, time, timedelta
 from pathlib import Path
 
+from kkt_buffer.backend import backend_of
 from kkt_buffer.errors import BufferDamagedError
 from kkt_buffer.models import EventType
 from kkt_buffer.repository import ReceiptRepository
@@ -31,6 +32,8 @@ class Maintenance:
             raise TypeError(f"maintenance_at: expected a datetime.time without a time zone, got {at!r}")
         if backup_to is not None and at is None:
             raise ValueError("backup_to: expected maintenance_at too, the time of day of the backup")
+        if backup_to is not None:
+            backend_of(repository.engine).refuse_backup()
         self._repository = repository
         self._at = at
         self._backup_to = backup_to
@@ -59,7 +62,7 @@ class Maintenance:
 
     def _is_ours(self, due: datetime, now: float) -> bool:
         """Whether this worker should do it. If so, `maintenance_started` is logged, so that no other worker starts."""
-        with self._repository.transaction():
+        with self._repository.alone():
             if self._last(EventType.MAINTENANCE_COMPLETED) >= due.timestamp():
                 self._done = due
                 self.error = None

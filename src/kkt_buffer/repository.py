@@ -8,8 +8,8 @@ import os
 import random
 import time
 import uuid
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Concatenate, overload
 
 from sqlalchemy import Engine
@@ -83,6 +83,21 @@ class ReceiptRepository:
         """
         self._require_schema()
         return self._transactions.block(write=True)
+
+    @contextmanager
+    def alone(self) -> Iterator[Session]:
+        """
+        `transaction()` with the lock that every insert takes: what is read in it stays true until it is written.
+
+        On SQLite every write transaction has it.
+
+        >>> with repository.alone():
+        ...     if not repository.get_events(1, event_type="shift_opened"):
+        ...         event = repository.log_event("shift_opened")
+        """
+        with self.transaction() as session:
+            backend_of(self.engine).lock(session.connection())
+            yield session
 
     def reading(self) -> AbstractContextManager[Session]:
         """
@@ -391,6 +406,15 @@ class ReceiptRepository:
         """
         return self._read(leases.next_due_at)
 
+    def seconds_until_due(self) -> int | None:
+        """
+        The seconds until `next_due_at`, by the same clock: 0 if `claim_pending` finds a receipt now, or None.
+
+        >>> repository.seconds_until_due() is None
+        True
+        """
+        return self._read(leases.seconds_until_due)
+
     def recover_expired_leases(self) -> int:
         """
         Make receipts with expired leases pending; returns how many.
@@ -590,6 +614,7 @@ class ReceiptRepository:
 
         >>> repository.backup(folder / "copy.db")
         """
+        backend_of(self.engine).refuse_backup()
         self._require_schema()
         if self.in_transaction:
             raise ReceiptBufferError(

@@ -183,9 +183,9 @@ class DeliveryWorker:
         self._maintenance.run_if_due(now)
         if seconds := self._pause(now, is_called=is_called):
             return seconds
-        due_at = self._repository.next_due_at()
-        if due_at is None or due_at > now:
-            return self._poll_seconds if due_at is None else min(self._poll_seconds, due_at - now)
+        wait = self._repository.seconds_until_due()
+        if wait is None or wait > 0:
+            return self._poll_seconds if wait is None else min(self._poll_seconds, wait)
         report = deliver_pending(
             self._repository,
             self._send,
@@ -224,7 +224,7 @@ class DeliveryWorker:
             return  # too few failures to open it, and no answer to close it
         if is_open == self._is_logged_open():
             return
-        with self._repository.transaction():
+        with self._repository.alone():
             if is_open == self._is_logged_open():  # pragma: no cover (another worker can be faster, but seldom is)
                 return
             if is_open:

@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 import pytest
-from builders import another_program, everything
+from builders import another_program, everything, shown
 
 import kkt_buffer
 from kkt_buffer import create_buffer_engine, demo
@@ -54,12 +54,18 @@ class TestUpgrade:
         assert (f"{path}: schema {HEAD} (was none)\n", "") == capsys.readouterr()
         assert 0 == main(["status", str(path)])
 
-    def test_again(self, used, capsys):
+    def test_new_on_a_server(self, postgresql_url, capsys):
+        """The schema must be there, empty or with the tables of others."""
+        assert 0 == main(["upgrade", postgresql_url])
+        assert (f"{shown(postgresql_url)}: schema {HEAD} (was none)\n", "") == capsys.readouterr()
+        assert 0 == main(["status", postgresql_url])
+
+    def test_again(self, filled, capsys):
         """A second time changes nothing, and says which schema was there."""
-        before = everything(used)
-        assert 0 == main(["upgrade", str(used)])
-        assert (f"{used}: schema {HEAD} (was {HEAD})\n", "") == capsys.readouterr()
-        assert before == everything(used)
+        before = everything(filled)
+        assert 0 == main(["upgrade", filled])
+        assert (f"{shown(filled)}: schema {HEAD} (was {HEAD})\n", "") == capsys.readouterr()
+        assert before == everything(filled)
 
     def test_old(self, tmp_path, capsys, pytestconfig):
         """A buffer of an earlier release says what it was, too."""
@@ -118,14 +124,18 @@ class TestErrors:
         assert f"no schema where this release needs {HEAD}" in refused("status", without_schema)
         assert [] == stored_tables(without_schema)
 
-    @pytest.mark.parametrize("command", ["status", "upgrade", "demo"])
-    def test_newer(self, command, used, refused):
+    def test_no_schema_on_a_server(self, postgresql_url, refused):
+        assert f"no schema where this release needs {HEAD}" in refused("status", postgresql_url)
+        assert [] == everything(postgresql_url)
+
+    @pytest.mark.parametrize("command", ["status", "upgrade"])
+    def test_newer(self, command, filled, refused):
         """What a newer release made is not for this one to touch."""
-        with another_program(used) as connection:
+        with another_program(filled) as connection:
             connection.execute("UPDATE kkt_buffer_version SET version_num = '9999'")
-        before = everything(used)
-        assert f"schema 9999, made by kkt-buffer {kkt_buffer.__version__}; this is" in refused(command, used)
-        assert before == everything(used)
+        before = everything(filled)
+        assert f"schema 9999, made by kkt-buffer {kkt_buffer.__version__}; this is" in refused(command, filled)
+        assert before == everything(filled)
 
     def test_no_wal(self, of_another_program, refused):
         """A database that is not kept as a buffer is, is none; it is left as it is, to the byte."""
@@ -143,13 +153,13 @@ class TestErrors:
         assert "table receipts already exists" in line
         assert before == everything(of_another_program)
 
-    def test_nonsense_in_config(self, used, refused):
-        with another_program(used) as connection:
+    def test_nonsense_in_config(self, filled, refused):
+        with another_program(filled) as connection:
             connection.execute("UPDATE config SET value = 'many' WHERE key = 'buffer_capacity'")
-        assert "config buffer_capacity is 'many'" in refused("status", used)
+        assert "config buffer_capacity is 'many'" in refused("status", filled)
 
     @pytest.mark.parametrize(
-        "path", ["", "postgresql://shop/buffer", ":memory:"], ids=["empty", "another database", "memory"]
+        "path", ["", "mysql://shop/buffer", ":memory:"], ids=["empty", "another database", "memory"]
     )
     def test_bad_path(self, path, refused):
         assert refused("status", path)
@@ -173,12 +183,12 @@ class TestErrors:
         monkeypatch.setattr(demo, "run", broken)
         assert "error: 1 acknowledged receipts are not in the buffer: ['lost']" == refused("demo", path)
 
-    def test_reader_gone(self, path):
+    def test_reader_gone(self, buffer):
         """Whoever reads what we say may stop before the end, as `head` does: no word of it, no traceback."""
         reading, writing = os.pipe()
         os.close(reading)
         with open(writing, "wb") as nowhere:
-            status = [sys.executable, "-m", "kkt_buffer", "status", str(path)]
+            status = [sys.executable, "-m", "kkt_buffer", "status", buffer]
             done = subprocess.run(status, stdout=nowhere, stderr=subprocess.PIPE, text=True, check=False)
         assert (1, "") == (done.returncode, done.stderr)
 
@@ -247,8 +257,8 @@ class TestHelp:
 class TestOption:
     """`--db` stands in front of the command or behind it."""
 
-    def test_in_front(self, used, done):
-        assert done("status", "--db", used) == done("--db", used, "status")
+    def test_in_front(self, filled, done):
+        assert done("status", "--db", filled) == done("--db", filled, "status")
 
     def test_both(self, used, tmp_path, done):
         """The one behind the command counts."""

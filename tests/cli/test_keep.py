@@ -15,10 +15,10 @@ PAGE = 4096
 
 
 class TestPrune:
-    def test_prune(self, used, done):
+    def test_prune(self, filled, done):
         """Old receipts of the fixture are delivered and past their retention; the rest stays."""
-        assert "deleted 1 receipt, 0 dead letters" in done("prune", used)
-        assert 3 == json.loads(done("status", used, "--json"))["total_receipts"]
+        assert "deleted 1 receipt, 0 dead letters" in done("prune", filled)
+        assert 3 == json.loads(done("status", filled, "--json"))["total_receipts"]
 
 
 class TestBackup:

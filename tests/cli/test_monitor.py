@@ -12,17 +12,17 @@ DAY = 86_400
 
 
 @pytest.fixture
-def buffer(file_engine, path):
-    """Fill the buffer at `path`, by the clock on the wall; returns its path."""
+def filled_with(shared_engine, buffer):
+    """Fill `buffer`, by the clock on the wall; returns it."""
 
     def fill(count, *, capacity=20, days_ago=0.0, dead=0):
-        repository = ReceiptRepository(file_engine, now=lambda: time.time() - days_ago * DAY)
+        repository = ReceiptRepository(shared_engine, now=lambda: time.time() - days_ago * DAY)
         repository.set_config("buffer_capacity", capacity)
         repository.insert_receipts(new_receipt() for _ in range(count))
         for _ in range(dead):
             a_receipt(repository, "failed")
-        file_engine.dispose()
-        return path
+        shared_engine.dispose()
+        return buffer
 
     return fill
 
@@ -46,15 +46,15 @@ class TestCheck:
             ({"count": 0, "days_ago": 21, "dead": 1}, [], 2, "CRITICAL - "),
         ],
     )
-    def test_state(self, buffer, run, filled, options, status, told):
+    def test_state(self, filled_with, run, filled, options, status, told):
         """The worst of fill level, deadline and dead letters; the limits can be set."""
-        ended = run("check", buffer(**filled), *options)
+        ended = run("check", filled_with(**filled), *options)
         assert (status, "") == (ended.status, ended.err)
         assert told in ended.out
 
-    def test_performance_data(self, buffer, run):
+    def test_performance_data(self, filled_with, run):
         """One line, with figures that a plugin of Nagios may print."""
-        [line] = run("check", buffer(3, dead=1, days_ago=1), "-w", 70).out.splitlines()
+        [line] = run("check", filled_with(3, dead=1, days_ago=1), "-w", 70).out.splitlines()
         figures = line.split(" | ")[1]
         expected = r"percent_full=15%;70;95;0;100 undelivered=3;;;0;20 dead_letters=1;0;;0 days_left=29\.00;;10:"
         assert re.fullmatch(expected, figures)
@@ -79,11 +79,11 @@ class TestCheck:
             "UPDATE kkt_buffer_version SET version_num = '9999 | x\n y'",
         ],
     )
-    def test_unknown(self, used, run, change):
+    def test_unknown(self, filled, run, change):
         """What cannot be judged is UNKNOWN; still one line, without the bar that begins the figures."""
-        with another_program(used) as db:
+        with another_program(filled) as db:
             db.execute(change)
-        ended = run("check", used)
+        ended = run("check", filled)
         assert (3, 1) == (ended.status, len(ended.out.splitlines()))
         assert ended.out.startswith("KKT UNKNOWN - ")
         assert "|" not in ended.out
@@ -95,7 +95,7 @@ class TestCheck:
 
 
 class TestMetrics:
-    def test_text(self, used, done):
-        out = done("metrics", used)
+    def test_text(self, filled, done):
+        out = done("metrics", filled)
         assert "# TYPE kkt_buffer_size gauge\nkkt_buffer_size 2.0\n" in out
         assert out.endswith("\n")

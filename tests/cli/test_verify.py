@@ -4,7 +4,7 @@ import subprocess
 import sys
 
 import pytest
-from builders import another_program, everything
+from builders import another_program, everything, fill, shown
 from damage import CHECKS, damage
 
 
@@ -24,6 +24,36 @@ class TestCommands:
         assert "synchronous 2" in done.stdout
         assert "1 (each expires after 60 s)" in done.stdout
         assert "The buffer is whole." in done.stdout
+
+    def test_verify_server(self, server_buffer):
+        """The same of a server, with the settings on which the durability of a commit depends."""
+        fill(server_buffer)
+        done = command("verify", server_buffer)
+        assert (0, "") == (done.returncode, done.stderr)
+        for what in ("PostgreSQL", "schema", "safety of commits", "counts", "documents", "open leases", "fsync on"):
+            assert what in done.stdout
+        assert f"buffer                   | {shown(server_buffer)}" in done.stdout
+        assert "The buffer is whole." in done.stdout
+
+    @pytest.mark.parametrize(
+        ("change", "status", "told"),
+        [
+            ("DROP TRIGGER trg_guard_acknowledged ON receipts", 3, "trigger trg_guard_acknowledged is missing"),
+            ("CREATE INDEX mine ON receipts (pos_id)", 3, "the index mine is not part of the buffer"),
+            ("UPDATE config SET value = 'much' WHERE key = 'lease_seconds'", 3, "lease_seconds is 'much'"),
+            ("ALTER TABLE dlq DISABLE TRIGGER USER; DELETE FROM dlq", 1, "is failed without a dead letter"),
+        ],
+    )
+    def test_verify_server_differs(self, server_buffer, change, status, told):
+        """What differs is told apart from what is damaged, as on a file."""
+        fill(server_buffer)
+        with another_program(server_buffer) as db:
+            db.execute(change)
+        before = everything(server_buffer)
+        done = command("verify", server_buffer)
+        assert status == done.returncode, done.stdout + done.stderr
+        assert told in done.stdout
+        assert before == everything(server_buffer)
 
     def test_verify_not_whole(self, used):
         damage(used, "DELETE FROM dlq")

@@ -5,7 +5,7 @@ import signal
 import sys
 
 import pytest
-from builders import a_receipt, start_python
+from builders import a_receipt, is_server, start_python
 
 from kkt_buffer.rotation import backups
 
@@ -40,30 +40,22 @@ def shop(tmp_path, monkeypatch):
 
 
 class TestWork:
-    def test_delivers(self, shop, path, file_repository, done):
-        """It delivers until it is asked to stop, and does the maintenance of the day first."""
-        made = [a_receipt(file_repository, pos_id=till).id for till in ("a", "offline", "b")]
-        options = [
-            "--outage",
-            "shop:LineDown",
-            "--maintenance-at",
-            "00:00",
-            "--backup-to",
-            "backups",
-            "--concurrency",
-            "1",
-        ]
-        assert "" == done("work", "shop:send", "--db", path, *options)
-        status = [file_repository.get_receipt_by_id(one).status for one in made]
+    def test_delivers(self, shop, buffer, shared_repository, done):
+        """It delivers until it is asked to stop, and does the maintenance of the day first: of a file, a backup too."""
+        made = [a_receipt(shared_repository, pos_id=till).id for till in ("a", "offline", "b")]
+        options = ["--outage", "shop:LineDown", "--maintenance-at", "00:00", "--concurrency", "1"]
+        backup = [] if is_server(buffer) else ["--backup-to", "backups"]
+        assert "" == done("work", "shop:send", "--db", buffer, *options, *backup)
+        status = [shared_repository.get_receipt_by_id(one).status for one in made]
         assert ["synced", "pending", "pending"] == status
-        assert 0 == file_repository.get_receipt_by_id(made[1]).retry_count
-        assert 1 == len(backups(shop / "backups"))
+        assert 0 == shared_repository.get_receipt_by_id(made[1]).retry_count
+        assert not backup or 1 == len(backups(shop / "backups"))
 
-    def test_process(self, shop, path, file_repository):
+    def test_process(self, shop, buffer, shared_repository):
         """As a program: what it does is on stderr, and after SIGTERM its exit status is 0."""
-        receipt = a_receipt(file_repository)
+        receipt = a_receipt(shared_repository)
         program = "import sys; from kkt_buffer.cli import main; sys.exit(main(sys.argv[1:]))"
-        worker = start_python(program, "work", "shop:send", "--db", path, "--poll", "0.1", stderr=-1, cwd=shop)
+        worker = start_python(program, "work", "shop:send", "--db", buffer, "--poll", "0.1", stderr=-1, cwd=shop)
         assert any(line.endswith(f"INFO receipt {receipt.id}: synced\n") for line in worker.stderr)
         worker.send_signal(signal.SIGTERM)
         printed, told = worker.communicate(timeout=20)
@@ -78,8 +70,8 @@ class TestWork:
             ("sh op:send", "invalid format"),
         ],
     )
-    def test_unknown(self, shop, path, refused, name, told):
-        line = refused("work", name, "--db", path)
+    def test_unknown(self, shop, buffer, refused, name, told):
+        line = refused("work", name, "--db", buffer)
         assert line.startswith(f"error: {name}: expected MODULE:NAME of something that can be imported; ")
         assert told in line
 
@@ -92,8 +84,8 @@ class TestWork:
             (["shop:send", "--backup-to", "b"], "backup_to: expected maintenance_at too"),
         ],
     )
-    def test_wrong(self, shop, path, refused, arguments, told):
-        assert told in refused("work", *arguments, "--db", path)
+    def test_wrong(self, shop, buffer, refused, arguments, told):
+        assert told in refused("work", *arguments, "--db", buffer)
 
     def test_missing(self, shop, refused):
         """A buffer that is not there is not made."""

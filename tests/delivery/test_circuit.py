@@ -3,7 +3,7 @@
 import itertools
 
 import pytest
-from builders import NOON, a_receipt, new_receipt
+from builders import NOON, a_receipt, new_receipt, on_sqlite_alone
 from delivery.ofd import Ofd
 
 from kkt_buffer import DeliveryUnavailable, DeliveryWorker, ReceiptRepository
@@ -54,6 +54,7 @@ def circuit_events(repository):
 
 
 class TestOutage:
+    @on_sqlite_alone
     @pytest.mark.parametrize("error", [OFFLINE, ConnectionRefusedError(), RuntimeError("500")])
     def test_eight_hours(self, repository, clock, line, error):
         """One receipt is tried each `circuit_breaker_timeout`; nothing is given up; each event is there once."""
@@ -75,6 +76,7 @@ class TestOutage:
         assert ["circuit_opened", "circuit_closed"] == circuit_events(repository)
         assert 8 * 3600 <= worker.status.since - NOON <= 8 * 3600 + TIMEOUT
 
+    @on_sqlite_alone
     @pytest.mark.parametrize("error", [OFFLINE, RuntimeError("500")])
     def test_poisonous(self, repository, clock, line, error):
         """A bad receipt at the head neither keeps it open, nor is it given up because of the outage."""

@@ -3,7 +3,7 @@
 import logging
 
 import pytest
-from builders import NOON, a_foreign_receipt, a_receipt, checkouts, commits, new_receipt, together
+from builders import NOON, a_foreign_receipt, a_receipt, checkouts, commits, drop_trigger, new_receipt, together
 from delivery.ofd import Ofd
 from sqlalchemy import text
 
@@ -61,17 +61,17 @@ class TestSynced:
         deliver_pending(repository, send)
         assert [0, 1, 2] == seen
 
-    def test_no_transaction(self, file_repository):
+    def test_no_transaction(self, shared_repository):
         """No transaction is open while a receipt is sent, so others can write."""
-        a_receipt(file_repository)
+        a_receipt(shared_repository)
 
         def send(receipt):
             assert [] == in_use
-            file_repository.insert_receipt(new_receipt())
+            shared_repository.insert_receipt(new_receipt())
             return NOON
 
         with checkouts() as in_use:
-            assert deliver_pending(file_repository, send).count(Outcome.SYNCED) == 1
+            assert deliver_pending(shared_repository, send).count(Outcome.SYNCED) == 1
 
     def test_nothing_due(self, repository, engine):
         """A call that found nothing sends nothing, logs nothing, and writes nothing."""
@@ -146,7 +146,7 @@ class TestDamaged:
     def damaged(self, repository, engine, three):
         """The document of the second receipt has changed in the file, past every guard."""
         with engine.begin() as connection:
-            connection.execute(text("DROP TRIGGER trg_guard_acknowledged"))
+            drop_trigger(connection, "trg_guard_acknowledged")
             connection.execute(
                 text("UPDATE receipts SET fiscal_doc = replace(fiscal_doc, '6490', '6491') WHERE id = :id"),
                 {"id": three[1]},
@@ -346,21 +346,21 @@ class TestLog:
         assert [("INFO", one, "released", "DeliveryUnavailable: offline") for one in three] == told
 
 
-def test_commits(file_repository, file_engine):
+def test_commits(shared_repository, shared_engine):
     """A run costs one commit to claim, one for each receipt, and one for each of its two events."""
-    file_repository.insert_receipts(new_receipt() for _ in range(10))
-    with commits(file_engine) as seen:
-        deliver_pending(file_repository, lambda receipt: NOON)
+    shared_repository.insert_receipts(new_receipt() for _ in range(10))
+    with commits(shared_engine) as seen:
+        deliver_pending(shared_repository, lambda receipt: NOON)
     assert len(seen) == 13
 
 
-def test_two_workers(file_engine, file_repository, clock):
+def test_two_workers(shared_engine, shared_repository, clock):
     """Workers that deliver at the same time send each receipt once."""
-    made = file_repository.insert_receipts(new_receipt() for _ in range(60))
+    made = shared_repository.insert_receipts(new_receipt() for _ in range(60))
     received = []
 
     def work(_number):
-        own = ReceiptRepository(file_engine, now=clock)
+        own = ReceiptRepository(shared_engine, now=clock)
         while deliver_pending(own, lambda receipt: received.append(receipt.id) or NOON, 7).outcomes:
             pass
 

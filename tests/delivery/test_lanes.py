@@ -12,9 +12,9 @@ from kkt_buffer import DeliveryUnavailable, DeliveryWorker, Outcome, ReceiptRepo
 
 
 @pytest.fixture
-def repository(file_engine):
-    """A file, as threads need it, by the real clock."""
-    return ReceiptRepository(file_engine)
+def repository(shared_engine):
+    """As threads need it, by the real clock."""
+    return ReceiptRepository(shared_engine)
 
 
 def sold(repository, tills):

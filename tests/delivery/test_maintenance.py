@@ -21,6 +21,7 @@ AN_HOUR_AFTER = local(NOON + HOUR).time()
 
 @pytest.fixture
 def repository(file_repository):
+    """A file, because that is what is backed up."""
     return file_repository
 
 
@@ -96,13 +97,38 @@ class TestTime:
         days = [f"{local(NOON + day * DAY):%Y%m%d}" for day in range(2, 9)]
         assert days == [path.name.removeprefix("buffer-")[:8] for path in backups(folder)]
 
-    def test_no_folder(self, repository, clock):
-        """Without a folder it prunes."""
-        a_receipt(repository, "synced")
-        a_receipt(repository)
+
+class TestNoFolder:
+    """Without a folder it prunes, on every database."""
+
+    def test_prune(self, shared_repository, clock):
+        a_receipt(shared_repository, "synced")
+        a_receipt(shared_repository)
         clock.advance(8 * DAY + HOUR)
-        a_worker(repository).tick()
-        assert 1 == repository.get_buffer_status().total_receipts
+        a_worker(shared_repository).tick()
+        assert 1 == shared_repository.get_buffer_status().total_receipts
+
+    def test_by_one(self, shared_repository, clock):
+        """By one of all workers, once a day; after a kill by another one, an hour later."""
+        clock.advance(HOUR)
+        shared_repository.log_event("maintenance_started")
+        a_worker(shared_repository).tick()
+        assert ["maintenance_started"] == history(shared_repository)
+        clock.advance(HOUR)
+        for _ in range(2):
+            a_worker(shared_repository).tick()
+        assert ["maintenance_started"] * 2 + ["maintenance_completed"] == history(shared_repository)
+
+    def test_fails(self, shared_repository, buffer, clock):
+        """What is wrong is told, and delivery goes on."""
+        with another_program(buffer) as other:
+            other.execute("UPDATE config SET value = 'nonsense' WHERE key = 'retention_dlq_days'")
+        a_receipt(shared_repository)
+        clock.advance(HOUR)
+        worker = a_worker(shared_repository)
+        worker.tick()
+        assert worker.status.maintenance_error.startswith("InvalidConfigError: ")
+        assert 1 == shared_repository.get_buffer_status().synced
 
 
 class TestWorkers:

@@ -1,7 +1,7 @@
 """`deliver_pending` while the OFD cannot be reached: what the sender says, and what becomes of the receipts."""
 
 import pytest
-from builders import NOON, a_receipt
+from builders import NOON, a_receipt, on_sqlite_alone
 from delivery.ofd import Ofd
 
 from kkt_buffer import DeliveryRejected, DeliveryUnavailable, Outcome, ReceiptRepository, deliver_pending
@@ -161,6 +161,7 @@ class TestRetryAfter:
 
 
 class TestEvents:
+    @on_sqlite_alone
     def test_eight_hours(self, repository, clock, three):
         """Eight hours offline move nothing to the DLQ, and leave the events of one failed and one good run."""
         for _ in range(8 * 60):

@@ -3,7 +3,7 @@
 import random
 
 import pytest
-from builders import NOON, Clock, a_receipt, an_id, new_receipt, together
+from builders import NOON, Clock, a_receipt, an_id, new_receipt, on_sqlite_alone, together
 from delivery.ofd import Ofd
 
 from kkt_buffer import DeliveryRejected, Outcome, ReceiptRepository, deliver_pending
@@ -121,12 +121,12 @@ class TestOutage:
         assert report.outage is not None
         assert [1] * 4 + [0] * 4 == attempts(repository, made)
 
-    def test_threads(self, file_repository):
+    def test_threads(self, shared_repository):
         """Threads that deliver with one repository count together."""
-        file_repository.insert_receipts(new_receipt() for _ in range(8))
-        reports = together(4, lambda _: deliver_pending(file_repository, down(), 2))
+        shared_repository.insert_receipts(new_receipt() for _ in range(8))
+        reports = together(4, lambda _: deliver_pending(shared_repository, down(), 2))
         assert any(report.outage for report in reports)
-        assert deliver_pending(file_repository, down(), 8).outage is not None
+        assert deliver_pending(shared_repository, down(), 8).outage is not None
 
 
 class TestWhileItLasts:
@@ -199,6 +199,7 @@ class Shop:
 
 
 @pytest.mark.slow
+@on_sqlite_alone
 class TestEightHours:
     @pytest.mark.parametrize("batch", [4, 50])
     @pytest.mark.parametrize("bad", [1, 5, 12, 40])

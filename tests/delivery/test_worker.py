@@ -98,8 +98,17 @@ class TestTick:
 
 
 class TestIdle:
-    def test_writes_nothing(self, path, open_engine, clock):
-        """A worker that finds nothing to do takes no write lock: it works while another program holds that."""
+    def test_writes_nothing(self, shared_repository, shared_engine):
+        """A worker that finds nothing to do writes nothing."""
+        a_receipt(shared_repository)
+        worker = DeliveryWorker(shared_repository, Ofd(ValueError("500")), maintenance_at=dt.time(23, 59, 59))
+        worker.tick()
+        with commits(shared_engine) as seen:
+            assert [1.0, 1.0] == [worker.tick(), worker.tick()]
+        assert [] == seen
+
+    def test_write_lock(self, path, open_engine, clock):
+        """Nor does it take SQLite's write lock: it works while another program holds that."""
         engine = open_engine(path, busy_timeout=0.1)
         repository = ReceiptRepository(engine, now=clock)
         a_receipt(repository)
@@ -150,11 +159,11 @@ class TestArguments:
 
 class TestThread:
     @pytest.fixture
-    def repository(self, file_engine):
-        """A file, as threads need it, by the real clock."""
-        return ReceiptRepository(file_engine)
+    def repository(self, shared_engine):
+        """As threads need it, by the real clock."""
+        return ReceiptRepository(shared_engine)
 
-    def test_woken(self, repository, file_engine):
+    def test_woken(self, repository, shared_engine):
         """A commit in this process wakes it, by whichever repository of the engine, also a requeue."""
         sent = threading.Semaphore(0)
 
@@ -165,7 +174,7 @@ class TestThread:
         with DeliveryWorker(repository, send, poll_seconds=3600):
             repository.insert_receipt(new_receipt())
             assert sent.acquire(timeout=10)
-            other = ReceiptRepository(file_engine)
+            other = ReceiptRepository(shared_engine)
             with other.transaction():
                 receipt_id = other.insert_receipt(new_receipt())
                 other.move_to_dlq(receipt_id, "a test")

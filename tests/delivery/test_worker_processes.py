@@ -33,18 +33,18 @@ print("ended", flush=True)
 
 
 @pytest.fixture
-def repository(file_engine):
+def repository(shared_engine):
     """By the real clock."""
-    return ReceiptRepository(file_engine)
+    return ReceiptRepository(shared_engine)
 
 
 @pytest.fixture
-def start(path):
+def start(buffer):
     """Start a worker, and wait until it looks for receipts."""
     started = []
 
     def start(seconds=0.0, batch=50):
-        process = start_python(WORKER, path, seconds, batch)
+        process = start_python(WORKER, buffer, seconds, batch)
         started.append(process)
         assert process.stdout.readline() == "ready\n"
         return process

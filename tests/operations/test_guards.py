@@ -1,7 +1,7 @@
 """What the database itself refuses and does, whoever writes: no operation of ours is needed for it."""
 
 import pytest
-from builders import NOON, STATUSES, a_foreign_receipt, a_receipt, snapshot, story
+from builders import NOON, STATUSES, a_foreign_receipt, a_receipt, drop_trigger, snapshot, story
 from sqlalchemy import text
 from sqlalchemy.orm import Session
 
@@ -92,7 +92,7 @@ class TestGuards:
         """A logical counter is never negative, even where somebody has dropped the guard."""
         a_receipt(repository)
         with engine.begin() as connection:
-            connection.execute(text("DROP TRIGGER trg_guard_acknowledged"))
+            drop_trigger(connection, "trg_guard_acknowledged")
         with pytest.raises(Exception, match="ck_receipts_hlc_logical_counter"), engine.begin() as connection:
             connection.execute(text("UPDATE receipts SET hlc_logical_counter = -1"))
 

@@ -11,7 +11,7 @@ class TestCheckIntegrity:
         before = snapshot(engine)
         found = repository.check_integrity()
         assert {()} == set(found.findings.values())
-        assert {"references", "settings", "rules of the tables", "dead letters", "counts", "documents"} <= set(
+        assert {"settings", "rules of the tables", "dead letters", "counts", "documents"} <= set(
             found.findings
         )
         assert (found.is_sound, str(found)) == (True, "")

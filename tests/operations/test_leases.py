@@ -164,13 +164,13 @@ class TestClaimPending:
         repository.recover_expired_leases()
         assert ["receipt_added"] == story(repository, receipt.id)
 
-    def test_threads(self, file_repository):
+    def test_threads(self, shared_repository):
         """Sixteen threads never hold the same receipt."""
-        made = file_repository.insert_receipts(new_receipt() for _ in range(100))
+        made = shared_repository.insert_receipts(new_receipt() for _ in range(100))
         held = []
 
         def work(_number):
-            while batch := file_repository.claim_pending(3):
+            while batch := shared_repository.claim_pending(3):
                 held.extend(ids(batch))
 
         together(16, work)

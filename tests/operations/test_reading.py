@@ -9,27 +9,27 @@ from kkt_buffer.models import ReceiptStatus
 
 
 class TestReading:
-    def test_one_moment(self, file_repository):
+    def test_one_moment(self, shared_repository):
         """What others store meanwhile is not seen, by the session and by operations alike; nobody waits."""
-        a_receipt(file_repository)
-        with file_repository.reading() as session:
+        a_receipt(shared_repository)
+        with shared_repository.reading() as session:
             before = session.scalar(select(func.count()).select_from(Receipt))
             other = ReceiptRepository(session.get_bind().engine)
-            assert (1, 1) == (before, file_repository.get_buffer_status().pending)
-            assert file_repository.in_transaction
+            assert (1, 1) == (before, shared_repository.get_buffer_status().pending)
+            assert shared_repository.in_transaction
             assert [] == [receipt for receipt in other.get_pending_receipts() if receipt.pos_id != "till-1"]
-        file_repository.insert_receipt(new_receipt())
-        assert file_repository.get_buffer_status().pending == 2
+        shared_repository.insert_receipt(new_receipt())
+        assert shared_repository.get_buffer_status().pending == 2
 
-    def test_beside_a_writer(self, file_repository):
+    def test_beside_a_writer(self, shared_repository):
         """A block that reads for long keeps no writer out."""
         from builders import together  # noqa: PLC0415 (the one test that needs threads)
 
-        with file_repository.reading():
-            assert file_repository.get_buffer_status().pending == 0
-            together(2, lambda _: file_repository.insert_receipt(new_receipt()))
-            assert file_repository.get_buffer_status().pending == 0
-        assert file_repository.get_buffer_status().pending == 2
+        with shared_repository.reading():
+            assert shared_repository.get_buffer_status().pending == 0
+            together(2, lambda _: shared_repository.insert_receipt(new_receipt()))
+            assert shared_repository.get_buffer_status().pending == 0
+        assert shared_repository.get_buffer_status().pending == 2
 
     @pytest.mark.parametrize("operation", ["insert_receipt", "mark_synced", "claim_pending", "transaction"])
     def test_no_operation_that_writes(self, repository, operation):
@@ -47,12 +47,12 @@ class TestReading:
             assert repository.get_receipt_by_id(receipt.id).status == ReceiptStatus.PENDING
         assert repository.insert_receipt(new_receipt())
 
-    def test_no_write_of_ones_own(self, file_repository):
+    def test_no_write_of_ones_own(self, shared_repository):
         """The database refuses it."""
-        receipt = a_receipt(file_repository)
-        with pytest.raises(ReceiptBufferError), file_repository.reading() as session:
+        receipt = a_receipt(shared_repository)
+        with pytest.raises(ReceiptBufferError), shared_repository.reading() as session:
             session.execute(text("UPDATE receipts SET last_error = 'x'"))
-        assert file_repository.get_receipt_by_id(receipt.id).last_error is None
+        assert shared_repository.get_receipt_by_id(receipt.id).last_error is None
 
     def test_inside_transaction(self, repository):
         """It joins: what the transaction has stored is seen."""

@@ -112,14 +112,14 @@ class TestTransaction:
             raise RuntimeError
         assert receipt.status == "pending"
 
-    def test_threads(self, file_repository):
+    def test_threads(self, shared_repository):
         """Another thread is not inside: it sees nothing before the commit."""
 
         def pending(_number=0):
-            return file_repository.get_buffer_status().pending
+            return shared_repository.get_buffer_status().pending
 
-        with file_repository.transaction():
-            file_repository.insert_receipt(new_receipt())
+        with shared_repository.transaction():
+            shared_repository.insert_receipt(new_receipt())
             assert together(1, pending) == [0]
         assert pending() == 1
 

@@ -1,4 +1,4 @@
-"""Threads and processes on one file: nothing lost, doubled or out of order, and the capacity is never exceeded."""
+"""Threads and processes on one buffer: nothing lost, doubled or out of order, and the capacity is never exceeded."""
 
 import contextlib
 import subprocess
@@ -7,13 +7,24 @@ from pathlib import Path
 
 import predecessor
 import pytest
-from builders import PROOF, checkouts, new_receipt, open_files, run_python, start_python, together
+from builders import (
+    PROOF,
+    another_program,
+    checkouts,
+    is_server,
+    new_receipt,
+    open_files,
+    run_python,
+    start_python,
+    together,
+)
 
-from kkt_buffer import BufferFullError, ReceiptRepository
+from kkt_buffer import BufferFullError
 
 ROOT = Path(__file__).parents[2]
 THREADS = 16
 PROCESSES = 4
+ROUNDS = 50 if PROOF else 3  # of those that start together
 
 # Four threads insert until the buffer is full or enough is done, and print each id once it is acknowledged. The wall
 # clock of every process is another one, and jumps.
@@ -42,11 +53,11 @@ for worker in workers:
 """
 
 
-def sell(path, threads, each):
+def sell(buffer, threads, each):
     """Let the processes insert at the same time; return the ids that they acknowledged."""
     with contextlib.ExitStack() as stack:
         tills = [
-            stack.enter_context(start_python(TILL, path, threads, each, seed, stdin=-1)) for seed in range(PROCESSES)
+            stack.enter_context(start_python(TILL, buffer, threads, each, seed, stdin=-1)) for seed in range(PROCESSES)
         ]
         for till in tills:
             till.stdin.write("go\n")
@@ -56,42 +67,86 @@ def sell(path, threads, each):
     return acknowledged
 
 
-def stored(path):
-    """Ids and timestamps in the order of commits (rowid), read by a process of its own."""
+def stored(buffer):
+    """Ids and timestamps in the order of commits, read by a program of its own: of SQLite, by rowid."""
+    if is_server(buffer):
+        with another_program(buffer) as db:
+            rows = db.execute(
+                "SELECT id, hlc_local_time, hlc_logical_counter FROM receipts"
+                # Those that shared a commit come in their own order.
+                " ORDER BY pg_xact_commit_timestamp(xmin), hlc_local_time, hlc_logical_counter"
+            ).fetchall()
+        return [row[0] for row in rows], [row[1:] for row in rows]
     program = """
         import contextlib, sqlite3, sys
         with contextlib.closing(sqlite3.connect(sys.argv[1])) as db:
             rows = db.execute("SELECT id, hlc_local_time, hlc_logical_counter FROM receipts ORDER BY rowid").fetchall()
         print(*("|".join(map(str, row)) for row in rows), sep="\\n")
     """
-    lines = run_python(program, path).stdout.split()
+    lines = run_python(program, buffer).stdout.split()
     rows = [line.split("|") for line in lines]
     return [row[0] for row in rows], [(int(row[1]), int(row[2])) for row in rows]
 
 
-def assert_all_there(path, acknowledged):
-    ids, stamps = stored(path)
+def in_use_by(buffer):
+    """What this process has open of a file; of a server, which no other process of the run uses, the connections."""
+    if not is_server(buffer):
+        return open_files(buffer)
+    with another_program(buffer) as db:
+        return db.execute("SELECT count(*) FROM pg_stat_activity WHERE backend_type = 'client backend'").fetchone()
+
+
+def assert_all_there(buffer, acknowledged):
+    ids, stamps = stored(buffer)
     assert sorted(acknowledged) == sorted(ids)
     assert len(ids) == len(set(ids))
     assert sorted(set(stamps)) == stamps
 
 
+STARTER = """
+import logging, sys
+logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
+from kkt_buffer import buffer
+sys.stdin.readline()
+buffer.init_buffer_db(sys.argv[1])
+print("id", buffer.insert_receipt({"pos_id": "till-1", "fiscal_doc": "{}"}))
+"""
+
+
+def assert_started_together(buffer):
+    with contextlib.ExitStack() as stack:
+        starters = [
+            stack.enter_context(start_python(STARTER, buffer, stdin=-1, stderr=subprocess.PIPE)) for _ in range(6)
+        ]
+        for starter in starters:
+            starter.stdin.write("go\n")
+            starter.stdin.flush()
+        said = [starter.communicate() for starter in starters]
+    lines = [line.split() for out, _ in said for line in out.splitlines()]
+    acknowledged = [line[1] for line in lines if line[0] == "id"]
+    assert len(acknowledged) == 6, said
+    assert sum(line[:3] == ["upgraded", "the", "schema"] for line in lines) == 1
+    ids, stamps = stored(buffer)
+    assert sorted(ids[-6:]) == sorted(acknowledged)
+    assert sorted(set(stamps[-6:])) == stamps[-6:]
+
+
 @pytest.mark.slow
 class TestProcesses:
-    def test_nothing_lost(self, path, open_engine):
+    def test_nothing_lost(self, buffer, shared_repository):
         """Four processes of four threads each: every acknowledged receipt is there, once, and HLC follows commits."""
-        ReceiptRepository(open_engine(path)).set_config("buffer_capacity", 10_000)
-        acknowledged = sell(path, threads=4, each=25)
+        shared_repository.set_config("buffer_capacity", 10_000)
+        acknowledged = sell(buffer, threads=4, each=25)
         assert len(acknowledged) == PROCESSES * 4 * 25
-        assert_all_there(path, acknowledged)
+        assert_all_there(buffer, acknowledged)
 
-    def test_last_places(self, path):
+    def test_last_places(self, buffer):
         """Racing for the last places, they fill the buffer to the last one and not beyond."""
-        acknowledged = sell(path, threads=4, each=25)
+        acknowledged = sell(buffer, threads=4, each=25)
         assert len(acknowledged) == 200
-        assert_all_there(path, acknowledged)
+        assert_all_there(buffer, acknowledged)
 
-    def test_same_receipt(self, path):
+    def test_same_receipt(self, buffer):
         """The same receipt sent by all of them at once is stored once."""
         program = """
             import sys
@@ -103,45 +158,29 @@ class TestProcesses:
                 print(repository.insert_receipt({"id": own, "pos_id": "t", "fiscal_doc": "{}"}, exist_ok=True))
         """
         with contextlib.ExitStack() as stack:
-            tills = [stack.enter_context(start_python(program, path, stdin=-1)) for _ in range(PROCESSES)]
+            tills = [stack.enter_context(start_python(program, buffer, stdin=-1)) for _ in range(PROCESSES)]
             for till in tills:
                 till.stdin.write("go\n")
                 till.stdin.flush()
             said = [till.stdout.read().split() for till in tills]
         assert [said[0]] * PROCESSES == said
-        assert said[0] == stored(path)[0]
+        assert said[0] == stored(buffer)[0]
 
-    @pytest.mark.parametrize("buffer", ["new", "old", "of the sqlite3 version"])
-    def test_start_together(self, tmp_path, buffer):
+    @pytest.mark.parametrize("before", ["nothing", "an old one", "of the sqlite3 version"])
+    def test_start_together(self, tmp_path, before):
         """Six processes that open one buffer at once all succeed, and one of them makes or migrates it."""
-        program = """
-            import logging, sys
-            logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
-            from kkt_buffer import buffer
-            sys.stdin.readline()
-            buffer.init_buffer_db(sys.argv[1])
-            print("id", buffer.insert_receipt({"pos_id": "till-1", "fiscal_doc": "{}"}))
-        """
-        for number in range(50 if PROOF else 3):
+        for number in range(ROUNDS):
             path = tmp_path / f"{number}" / "buffer.db"
-            if buffer != "new":
+            if before != "nothing":
                 path.parent.mkdir()
-                predecessor.make(path, 30) if buffer != "old" else self.an_old_one(path)
-            with contextlib.ExitStack() as stack:
-                starters = [
-                    stack.enter_context(start_python(program, path, stdin=-1, stderr=subprocess.PIPE)) for _ in range(6)
-                ]
-                for starter in starters:
-                    starter.stdin.write("go\n")
-                    starter.stdin.flush()
-                said = [starter.communicate() for starter in starters]
-            lines = [line.split() for out, _ in said for line in out.splitlines()]
-            acknowledged = [line[1] for line in lines if line[0] == "id"]
-            assert len(acknowledged) == 6, said
-            assert sum(line[:3] == ["upgraded", "the", "schema"] for line in lines) == 1
-            ids, stamps = stored(path)
-            assert sorted(ids[-6:]) == sorted(acknowledged)
-            assert sorted(set(stamps[-6:])) == stamps[-6:]
+                predecessor.make(path, 30) if before != "an old one" else self.an_old_one(path)
+            assert_started_together(path)
+
+    def test_start_together_on_a_server(self, server):
+        """So do six that open one schema."""
+        for _ in range(ROUNDS):
+            with server.schema() as schema:
+                assert_started_together(server.url(schema=schema))
 
     @staticmethod
     def an_old_one(path):
@@ -150,52 +189,52 @@ class TestProcesses:
 
 
 class TestThreads:
-    def test_nothing_lost(self, file_repository, file_engine, path):
+    def test_nothing_lost(self, shared_repository, shared_engine, buffer):
         """Sixteen threads on one repository: every acknowledged receipt is there, once, in HLC order."""
-        file_repository.set_config("buffer_capacity", 10_000)
+        shared_repository.set_config("buffer_capacity", 10_000)
 
         def work(number):
-            return [file_repository.insert_receipt(new_receipt(pos_id=f"till-{number}")) for _ in range(20)]
+            return [shared_repository.insert_receipt(new_receipt(pos_id=f"till-{number}")) for _ in range(20)]
 
         acknowledged = [receipt_id for ids in together(THREADS, work) for receipt_id in ids]
-        file_engine.dispose()
+        shared_engine.dispose()
         assert len(acknowledged) == THREADS * 20
-        assert_all_there(path, acknowledged)
+        assert_all_there(buffer, acknowledged)
 
-    def test_last_places(self, file_repository):
+    def test_last_places(self, shared_repository):
         """Capacity is exact under threads, for single receipts and for batches."""
-        file_repository.set_config("buffer_capacity", 50)
+        shared_repository.set_config("buffer_capacity", 50)
 
         def work(number):
             with contextlib.suppress(BufferFullError):
                 for _ in range(10):
                     if number % 2:
-                        file_repository.insert_receipts([new_receipt(), new_receipt(), new_receipt()])
+                        shared_repository.insert_receipts([new_receipt(), new_receipt(), new_receipt()])
                     else:
-                        file_repository.insert_receipt(new_receipt())
+                        shared_repository.insert_receipt(new_receipt())
 
         together(THREADS, work)
-        status = file_repository.get_buffer_status()
+        status = shared_repository.get_buffer_status()
         # A batch of three may find less room than it needs; a single receipt never leaves any.
         assert status.pending == 50
 
-    def test_mixed(self, file_repository):
+    def test_mixed(self, shared_repository):
         """Readers and writers of every kind side by side; the books balance in the end."""
 
         def work(number):
             for _ in range(5):
-                receipt_id = file_repository.insert_receipt(new_receipt())
-                file_repository.get_pending_receipts(5)
-                file_repository.update_receipt_status(receipt_id, "syncing")
+                receipt_id = shared_repository.insert_receipt(new_receipt())
+                shared_repository.get_pending_receipts(5)
+                shared_repository.update_receipt_status(receipt_id, "syncing")
                 if number % 2:
-                    file_repository.mark_synced(receipt_id, number)
+                    shared_repository.mark_synced(receipt_id, number)
                 else:
-                    file_repository.move_to_dlq(receipt_id, "rejected")
-                file_repository.get_buffer_status()
-                file_repository.get_events(3)
+                    shared_repository.move_to_dlq(receipt_id, "rejected")
+                shared_repository.get_buffer_status()
+                shared_repository.get_events(3)
 
         together(THREADS, work)
-        status = file_repository.get_buffer_status()
+        status = shared_repository.get_buffer_status()
         half = THREADS // 2 * 5
         assert (0, 0, half, half, half) == (
             status.pending,
@@ -205,17 +244,14 @@ class TestThreads:
             status.dlq_size,
         )
 
-    def test_short_lived(self, path, open_engine):
+    def test_short_lived(self, buffer, shared_repository):
         """A thousand short-lived threads leave no connection, transaction or file open behind them."""
-        engine = open_engine(path)
-        repository = ReceiptRepository(engine)
-        repository.set_config("buffer_capacity", 10_000)
-        repository.insert_receipt(new_receipt())
-        before = open_files(path)
+        shared_repository.set_config("buffer_capacity", 10_000)
+        shared_repository.insert_receipt(new_receipt())
+        before = in_use_by(buffer)
         with checkouts() as in_use:
             for _ in range(1000):
-                together(1, lambda _: repository.insert_receipt(new_receipt()))
+                together(1, lambda _: shared_repository.insert_receipt(new_receipt()))
             assert [] == in_use
-        assert before == open_files(path)
-        assert repository.get_buffer_status().pending == 1001
-        engine.dispose()
+        assert before == in_use_by(buffer)
+        assert shared_repository.get_buffer_status().pending == 1001

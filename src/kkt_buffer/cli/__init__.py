@@ -17,7 +17,8 @@ from kkt_buffer.errors import ReceiptBufferError
 from kkt_buffer.migrate import release
 
 _EPILOG = """\
-Every command takes --db PATH. Without it, the buffer is $BUFFER_DB_PATH, else data/buffer.db.
+Every command takes --db PATH, where PATH may be the URL of a server. Without it, the buffer is $BUFFER_DB_PATH, else
+data/buffer.db.
 
 `kkt-buffer COMMAND --help` explains a command.
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from kkt_buffer.cli import text
 from kkt_buffer.cli.look import matching
-from kkt_buffer.cli.target import add_command, path_of, repository_for
+from kkt_buffer.cli.target import add_command, path_of, repository_for, shown
 from kkt_buffer.config import CONFIG_RULES
 from kkt_buffer.errors import BufferFullError, InvalidConfigError, InvalidTransitionError, ReceiptNotFoundError
 from kkt_buffer.repository import ReceiptRepository
@@ -114,7 +114,7 @@ def _decide(arguments: argparse.Namespace, verb: str, done: str, decide: Decide)
         if not ids and arguments.error is not None:
             raise ValueError("no open dead letter has this text in its reason or last error; nothing was changed")
         if len(ids) > 1 and not arguments.yes:
-            _ask(f"{verb} {len(ids)} receipts of {path_of(arguments)}, as {arguments.actor}?")
+            _ask(f"{verb} {len(ids)} receipts of {shown(path_of(arguments))}, as {arguments.actor}?")
         count = 0
         for receipt_id in ids:
             try:

@@ -6,8 +6,20 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from sqlalchemy import Engine
+from sqlalchemy import text as sql
+
 from kkt_buffer.cli import text
-from kkt_buffer.cli.target import add_command, engine_for, existing, path_of, repository_for
+from kkt_buffer.cli.target import (
+    add_command,
+    engine_for,
+    existing,
+    file_path,
+    is_server,
+    path_of,
+    repository_for,
+    shown,
+)
 from kkt_buffer.documents import is_intact
 from kkt_buffer.engine import create_buffer_engine
 from kkt_buffer.migrate import current, differences, stage, upgrade
@@ -21,6 +33,8 @@ if TYPE_CHECKING:
     from kkt_buffer.cli.target import Commands
 
 DIFFERS = 3  # exit status of verify
+SERVER_SETTINGS = ("fsync", "full_page_writes", "synchronous_commit", "synchronous_standby_names")
+BACKUP_OF_A_SERVER = "Back up a server by its own means: pg_dump, or pg_basebackup with archived WAL."
 
 
 def add(commands: "Commands") -> None:
@@ -73,7 +87,7 @@ def _upgrade(arguments: argparse.Namespace) -> None:
     try:
         before = stage(engine)
         upgrade(engine)
-        print(f"{path}: schema {current(engine)} (was {before})")
+        print(f"{shown(path)}: schema {current(engine)} (was {before})")
     finally:
         engine.dispose()
 
@@ -94,11 +108,11 @@ def _backup(arguments: argparse.Namespace) -> int:
     if len(names) > 2 or (is_copy and (arguments.db is not None or arguments.keep is not None)):  # noqa: PLR2004
         arguments.parser.error("expected a folder, or PATH TARGET without --db and --keep")
     if is_copy:
-        with engine_for(names[0]) as engine:
+        with engine_for(file_path(names[0], BACKUP_OF_A_SERVER)) as engine:
             ReceiptRepository(engine).backup(names[1])
         print(f"{names[1]}: complete, and on disk")
         return 0
-    path = Path(path_of(arguments))
+    path = Path(file_path(path_of(arguments), BACKUP_OF_A_SERVER))
     folder = Path(names[0]) if names else path.parent / "backups"
     with repository_for(arguments) as repository:
         copy, report = back_up(
@@ -114,14 +128,14 @@ def _backup(arguments: argparse.Namespace) -> int:
 
 def _verify(arguments: argparse.Namespace) -> int:
     path = path_of(arguments)
-    rows = {"buffer": path}
+    rows = {"buffer": shown(path)}
     with engine_for(path) as engine:
-        rows["SQLite"] = known_bugs(engine)
+        rows |= {"PostgreSQL": _server_version(engine)} if is_server(path) else {"SQLite": known_bugs(engine)}
         repository = ReceiptRepository(engine)
         report = repository.check_integrity()
         schema = differences(engine)
         is_damaged = report.is_damaged or any(difference.is_damage for difference in schema)
-        findings = {"schema": tuple(map(str, schema)), **report.findings}
+        findings = {"schema": (), **report.findings} | {"schema": tuple(map(str, schema))}  # in this order
         rows |= {what: text.printable_lines(problems) or "ok" for what, problems in findings.items()}
         is_whole = not any(findings.values())
         if is_whole:
@@ -130,7 +144,8 @@ def _verify(arguments: argparse.Namespace) -> int:
     if is_whole:
         # Never open a damaged file for writing, not even to read its settings.
         with engine_for(path, write=True) as engine:
-            rows["settings of a connection"] = "\n".join(f"{name} {value}" for name, value in pragmas(engine).items())
+            settings = _server_settings(engine) if is_server(path) else pragmas(engine)
+            rows["settings of a connection"] = "\n".join(f"{name} {value}" for name, value in settings.items())
     print(*text.rows(rows), sep="\n")
     if is_damaged:
         print(text.styled("The buffer is DAMAGED.", "red"), "Nothing was changed. Restore a backup.")
@@ -145,9 +160,20 @@ def _verify(arguments: argparse.Namespace) -> int:
     return DIFFERS
 
 
+def _server_version(engine: Engine) -> str:
+    with engine.connect() as connection:
+        return str(connection.scalar(sql("SHOW server_version")))
+
+
+def _server_settings(engine: Engine) -> dict[str, str]:
+    """The settings on which the durability of a commit depends."""
+    with engine.connect() as connection:
+        return {name: str(connection.scalar(sql(f"SHOW {name}"))) for name in SERVER_SETTINGS}
+
+
 def _export(arguments: argparse.Namespace) -> int:
     problems = []
-    for found in salvage(existing(path_of(arguments))):
+    for found in salvage(existing(file_path(path_of(arguments), "On a server, use pg_dump, or `list --json`."))):
         if isinstance(found, Lost):
             problems += [f"receipt {receipt_id} could not be read" for receipt_id in found.ids]
             problems += [found.problem] if found.problem else []

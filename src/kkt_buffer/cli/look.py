@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from kkt_buffer.cli import text
 from kkt_buffer.cli.events import event_lines, latest
-from kkt_buffer.cli.target import add_command, engine_for, path_of, repository_for
+from kkt_buffer.cli.target import add_command, engine_for, path_of, repository_for, shown
 from kkt_buffer.errors import InvalidDocumentError, ReceiptNotFoundError
 from kkt_buffer.migrate import current
 from kkt_buffer.models import DeadLetter, Receipt, ReceiptStatus
@@ -85,13 +85,13 @@ def _add_reveal(command: argparse.ArgumentParser) -> None:
 def _status_lines(repository: ReceiptRepository, path: str, schema: str | None) -> list[str]:
     """The state of a buffer for people."""
     status = repository.get_buffer_status()
-    undelivered = status.undelivered
+    undelivered, name = status.undelivered, text.printable(shown(path))
     full = f"{status.percent_full:.2f} %  ({undelivered} of {status.capacity})"
     if text.is_terminal():
         full = text.styled(text.bar(status.percent_full), _style_of(status)) + f"  {full}"
     failed = f"{status.failed}  (open dead letters: {status.dlq_size}, closed: {status.failed - status.dlq_size})"
     table = {
-        "buffer": text.printable(path),
+        "buffer": name,
         "schema": str(schema),
         "full": full,
         "pending": f"{status.pending}  (held, not printed yet: {status.held})",
@@ -114,7 +114,7 @@ def _status_lines(repository: ReceiptRepository, path: str, schema: str | None) 
         advice = (
             "The buffer is full. Everything in it is safe; new receipts are refused until there is room.",
             "`kkt-buffer events` tells why nothing is delivered. To go on selling meanwhile:",
-            f"kkt-buffer config --db {text.printable(path)} buffer_capacity {2 * max(undelivered, status.capacity)}",
+            f"kkt-buffer config --db {name} buffer_capacity {2 * max(undelivered, status.capacity)}",
         )
         alarm = [
             text.styled(f" {REFUSING} ", "alarm"),
@@ -137,7 +137,8 @@ def _status(arguments: argparse.Namespace) -> None:
     if arguments.json:
         path = path_of(arguments)
         with engine_for(path) as engine:
-            status = {"path": path, "schema": current(engine), **asdict(ReceiptRepository(engine).get_buffer_status())}
+            status = asdict(ReceiptRepository(engine).get_buffer_status())
+            status = {"path": shown(path), "schema": current(engine), **status}
         print(json.dumps(status, ensure_ascii=False))
     else:
         print_status(path_of(arguments))

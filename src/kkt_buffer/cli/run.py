@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from kkt_buffer import demo
 from kkt_buffer.cli.look import print_status
-from kkt_buffer.cli.target import add_command, path_of, repository_for
+from kkt_buffer.cli.target import add_command, file_path, path_of, repository_for
 from kkt_buffer.worker import DeliveryWorker
 
 if TYPE_CHECKING:
@@ -98,7 +98,7 @@ def _named(name: str) -> Any:  # noqa: ANN401 (the worker checks what it is)
 
 
 def _demo(arguments: argparse.Namespace) -> None:
-    path = path_of(arguments, DEMO_PATH)
+    path = file_path(path_of(arguments, DEMO_PATH), f"Without a path it is {DEMO_PATH}.")
     demo.run(path, _operate)
     print_status(path)
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from sqlalchemy import Engine
+from sqlalchemy import Engine, make_url
 
 from kkt_buffer.buffer import DEFAULT_PATH, PATH_VARIABLE
 from kkt_buffer.engine import create_buffer_engine
@@ -55,7 +55,7 @@ def add_command(commands: "Commands", name: str, run: Run, text: str, *, path: b
         "--db",
         metavar="PATH",
         default=argparse.SUPPRESS,
-        help=f"the buffer; else ${PATH_VARIABLE}, else {DEFAULT_PATH}",
+        help=f"the buffer, by its path or the URL of a server; else ${PATH_VARIABLE}, else {DEFAULT_PATH}",
     )
     if path:
         parser.add_argument("path", nargs="?", metavar="PATH", help="the buffer, like --db PATH")
@@ -64,7 +64,7 @@ def add_command(commands: "Commands", name: str, run: Run, text: str, *, path: b
 
 
 def path_of(arguments: argparse.Namespace, default: str | None = None) -> str:
-    """The path of the buffer that the command line names; else `default`, or the buffer of this machine."""
+    """The path or URL of the buffer that the command line names; else `default`, or the buffer of this machine."""
     named, positional = arguments.db, getattr(arguments, "path", None)
     if named is not None and positional is not None:
         arguments.parser.error(f"the buffer is named twice: {named} and {positional}")
@@ -74,10 +74,27 @@ def path_of(arguments: argparse.Namespace, default: str | None = None) -> str:
     return default or os.environ.get(PATH_VARIABLE) or DEFAULT_PATH
 
 
+def is_server(path: str) -> bool:
+    """Is the buffer named by the URL of a server, not by its path?"""
+    return "://" in path and make_url(path).get_backend_name() != "sqlite"
+
+
+def shown(path: str) -> str:
+    """The path or URL as it may be printed: without a password."""
+    return make_url(path).render_as_string(hide_password=True) if is_server(path) else path
+
+
+def file_path(path: str, advice: str) -> str:
+    """The path, unless it is the URL of a server: `ValueError`, with advice what to use there."""
+    if is_server(path):
+        raise ValueError(f"{shown(path)}: this command needs a file. Nothing was changed. {advice}")
+    return path
+
+
 def existing(path: str) -> str:
-    """The path, unless there is no file or an empty one: `BufferStorageError`."""
-    file = file_of(path)
-    if file is None:  # in memory
+    """The path or URL, unless there is no file or an empty one: `BufferStorageError`."""
+    file = None if is_server(path) else file_of(path)
+    if file is None:  # in memory, or on a server
         return path
     try:
         is_empty = file.stat().st_size == 0 and file.is_file()
@@ -102,7 +119,7 @@ def engine_for(path: str, *, write: bool = False, notice: bool = True) -> Iterat
     try:
         require(engine)
         if write:
-            if not notice:
+            if not notice and not is_server(path):
                 known_bugs(engine)
             engine.dispose()
             engine = create_buffer_engine(path)

@@ -15,7 +15,7 @@ from kkt_buffer.models import OPEN_ONLY, ConfigEntry, Receipt, ReceiptStatus, me
 from kkt_buffer.transaction import Transactions
 
 # Problems with these subjects damage no receipt: a backup would not be better.
-_NO_DAMAGE = frozenset({"settings", "order of timestamps"})
+_NO_DAMAGE = frozenset({"settings", "order of timestamps", "safety of commits", "schema"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,7 +24,7 @@ class IntegrityReport:
     The problems of each checked subject; an empty tuple if there are none.
 
     `is_damaged` tells problems for which a backup must be restored from those for which nothing must be restored: a
-    setting that can be corrected, a timestamp that another program wrote out of order.
+    setting that can be corrected, a trigger that was dropped, a timestamp that another program wrote out of order.
     """
 
     findings: Mapping[str, tuple[str, ...]]

@@ -128,6 +128,12 @@ def next_due_at(tx: Transaction) -> int | None:
     return due_at
 
 
+def seconds_until_due(tx: Transaction) -> int | None:
+    """The seconds until `claim` finds a receipt: 0 if it finds one now; None if none is waiting."""
+    due_at = next_due_at(tx)
+    return None if due_at is None else max(due_at - tx.now, 0)
+
+
 def recover(tx: Transaction) -> int:
     """Make receipts with expired leases pending; returns how many."""
     return tx.connection.execute(RECOVER, {"now": tx.now}).rowcount

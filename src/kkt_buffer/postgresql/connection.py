@@ -11,10 +11,29 @@ from psycopg.abc import PQGen
 from psycopg.pq import TransactionStatus
 
 from kkt_buffer.errors import BufferStorageError, ConnectionLostError
-from kkt_buffer.postgresql.errors import unsafe_settings
-from kkt_buffer.postgresql.schema import UNSAFE, unsafe_commit
+from kkt_buffer.postgresql.errors import UNSAFE, unsafe_settings
 
 R = TypeVar("R")
+
+# What makes a commit unsafe, in words; NULL if it is safe. `replicas`: how many must confirm it.
+# https://www.postgresql.org/docs/current/runtime-config-wal.html, runtime-config-replication.html
+_UNSAFE = """\
+CASE
+    WHEN current_setting('fsync') <> 'on' THEN 'fsync is off'
+    WHEN current_setting('full_page_writes') <> 'on' THEN 'full_page_writes is off'
+    WHEN current_setting('synchronous_commit') = 'off' THEN 'synchronous_commit is off'
+    WHEN current_setting('transaction_isolation') <> 'read committed' THEN 'the isolation level is not read committed'
+    WHEN replicas > 0 AND current_setting('synchronous_commit') = 'local' THEN 'synchronous_commit is local'
+    WHEN replicas > CASE WHEN current_setting('synchronous_standby_names') = '' THEN 0 ELSE COALESCE((regexp_match(
+        current_setting('synchronous_standby_names'), '^\\s*(?:ANY|FIRST)?\\s*(\\d+)\\s*\\(', 'i'))[1]::integer, 1) END
+        THEN format('synchronous_standby_names is %L', current_setting('synchronous_standby_names'))
+END"""
+
+
+def unsafe_commit(replicas: int) -> str:
+    """The SQL term that tells what makes a commit unsafe, with which `replicas` must confirm it."""
+    return _UNSAFE.replace("replicas >", f"{replicas} >")
+
 
 _COMMIT_IF_SAFE = f"""\
 DO $do$
