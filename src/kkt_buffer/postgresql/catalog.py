@@ -56,7 +56,7 @@ WHERE proname = ANY (:functions)"""
 
 def objects(connection: Connection) -> tuple[Objects, Objects]:
     """The objects of the schema, expected and found."""
-    schema = connection.scalar(text("SELECT current_schema()"))
+    schema = connection.scalar(text("SELECT quote_ident(current_schema())"))
     found = _described(connection, str(schema))
     with connection.engine.connect().execution_options(**{READ_ONLY: False}) as scratch:
         expected = _expected(scratch)
@@ -101,5 +101,6 @@ def _described(connection: Connection, schema: str) -> Objects:
         },
     )
     # Without the name of the schema, and without line breaks.
-    name_of_it = re.compile(rf"(?:{re.escape(schema)}|pg_temp)\.|(?<=SET search_path TO )'?{re.escape(schema)}'?(?=, )")
+    quoted, bare = re.escape(schema), re.escape(schema.strip('"'))
+    name_of_it = re.compile(rf"(?:{quoted}|pg_temp)\.|(?<=SET search_path TO )'?{bare}'?(?=, )")
     return {(kind, name): re.sub(r"\s+", " ", name_of_it.sub("", sql)) for kind, name, sql in rows}
