@@ -11,8 +11,6 @@ class TestCheckIntegrity:
         before = snapshot(engine)
         found = repository.check_integrity()
         assert {()} == set(found.findings.values())
-        assert {"settings", "rules of the tables", "dead letters", "counts", "documents"} <= set(
-            found.findings
-        )
+        assert {"settings", "rules of the tables", "dead letters", "counts", "documents"} <= set(found.findings)
         assert (found.is_sound, str(found)) == (True, "")
         assert before == snapshot(engine)
