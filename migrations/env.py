@@ -22,7 +22,7 @@ from kkt_buffer.columns import ONLY_ON
 from kkt_buffer.drift import Difference, differences
 from kkt_buffer.engine import create_buffer_engine
 from kkt_buffer.errors import ReceiptBufferError
-from kkt_buffer.migrate import RELEASE_KEY, current, release
+from kkt_buffer.migrate import RELEASE_KEY, current, release, server_statements
 from kkt_buffer.models import VERSION_TABLE, metadata
 
 logger = logging.getLogger("kkt_buffer.migrations")
@@ -51,7 +51,7 @@ def _add_what_autogenerate_misses(ctx: Any, _revision: Any, directives: list[Mig
     [script] = directives
     [up], [down] = script.upgrade_ops_list, script.downgrade_ops_list
     found_already = str(up.as_diffs())
-    for difference in differences(ctx.connection):
+    for difference in differences(ctx.connection, server_statements):
         if difference.kind == "table" and not difference.constraints and f"'{difference.name}'" in found_already:
             continue  # only its columns differ, and autogenerate has found that
         if difference.kind == "table" or f"'{difference.name}'" not in found_already:

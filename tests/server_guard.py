@@ -13,11 +13,12 @@ import time
 
 
 def processes_in(folder):
-    """The processes that have this folder as their current one: a server and all that it has started."""
+    """The processes whose current folder is this one or below it: a server and all that it has started."""
     found = []
     for process in filter(str.isdigit, os.listdir("/proc")):
         with contextlib.suppress(OSError):  # it has ended meanwhile
-            if os.readlink(f"/proc/{process}/cwd") == folder:
+            current = os.readlink(f"/proc/{process}/cwd")
+            if current == folder or current.startswith(f"{folder}/"):
                 found.append(int(process))
     return found
 
@@ -33,7 +34,7 @@ def kill_all(folder):
 
 def main(folder):
     sys.stdin.read()
-    kill_all(os.path.join(folder, "data"))
+    kill_all(folder)
     shutil.rmtree(folder)
 
 

@@ -45,7 +45,7 @@ mkdir -p /etc/postgresql-common
     echo 'create_main_cluster = false' >/etc/postgresql-common/createcluster.conf
 export TMPDIR=/var/tmp DEBIAN_FRONTEND=noninteractive
 apt-get update -qq
-apt-get install -y -qq --no-install-recommends -o Dpkg::Options::=--force-confold postgresql
+apt-get install -y -qq --no-install-recommends -o Dpkg::Options::=--force-confold "$@"
 """
 
 
@@ -68,22 +68,28 @@ def _find():
     return None
 
 
-@functools.cache
-def programs():
+def installed(find, *packages):
     """
-    The folder with PostgreSQL's programs, which root installs if they are missing; None if they cannot be had.
+    What `find` finds, if need be after root has installed the packages; nothing if they cannot be had.
 
-    `KKT_BUFFER_NO_SERVER=1` hides them.
+    `KKT_BUFFER_NO_SERVER=1` hides all of it.
     """
-    if HIDDEN or not os.path.exists("/proc/self/cwd"):
+    if HIDDEN:
         return None
-    if (found := _find()) or os.geteuid() != 0 or not shutil.which("apt-get"):
+    if (found := find()) or os.geteuid() != 0 or not shutil.which("apt-get"):
         return found
     with open("/var/tmp/kkt-buffer-install.lock", "w") as lock:  # by one process of the run
         fcntl.flock(lock, fcntl.LOCK_EX)
-        if not _find():
-            subprocess.run(["sh", "-c", INSTALL], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, check=False)
-    return _find()
+        if not find():
+            command = ["sh", "-c", INSTALL, "sh", *packages]
+            subprocess.run(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, check=False)
+    return find()
+
+
+@functools.cache
+def programs():
+    """The folder with PostgreSQL's programs, or None."""
+    return installed(_find, "postgresql") if os.path.exists("/proc/self/cwd") else None
 
 
 def reason():
@@ -93,7 +99,8 @@ def reason():
     return f"there are no server programs of version {OLDEST} or newer, and they cannot be installed"
 
 
-def _a_free_port():
+def a_free_port():
+    """A port of loopback that nobody listens on."""
     while True:
         port = CHANCE.randrange(*PORTS)
         with socket.socket() as probe, contextlib.suppress(OSError):
@@ -110,7 +117,7 @@ class Server:
     """
 
     def __init__(self, *, standby_of=None, **settings):
-        self.port = _a_free_port()
+        self.port = a_free_port()
         self.settings = SETTINGS | settings | {"port": self.port}
         self.standby_of = standby_of
         self.process = None

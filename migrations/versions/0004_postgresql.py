@@ -140,6 +140,7 @@ CREATE TABLE dlq (
 )
 
 FUNCTIONS = (
+    # An advisory lock: nothing is written for it, so nothing rots under a long snapshot. Its key is that of the table.
     """\
 CREATE FUNCTION kkt_lock_buffer() RETURNS void LANGUAGE plpgsql AS $$
 BEGIN
@@ -169,6 +170,8 @@ BEGIN
     RETURN COALESCE((SELECT CASE WHEN value ~ '^\\d{1,10}$' THEN value::bigint ELSE 0 END FROM config
         WHERE key = 'buffer_capacity'), 200);
 END $$""",
+    # `known`: the ids that are stored already. `room`: for how many more receipts there was room, if too few. Nothing
+    # was stored if there is either.
     """\
 CREATE FUNCTION kkt_insert_receipts(
     ids text[], pos_ids text[], documents text[], digests text[], held boolean[], at bigint, replicas integer,
@@ -204,6 +207,9 @@ BEGIN
     FROM unnest(ids, pos_ids, documents, digests, held) WITH ORDINALITY
         AS given (id, pos_id, document, digest, hold, place);
 END $$""",
+    # The state is the sum of all rows. Those below `folded_below` of the newest folded row are in that row, and dead. A
+    # long snapshot keeps them, so they are not even looked at. After a restore into another server, whose transactions
+    # have other numbers, the folded row is none of this server's (its xmin differs), and all rows are read.
     """\
 CREATE FUNCTION kkt_live_changes() RETURNS xid8 LANGUAGE plpgsql STABLE SET enable_seqscan = off AS $$
 BEGIN
@@ -226,6 +232,8 @@ BEGIN
         FILTER (WHERE hlc_local_time IS NOT NULL))[2], MAX(last_synced_at)
     FROM buffer_changes WHERE transaction_id >= from_here;
 END $$""",
+    # Replaces all rows by their sum, one transaction at a time. The rows of transactions that are not committed yet
+    # stay; their numbers are not below the xmin of the snapshot of this statement.
     """\
 CREATE FUNCTION kkt_fold_changes() RETURNS void LANGUAGE plpgsql SET enable_seqscan = off AS $$
 DECLARE
@@ -245,6 +253,7 @@ BEGIN
         FROM gone;
     END IF;
 END $$""",
+    # Facts and changes. `kkt_insert_receipts` has looked for room before; whoever else inserts is checked here.
     """\
 CREATE FUNCTION kkt_receipts_added() RETURNS trigger LANGUAGE plpgsql AS $$
 BEGIN
@@ -334,6 +343,7 @@ BEGIN
     SELECT -COUNT(*) FROM old_rows WHERE resolved_at IS NULL HAVING COUNT(*) > 0;
     RETURN NULL;
 END $$""",
+    # Guards. A stale snapshot would not see the receipts of the transaction that had the lock before.
     """\
 CREATE FUNCTION kkt_guard_insert() RETURNS trigger LANGUAGE plpgsql AS $$
 BEGIN
@@ -459,17 +469,26 @@ FOR EACH STATEMENT EXECUTE FUNCTION kkt_guard('a buffer is pruned, not truncated
 )
 
 
+def server_statements(schema: str) -> list[str]:
+    """
+    What makes all of it in a schema. `kkt_buffer.check` runs the same statements, to know what it should find.
+
+    Functions search that schema alone, whoever calls them; pg_temp last, so that no temporary table hides a table.
+    """
+    path = f"SET search_path = {schema}, pg_temp AS $$"
+    return [
+        *TABLES,
+        "ALTER TABLE receipts SET (toast_tuple_target = 256)",  # documents are compressed: a third less WAL
+        *(function.replace("AS $$", path, 1) for function in FUNCTIONS),
+        *(re.sub(r"\b(kkt_\w+\()", rf"{schema}.\1", statement) for statement in (*VIEWS, *TRIGGERS)),
+    ]
+
+
 def upgrade() -> None:
     if op.get_context().dialect.name == "sqlite":
         return
-    schema = op.get_bind().scalar(sa.text("SELECT quote_ident(current_schema())"))
-    # Functions search that schema alone, whoever calls them; pg_temp last, so that no temporary table hides a table.
-    path = f"SET search_path = {schema}, pg_temp AS $$"
-    for statement in (*TABLES, *(function.replace("AS $$", path, 1) for function in FUNCTIONS)):
+    for statement in server_statements(op.get_bind().scalar(sa.text("SELECT quote_ident(current_schema())"))):
         run(statement)
-    for statement in (*VIEWS, *TRIGGERS):
-        run(re.sub(r"\b(kkt_\w+\()", rf"{schema}.\1", statement))
-    run("ALTER TABLE receipts SET (toast_tuple_target = 256)")  # documents are compressed: a third less WAL
     run("INSERT INTO buffer_changes (folded_below, hlc_local_time, hlc_logical_counter) VALUES ('0', 0, -1)")
     now = "floor(extract(epoch FROM clock_timestamp()))::bigint"
     for key, value in CONFIG.items():

@@ -7,7 +7,7 @@
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -90,14 +90,6 @@ class Backend(ABC):
         """
 
     @abstractmethod
-    def lock(self, connection: Connection) -> None:
-        """Keep out whoever inserts or takes this lock, until the end of the transaction."""
-
-    @abstractmethod
-    def confirm(self, connection: Connection) -> None:
-        """Return only when everything that this transaction has read is durable, as after a commit."""
-
-    @abstractmethod
     def run(self, connection: Connection, sql: str, parameters: Parameters) -> CursorResult[Any]:
         """
         Run a constant statement with `:name` parameters, for one set of them or for several.
@@ -107,20 +99,8 @@ class Backend(ABC):
         """
 
     @abstractmethod
-    def end(self) -> None:
-        """Roll back a transaction that this thread left open because an exception interrupted SQLAlchemy."""
-
-    @abstractmethod
-    def refuse_second(self) -> None:
-        """Raise `BufferBusyError` if this thread has a write transaction open: a second one would deadlock."""
-
-    @abstractmethod
     def explain(self, error: DBAPIError) -> ReceiptBufferError | None:
         """The domain error for a refused statement; None if a trigger or table of the service itself refused it."""
-
-    @abstractmethod
-    def lenient_text(self, connection: Connection) -> AbstractContextManager[None]:
-        """Read invalid UTF-8 too, decoded with backslash escapes."""
 
     @abstractmethod
     def references(self, connection: Connection) -> list[Reference]:
@@ -131,30 +111,51 @@ class Backend(ABC):
         """The checks of this backend for `check_integrity`: for each subject, a function that lists problems."""
 
     @abstractmethod
-    def pruned(self, connection: Connection) -> None:
-        """Called after receipts were deleted, in the same transaction."""
-
-    @abstractmethod
-    def refuse_backup(self) -> None:
-        """Raise `BufferStorageError` if `backup` cannot copy this buffer."""
-
-    @abstractmethod
     def backup(self, engine: Engine, path: str | os.PathLike[str]) -> None:
         """Copy a consistent snapshot of the buffer to the file `path`."""
 
     @abstractmethod
-    def objects(self, connection: Connection) -> tuple[Objects, Objects]:
-        """The objects of the schema: those that this release expects, and those of the database."""
+    def objects(self, connection: Connection, made_by: Callable[[str], list[str]]) -> tuple[Objects, Objects]:
+        """
+        The objects of the schema: those that this release expects, and those of the database.
+
+        `made_by`: the statements by which the migrations make a schema with this name on a server.
+        """
 
     @abstractmethod
     def migrating(self, engine: Engine) -> AbstractContextManager[Connection]:
         """A connection for migrations, which then begin a transaction that keeps out other migrations."""
 
-    @abstractmethod
-    def violations(self, connection: Connection) -> set[tuple[object, ...]]:
-        """The rows that violate a foreign key."""
+    # What only some engines need. These do nothing.
 
-    @abstractmethod
+    def lock(self, connection: Connection) -> None:
+        """Keep out whoever inserts or takes this lock, until the end of the transaction."""
+
+    def confirm(self, connection: Connection) -> None:
+        """Return only when everything that this transaction has read is durable, as after a commit."""
+
+    def end(self) -> None:
+        """Roll back a transaction that this thread left open because an exception interrupted SQLAlchemy."""
+
+    def refuse_second(self) -> None:
+        """Raise `BufferBusyError` if this thread has a write transaction open: a second one would deadlock."""
+
+    def lenient_text(self, connection: Connection) -> AbstractContextManager[None]:
+        """Read invalid UTF-8 too, decoded with backslash escapes."""
+        del connection
+        return nullcontext()
+
+    def pruned(self, connection: Connection) -> None:
+        """Called after receipts were deleted, in the same transaction."""
+
+    def refuse_backup(self) -> None:
+        """Raise `BufferStorageError` if `backup` cannot copy this buffer."""
+
+    def violations(self, connection: Connection) -> set[tuple[object, ...]]:
+        """The rows that violate a foreign key, if a migration can leave such rows."""
+        del connection
+        return set()
+
     def upgraded(self, engine: Engine) -> None:
         """Called after each upgrade of the schema."""
 

@@ -1,10 +1,11 @@
 """
-Compare the schema of a database with the models and the `schema` of its engine: tables, indexes, views and triggers.
+Compare the schema of a database with that of this release: tables, indexes, views, triggers and functions.
 
 Their SQL text is compared. Triggers, views and columns with other names belong to other programs.
 """
 
 import re
+from collections.abc import Callable
 from typing import NamedTuple
 
 from sqlalchemy import Connection
@@ -52,9 +53,13 @@ class Difference(NamedTuple):
         return sorted(expected - found), sorted(found - expected - _added_by_others(self.expected, self.found))
 
 
-def differences(connection: Connection) -> list[Difference]:
-    """Every difference, sorted by kind and name; empty if the database has the schema of this release."""
-    expected, found = backend_of(connection.engine).objects(connection)
+def differences(connection: Connection, made_by: Callable[[str], list[str]]) -> list[Difference]:
+    """
+    Every difference, sorted by kind and name; empty if the database has the schema of this release.
+
+    `made_by`: see `Backend.objects`.
+    """
+    expected, found = backend_of(connection.engine).objects(connection, made_by)
     return [
         Difference(kind, name, expected.get((kind, name)), found.get((kind, name)))
         for kind, name in sorted(expected.keys() | found.keys())

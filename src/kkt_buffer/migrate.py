@@ -155,7 +155,17 @@ def differences(engine: Engine) -> "list[Difference]":
 
     require(engine)
     with engine.connect().execution_options(**{READ_ONLY: True}) as connection:
-        return drift.differences(connection)
+        return drift.differences(connection, server_statements)
+
+
+def server_statements(schema: str) -> list[str]:
+    """The statements by which the migrations, all of them, make a schema with this name on a server."""
+    with _silent_alembic():
+        from alembic.util import load_python_file  # noqa: PLC0415 (rarely needed)
+    scripts = [load_python_file(path.parent, path.name) for path in sorted((SCRIPTS / "versions").glob("[0-9]*.py"))]
+    return [
+        sql for script in scripts if hasattr(script, "server_statements") for sql in script.server_statements(schema)
+    ]
 
 
 def check(engine: Engine) -> None:

@@ -153,8 +153,7 @@ class ReceiptRepository:
             return []
         self._require_schema()
         try:
-            with self._transactions.writing(one_statement=True) as tx:
-                return receipts.insert_together(tx, new)
+            return self._transactions.write_one_statement(receipts.insert_together, new)
         except NotTogetherError:
             # Only now check the receipts one by one, to name the refused one.
             return self._write_idempotent(receipts.insert_unknown, new)

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
+from functools import partial
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from sqlalchemy import Connection, CursorResult, Engine, Select, select
@@ -187,6 +188,12 @@ class Transactions:
     def write(self, operation: Callable[Concatenate[Transaction, P], R], *args: P.args, **options: P.kwargs) -> R:
         """Run an operation in a write transaction; again, if nothing of it was stored."""
         return self._repeated(self.writing, lambda tx: operation(tx, *args, **options))
+
+    def write_one_statement(
+        self, operation: Callable[Concatenate[Transaction, P], R], *args: P.args, **options: P.kwargs
+    ) -> R:
+        """The same for an operation of one statement, which needs no transaction around it."""
+        return self._repeated(partial(self.writing, one_statement=True), lambda tx: operation(tx, *args, **options))
 
     def write_idempotent(
         self,

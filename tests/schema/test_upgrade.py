@@ -25,6 +25,7 @@ from kkt_buffer.backend import READ_ONLY
 from kkt_buffer.columns import ONLY_ON
 from kkt_buffer.config import CONFIG_RULES
 from kkt_buffer.drift import differences
+from kkt_buffer.migrate import server_statements
 from kkt_buffer.sqlite.schema import SQLITE_TRIGGERS, SQLITE_VIEWS
 
 
@@ -39,7 +40,7 @@ class TestUpgrade:
                 connection.exec_driver_sql(sql)
         assert structure(modelled) == structure(memory_engine)
         with modelled.connect() as connection:
-            assert [] == differences(connection)
+            assert [] == differences(connection, server_statements)
         modelled.dispose()
 
     def test_twice(self, engine, monkeypatch):

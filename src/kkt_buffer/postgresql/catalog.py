@@ -5,17 +5,13 @@ The expected ones are created as temporary objects and described by the same que
 """
 
 import re
+from collections.abc import Callable
 
 from sqlalchemy import Connection, text
-from sqlalchemy.dialects import postgresql
-from sqlalchemy.schema import CreateIndex, CreateTable
 
 from kkt_buffer.backend import READ_ONLY, Objects
-from kkt_buffer.columns import MORE_COLUMNS, ONLY_ON, WHERE
-from kkt_buffer.models import metadata
-from kkt_buffer.postgresql.schema import FUNCTIONS, VIEWS, statements
-
-TABLES = [table for table in metadata.sorted_tables if table.info.get(ONLY_ON, "postgresql") == "postgresql"]
+from kkt_buffer.columns import ONLY_ON
+from kkt_buffer.models import VERSION_TABLE, metadata
 
 _DESCRIBED = text(
     """\
@@ -47,47 +43,26 @@ SELECT 'trigger', tgname::text,
 FROM pg_trigger JOIN tables ON tgrelid = tables.oid WHERE NOT tgisinternal
 UNION ALL
 SELECT 'view', relname::text, pg_get_viewdef(pg_class.oid, true) FROM pg_class JOIN here ON relnamespace = here.oid
-WHERE relname = ANY (:views) AND relkind = 'v'
+WHERE relname IN ('buffer_state', 'v_buffer_status') AND relkind = 'v'
 UNION ALL
 SELECT 'function', proname::text, pg_get_functiondef(pg_proc.oid) FROM pg_proc JOIN here ON pronamespace = here.oid
-WHERE proname = ANY (:functions)"""
+WHERE proname LIKE 'kkt\\_%'"""
 )
 
 
-def objects(connection: Connection) -> tuple[Objects, Objects]:
-    """The objects of the schema, expected and found."""
-    schema = connection.scalar(text("SELECT quote_ident(current_schema())"))
-    found = _described(connection, str(schema))
+def objects(connection: Connection, made_by: Callable[[str], list[str]]) -> tuple[Objects, Objects]:
+    """The objects of the schema: those that the statements `made_by(schema)` make, and those of the database."""
+    found = _described(connection, str(connection.scalar(text("SELECT quote_ident(current_schema())"))))
     with connection.engine.connect().execution_options(**{READ_ONLY: False}) as scratch:
-        expected = _expected(scratch)
+        scratch.execute(text("CREATE TEMPORARY TABLE kkt_buffer_scratch ()"))
+        schema = str(scratch.scalar(text("SELECT pg_my_temp_schema()::regnamespace")))
+        scratch.execute(text("SET LOCAL search_path = pg_temp"))
+        metadata.tables[VERSION_TABLE].create(scratch)
+        for sql in made_by(schema):
+            scratch.exec_driver_sql(sql.replace("%", "%%"))
+        expected = _described(scratch, schema)
         scratch.rollback()
-    return expected, {
-        (kind, name): sql for (kind, name), sql in found.items() if kind == "index" or (kind, name) in expected
-    }
-
-
-def _expected(connection: Connection) -> Objects:
-    connection.execute(text("CREATE TEMPORARY TABLE kkt_buffer_scratch ()"))
-    schema = str(connection.scalar(text("SELECT pg_my_temp_schema()::regnamespace")))
-    connection.execute(text("SET LOCAL search_path = pg_temp"))
-    for sql in (*tables(), *statements(schema)):
-        connection.exec_driver_sql(sql.replace("%", "%%"))
-    return _described(connection, schema)
-
-
-def tables() -> list[str]:
-    """The statements that create the tables and their indexes."""
-    dialect = postgresql.dialect()  # type: ignore[no-untyped-call]
-    created = []
-    for table in TABLES:
-        created.append(str(CreateTable(table).compile(dialect=dialect)))
-        for index in sorted(table.indexes, key=lambda index: str(index.name)):
-            sql = str(CreateIndex(index).compile(dialect=dialect))
-            more, where = index.info.get(MORE_COLUMNS, ()), index.info.get(WHERE)
-            created.append(
-                sql[:-1] + "".join(f", {name}" for name in more) + ")" + (f" WHERE {where}" if where else "")
-            )
-    return created
+    return expected, {key: sql for key, sql in found.items() if key[0] == "index" or key in expected}
 
 
 def _described(connection: Connection, schema: str) -> Objects:
@@ -95,9 +70,7 @@ def _described(connection: Connection, schema: str) -> Objects:
         _DESCRIBED,
         {
             "schema": schema,
-            "tables": [table.name for table in TABLES],
-            "views": list(VIEWS),
-            "functions": list(FUNCTIONS),
+            "tables": [name for name, table in metadata.tables.items() if table.info.get(ONLY_ON) != "sqlite"],
         },
     )
     # Without the name of the schema, and without line breaks.

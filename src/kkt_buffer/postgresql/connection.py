@@ -11,10 +11,40 @@ from psycopg.abc import PQGen
 from psycopg.pq import TransactionStatus
 
 from kkt_buffer.errors import BufferStorageError, ConnectionLostError
-from kkt_buffer.postgresql.errors import unsafe_settings
-from kkt_buffer.postgresql.schema import unsafe_commit
+from kkt_buffer.postgresql.errors import UNSAFE, unsafe_settings
 
 R = TypeVar("R")
+
+# What makes a commit unsafe, in words; NULL if it is safe. `replicas`: how many must confirm it.
+# https://www.postgresql.org/docs/current/runtime-config-wal.html, runtime-config-replication.html
+_UNSAFE = """\
+CASE
+    WHEN current_setting('fsync') <> 'on' THEN 'fsync is off'
+    WHEN current_setting('full_page_writes') <> 'on' THEN 'full_page_writes is off'
+    WHEN current_setting('synchronous_commit') = 'off' THEN 'synchronous_commit is off'
+    WHEN current_setting('transaction_isolation') <> 'read committed' THEN 'the isolation level is not read committed'
+    WHEN replicas > 0 AND current_setting('synchronous_commit') = 'local' THEN 'synchronous_commit is local'
+    WHEN replicas > CASE WHEN current_setting('synchronous_standby_names') = '' THEN 0 ELSE COALESCE((regexp_match(
+        current_setting('synchronous_standby_names'), '^\\s*(?:ANY|FIRST)?\\s*(\\d+)\\s*\\(', 'i'))[1]::integer, 1) END
+        THEN format('synchronous_standby_names is %L', current_setting('synchronous_standby_names'))
+END"""
+
+
+def unsafe_commit(replicas: int) -> str:
+    """The SQL term that tells what makes a commit unsafe, with which `replicas` must confirm it."""
+    return _UNSAFE.replace("replicas >", f"{replicas} >")
+
+
+_COMMIT_IF_SAFE = f"""\
+DO $do$
+DECLARE
+    problem text := {{}};
+BEGIN
+    IF problem IS NOT NULL THEN
+        RAISE EXCEPTION '%', problem USING ERRCODE = '{UNSAFE}';
+    END IF;
+END $do$;
+COMMIT"""
 
 # Migrations take a lock before the tables exist, and do not see those of the same names in a later schema of the path.
 _MIGRATING = """\
@@ -35,6 +65,7 @@ class ServerConnection(psycopg.Connection[Any]):
     replicas = 0
     moment = 0.0  # the server's clock at the beginning of the transaction
     pid = 0
+    is_write = False
     is_limited = True
     is_unconfirmed = False
 
@@ -56,8 +87,10 @@ class ServerConnection(psycopg.Connection[Any]):
         SET LOCAL, and each time: behind pgbouncer, other clients use the same session. JIT takes longer than our
         statements.
         """
+        self.is_write = write
         self.is_limited = not migrating
-        mode = "READ COMMITTED, READ WRITE" if write else "REPEATABLE READ, READ ONLY"
+        # Without READ WRITE, which a replica refuses as it would any statement that it does not know.
+        mode = "READ COMMITTED" if write else "REPEATABLE READ, READ ONLY"
         timeout = 0 if migrating else round(self.lock_timeout * 1000)
         unsafe = unsafe_commit(self.replicas) if write else "NULL"
         cursor = self.execute(
@@ -84,8 +117,22 @@ class ServerConnection(psycopg.Connection[Any]):
                 "Nothing in it was stored; what was acknowledged before is safe. Try again, and put a statement that "
                 "may fail into a savepoint (session.begin_nested())."
             )
-        super().commit()
-        self.refuse_unconfirmed()
+        if self.is_write and self.pgconn.transaction_status == TransactionStatus.INTRANS:
+            self._commit_if_safe()
+            self.refuse_unconfirmed()
+        else:
+            super().commit()
+
+    def _commit_if_safe(self) -> None:
+        """Look at the settings and commit, in one message: a server takes new settings between two messages only."""
+        try:
+            cursor = self.execute(_COMMIT_IF_SAFE.format(unsafe_commit(self.replicas)).encode())
+            while cursor.nextset():
+                pass
+        except psycopg.Error:
+            if self.pgconn.transaction_status == TransactionStatus.INERROR:
+                self.rollback()
+            raise
 
     def refuse_unconfirmed(self) -> None:
         """Raise `ConnectionLostError` if the replicas that must confirm did not confirm the last commit."""

@@ -41,6 +41,18 @@ JOIN pg_attribute AS target ON target.attrelid = confrelid AND target.attnum = c
 WHERE contype = 'f' AND confrelid = 'receipts'::regclass"""
 )
 
+OFF = text(
+    """\
+SELECT 'the trigger ' || tgname || ' is disabled' FROM pg_trigger WHERE tgrelid IN (
+    'receipts'::regclass, 'dlq'::regclass, 'buffer_events'::regclass, 'buffer_changes'::regclass) AND tgenabled <> 'O'
+UNION ALL
+SELECT 'the index ' || indexrelid::regclass || ' is not valid' FROM pg_index WHERE indrelid IN (
+    'receipts'::regclass, 'dlq'::regclass, 'buffer_events'::regclass, 'buffer_changes'::regclass) AND NOT indisvalid
+UNION ALL
+SELECT 'the constraint ' || conname || ' is not validated' FROM pg_constraint WHERE conrelid IN (
+    'receipts'::regclass, 'dlq'::regclass) AND NOT convalidated"""
+)
+
 # Databases that speak the same protocol, and keep other promises.
 _OTHERS = {"CockroachDB": "CockroachDB", "-YB-": "YugabyteDB"}
 
@@ -231,35 +243,21 @@ class Server(Backend):
         """Run the text with the driver's own marks for parameters."""
         return connection.exec_driver_sql(_pyformat(sql), parameters)
 
-    def end(self) -> None:
-        """Nothing: a connection that goes back to the pool is rolled back."""
-
-    def refuse_second(self) -> None:
-        """Nothing: a second transaction of a thread waits at most `busy_timeout`."""
-
     def explain(self, error: DBAPIError) -> ReceiptBufferError | None:
         """The domain error for a statement that the server refused."""
         return statement_error(self, error)
-
-    def lenient_text(self, connection: Connection) -> contextlib.AbstractContextManager[None]:
-        """Nothing: the server stores no invalid UTF-8."""
-        del connection
-        return contextlib.nullcontext()
 
     def references(self, connection: Connection) -> list[Reference]:
         """The foreign keys that refer to receipts, from the catalogue."""
         return [Reference(*row) for row in connection.execute(REFERENCES)]
 
     def checks(self) -> Mapping[str, Callable[[Connection], list[str]]]:
-        """The check of the settings, of the tables, indexes and triggers."""
-        return {"safety of commits": self._unsafe, "schema": _schema}
+        """The check of the settings, and of what may be switched off: triggers, indexes, constraints."""
+        return {"safety of commits": self._unsafe, "schema": lambda connection: list(connection.scalars(OFF))}
 
     def _unsafe(self, connection: Connection) -> list[str]:
         found = connection.scalar(text("SELECT kkt_unsafe_commit(:replicas)"), {"replicas": self._replicas})
         return [] if found is None or found.startswith("the isolation level") else [str(found)]
-
-    def pruned(self, connection: Connection) -> None:
-        """Nothing."""
 
     def refuse_backup(self) -> NoReturn:
         """Raise: a server has its own tools, which can restore a moment."""
@@ -273,25 +271,12 @@ class Server(Backend):
         del engine, path
         self.refuse_backup()
 
-    def objects(self, connection: Connection) -> tuple[Objects, Objects]:
+    def objects(self, connection: Connection, made_by: Callable[[str], list[str]]) -> tuple[Objects, Objects]:
         """The objects of the schema, as the server describes them."""
-        return catalog.objects(connection)
+        return catalog.objects(connection, made_by)
 
     @contextlib.contextmanager
     def migrating(self, engine: Engine) -> Iterator[Connection]:
         """A connection whose transaction waits for that of another migration, however long that takes."""
         with engine.connect().execution_options(**{READ_ONLY: False, MIGRATING: True}) as connection:
             yield connection
-
-    def violations(self, connection: Connection) -> set[tuple[object, ...]]:
-        """None: the server allows no row to violate a foreign key."""
-        del connection
-        return set()
-
-    def upgraded(self, engine: Engine) -> None:
-        """Nothing."""
-
-
-def _schema(connection: Connection) -> list[str]:
-    expected, found = catalog.objects(connection)
-    return [f"the {kind} {name} differs" for kind, name in expected if found.get((kind, name)) != expected[kind, name]]

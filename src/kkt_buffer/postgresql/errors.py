@@ -19,7 +19,9 @@ from kkt_buffer.errors import (
     SchemaError,
     TransactionConflictError,
 )
-from kkt_buffer.postgresql.schema import ACKNOWLEDGED, REFUSED, UNSAFE
+
+# SQLSTATEs of the guards. In class 23 the driver raises an IntegrityError; class 55 is "not in prerequisite state".
+ACKNOWLEDGED, REFUSED, UNSAFE = "23K01", "23K02", "55K01"
 
 _SAFE = "This operation was not stored; what was acknowledged before is safe."
 _MAYBE = "What was acknowledged before is safe."

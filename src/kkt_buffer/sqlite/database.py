@@ -264,12 +264,6 @@ class Database(Backend):
         if stored != len(rows):
             raise BufferDamagedError.found(self, f"{stored} of {len(rows)} receipts were stored")
 
-    def lock(self, connection: Connection) -> None:
-        """Nothing: a write transaction keeps out every other one."""
-
-    def confirm(self, connection: Connection) -> None:
-        """Nothing: what can be read was committed, and so is on disk."""
-
     def run(self, connection: Connection, sql: str, parameters: Parameters) -> CursorResult[Any]:
         """Run the text unchanged: SQLite supports `:name` parameters."""
         return connection.exec_driver_sql(sql, parameters)
@@ -305,15 +299,13 @@ class Database(Backend):
         """Adjust `adopted_rows`."""
         connection.execute(file.ADOPTED)
 
-    def refuse_backup(self) -> None:
-        """Nothing: a file can be copied."""
-
     def backup(self, engine: Engine, path: str | os.PathLike[str]) -> None:
         """Copy a consistent snapshot of the file."""
         file.backup(self, engine, path)
 
-    def objects(self, connection: Connection) -> tuple[Objects, Objects]:
+    def objects(self, connection: Connection, made_by: Callable[[str], list[str]]) -> tuple[Objects, Objects]:
         """The objects of the schema, as the SQL text that SQLite keeps."""
+        del made_by
         return objects(connection)
 
     @contextlib.contextmanager

@@ -1,0 +1,50 @@
+"""Servers of a test's own: those that it kills, or whose settings it changes."""
+
+from collections.abc import Callable, Iterator
+
+import pytest
+import servers
+from builders import unproven
+from postgresql.cluster import migrate
+from postgresql.proxy import Proxy
+from sqlalchemy import URL, make_url
+
+from kkt_buffer import ReceiptRepository
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _programs() -> None:
+    if servers.programs() is None:
+        unproven(f"PostgreSQL: {servers.reason()}")
+
+
+@pytest.fixture
+def own_server() -> Iterator[servers.Server]:
+    """A server of this test alone, with an empty buffer."""
+    with servers.Server() as server:
+        migrate(server.url())
+        yield server
+
+
+@pytest.fixture
+def open_repository(open_engine: Callable[..., object]) -> Callable[..., ReceiptRepository]:
+    """A repository on a URL, by the database's clock."""
+
+    def opened(url: str | URL, **options: object) -> ReceiptRepository:
+        return ReceiptRepository(open_engine(url, **options))  # type: ignore[arg-type]
+
+    return opened
+
+
+@pytest.fixture
+def proxy(postgresql_url: str) -> Iterator[Proxy]:
+    """A proxy in front of an empty buffer, whose URL is `through(proxy, postgresql_url)`."""
+    migrate(postgresql_url)
+    with Proxy(make_url(postgresql_url).port).running() as proxy:
+        yield proxy
+
+
+@pytest.fixture
+def through_proxy(proxy: Proxy, postgresql_url: str) -> URL:
+    """The URL of that buffer, by way of the proxy."""
+    return make_url(postgresql_url).set(port=proxy.port)

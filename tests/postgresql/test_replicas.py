@@ -1,0 +1,212 @@
+"""
+An acknowledgement is refused wherever the server would give one that is not safe.
+
+Settings are read where the receipts are stored: those of a server may change at any time, also behind a pool.
+"""
+
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+from builders import an_id, new_receipt
+from postgresql.cluster import Cluster, frozen, migrate, wait_until
+from postgresql.proxy import Proxy
+from sqlalchemy import text
+
+from kkt_buffer import BufferStorageError, OutcomeUnknownError
+
+WAITING = "SELECT pid FROM pg_stat_activity WHERE wait_event = 'SyncRep'"
+NO_ACKNOWLEDGEMENT = (BufferStorageError, OutcomeUnknownError)
+UNSAFE = {
+    "fsync": "off",
+    "full_page_writes": "off",
+    "synchronous_commit": "off",
+}
+TOO_WEAK_WITH_REPLICAS = {
+    "synchronous_commit": "local",
+    "synchronous_standby_names": "",
+}
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    with Cluster(standbys=1) as cluster:
+        migrate(cluster.url())
+        yield cluster
+
+
+@pytest.fixture(autouse=True)
+def _as_it_was(cluster):
+    yield
+    change(cluster.primary, "RESET ALL")
+
+
+@pytest.fixture
+def repository(cluster, open_repository):
+    return open_repository(cluster.url(), require_replicas=1)
+
+
+def change(server, change):
+    """Change settings of a running server; returns when its processes have them."""
+    before = server.execute("SELECT pg_conf_load_time()")
+    server.execute(f"ALTER SYSTEM {change}")
+    server.execute("SELECT pg_reload_conf()")
+    wait_until(lambda: before != server.execute("SELECT pg_conf_load_time()"))
+
+
+class TestSettings:
+    @pytest.mark.parametrize(("name", "value"), UNSAFE.items(), ids=UNSAFE)
+    def test_unsafe(self, own_server, open_repository, name, value):
+        """Changed while connections of the pool are open: what is stored next is refused; changed back, it is taken."""
+        repository = open_repository(own_server.url())
+        repository.insert_receipt(new_receipt())
+        change(own_server, f"SET {name} = {value}")
+        with pytest.raises(BufferStorageError, match=name):
+            repository.insert_receipt(new_receipt())
+        with pytest.raises(BufferStorageError, match=name):
+            repository.insert_receipts([new_receipt(), new_receipt()])
+        with pytest.raises(BufferStorageError, match=name):
+            with repository.transaction():
+                repository.insert_receipt(new_receipt())
+        assert 1 == repository.get_buffer_status().pending
+        change(own_server, f"RESET {name}")
+        repository.insert_receipt(new_receipt())
+
+    @pytest.mark.parametrize(("name", "value"), TOO_WEAK_WITH_REPLICAS.items(), ids=TOO_WEAK_WITH_REPLICAS)
+    def test_too_weak(self, cluster, repository, open_repository, name, value):
+        """With `require_replicas`, what would not wait for a replica is refused; without, it is taken."""
+        repository.insert_receipt(new_receipt())
+        pending = repository.get_buffer_status().pending
+        change(cluster.primary, f"SET {name} = '{value}'")
+        with pytest.raises(BufferStorageError, match=name):
+            repository.insert_receipt(new_receipt())
+        assert pending == repository.get_buffer_status().pending
+        open_repository(cluster.url()).insert_receipt(new_receipt())
+
+    @pytest.mark.parametrize(("name", "value"), UNSAFE.items(), ids=UNSAFE)
+    def test_while_open(self, own_server, open_repository, name, value):
+        """Changed while a transaction is open: its commit is refused."""
+        repository = open_repository(own_server.url())
+        with pytest.raises(BufferStorageError, match=name):
+            with repository.transaction():
+                repository.insert_receipt(new_receipt())
+                change(own_server, f"SET {name} = {value}")
+        assert 0 == repository.get_buffer_status().pending
+
+    def test_asynchronous(self, own_server, open_repository):
+        """A server without replicas is refused at once."""
+        with pytest.raises(BufferStorageError, match="synchronous_standby_names is ''"):
+            open_repository(own_server.url(), require_replicas=1)
+
+    def test_too_few(self, cluster, open_repository):
+        """One replica is not two."""
+        with pytest.raises(BufferStorageError, match="synchronous_standby_names is 'ANY 1"):
+            open_repository(cluster.url(), require_replicas=2)
+
+    def test_unlogged(self, own_server, open_repository):
+        """A table that a crash empties is refused."""
+        repository = open_repository(own_server.url())
+        repository.insert_receipt(new_receipt())
+        for table in ("dlq", "receipts"):  # in the order that their foreign key allows
+            own_server.execute(f"ALTER TABLE {table} SET UNLOGGED")
+            with pytest.raises(BufferStorageError, match=r"the table \w+ is not logged"):
+                repository.insert_receipt(new_receipt())
+        own_server.execute("ALTER TABLE receipts SET LOGGED")
+        own_server.execute("ALTER TABLE dlq SET LOGGED")
+        repository.insert_receipt(new_receipt())
+
+
+class TestWait:
+    """The primary has committed, no replica has it, and something ends the wait."""
+
+    @pytest.fixture
+    def begin(self, cluster, repository):
+        """Begin to insert a receipt; returns once that waits for the replica, which is frozen until the test ends."""
+        repository.insert_receipt(new_receipt())
+        with ThreadPoolExecutor(2) as executor:
+
+            def begin(receipt, **options):
+                call = executor.submit(repository.insert_receipt, receipt, **options)
+                wait_until(lambda: cluster.primary.execute(WAITING))
+                return call
+
+            with frozen(*cluster.standbys):
+                yield begin
+
+    @staticmethod
+    def cancel(cluster, call):
+        """Cancel every wait of the call, those of its repetitions too, until it is over."""
+
+        def is_over():
+            for (process,) in cluster.primary.execute(WAITING):
+                cluster.primary.execute(f"SELECT pg_cancel_backend({process})")
+            return call.done()
+
+        wait_until(is_over)
+
+    def test_cancelled(self, cluster, begin):
+        """The server says committed, with a warning: that is no acknowledgement."""
+        call = begin(new_receipt())
+        self.cancel(cluster, call)
+        assert isinstance(call.exception(), NO_ACKNOWLEDGEMENT)
+
+    def test_replay(self, cluster, begin):
+        """The receipt is there then, on the primary alone: a replay is not acknowledged before a replica has it."""
+        receipt = new_receipt(id=an_id())
+        self.cancel(cluster, begin(receipt))
+        again = begin(receipt, exist_ok=True)
+        self.cancel(cluster, again)
+        assert isinstance(again.exception(), NO_ACKNOWLEDGEMENT)
+
+    def test_names_emptied(self, cluster, begin):
+        """The server says committed, and nothing else."""
+        call = begin(new_receipt())
+        change(cluster.primary, "SET synchronous_standby_names = ''")
+        wait_until(call.done)
+        assert isinstance(call.exception(), NO_ACKNOWLEDGEMENT)
+
+    def test_terminated(self, cluster, begin):
+        """The connection is ended while it waits: the insert is repeated, and waits again."""
+        call = begin(new_receipt())
+        [(process,)] = cluster.primary.execute(WAITING)
+        cluster.primary.execute(f"SELECT pg_terminate_backend({process})")
+        wait_until(lambda: [(process,)] != cluster.primary.execute(WAITING))
+        assert not call.done() or isinstance(call.exception(), NO_ACKNOWLEDGEMENT)
+
+    def test_deadline(self, cluster, open_repository):
+        """A client does not wait for ever: the replica does not come, and the caller is told."""
+        repository = open_repository(cluster.url(), require_replicas=1, answer_timeout=1, busy_timeout=0.1)
+        repository.insert_receipt(new_receipt())
+        with frozen(*cluster.standbys):
+            with pytest.raises(NO_ACKNOWLEDGEMENT):
+                repository.insert_receipt(new_receipt())
+
+
+class TestLeader:
+    def test_demoted(self, cluster, repository):
+        """A leader that became a replica is left: the next call succeeds on the new one."""
+        first = repository.insert_receipt(new_receipt())
+        cluster.demote()
+        second = repository.insert_receipt(new_receipt())
+        repository.mark_synced(first, 5)
+        with repository.transaction() as session:
+            assert cluster.primary.port == session.scalar(text("SELECT current_setting('port')::int"))
+            assert repository.get_receipt_by_id(second)
+
+    @pytest.mark.parametrize("call", ["insert", "claim", "read"])
+    def test_one_name(self, cluster, open_repository, call):
+        """A name that leads to the demoted one for a while: no connection to it is kept, and nothing is read there."""
+        with Proxy(cluster.primary.port).running() as proxy:
+            url = cluster.url(host=f"127.0.0.1:{proxy.port}", target_session_attrs="any")
+            repository = open_repository(url, require_replicas=1)
+            receipt_id = repository.insert_receipt(new_receipt(pos_id=call))
+            cluster.demote()
+            moved = threading.Timer(0.3, setattr, [proxy, "server_port", cluster.primary.port])
+            moved.start()
+            if call == "insert":
+                repository.insert_receipt(new_receipt())
+            elif call == "claim":
+                assert [receipt_id] == [receipt.id for receipt in repository.claim_pending(pos_id=call)]
+            else:
+                assert receipt_id == repository.get_receipt_by_id(receipt_id).id
+            assert not moved.is_alive()

@@ -1,0 +1,102 @@
+"""What the server answers instead of a result: repeated where that is safe, and otherwise told by an error of ours."""
+
+import psycopg
+import pytest
+from builders import new_receipt
+from postgresql.cluster import migrate
+
+from kkt_buffer import BufferBusyError, BufferStorageError
+
+# The first times that a receipt is written, the server gives up, as it does where transactions meet. The count is kept
+# over a rollback: a sequence takes no part in transactions.
+FAULT = """
+    CREATE SEQUENCE faults;
+    CREATE FUNCTION fault() RETURNS trigger LANGUAGE plpgsql AS $$
+        BEGIN
+            IF nextval('faults') <= {times} THEN
+                RAISE EXCEPTION 'on purpose' USING ERRCODE = '{state}';
+            END IF;
+            RETURN NEW;
+        END
+    $$;
+    CREATE TRIGGER fault BEFORE INSERT OR UPDATE ON receipts FOR EACH ROW EXECUTE FUNCTION fault();
+"""
+CONFLICTS = {"serialization failure": "40001", "deadlock": "40P01"}
+DISCONNECTS = {"read-only": "25006", "shutting down": "57P01", "crashed": "57P02", "starting": "57P03"}
+
+
+@pytest.fixture
+def repository(postgresql_url, open_repository):
+    migrate(postgresql_url)
+    return open_repository(postgresql_url, busy_timeout=1)
+
+
+@pytest.fixture
+def run(postgresql_url):
+    def run(sql):
+        with psycopg.connect(postgresql_url.replace("+psycopg", ""), autocommit=True) as connection:
+            connection.execute(sql)
+
+    return run
+
+
+@pytest.fixture
+def known(repository):
+    """The ids of two receipts."""
+    return repository.insert_receipts([new_receipt(), new_receipt()])
+
+
+@pytest.mark.parametrize("state", [*CONFLICTS.values(), *DISCONNECTS.values()], ids=[*CONFLICTS, *DISCONNECTS])
+class TestRepeated:
+    def test_insert(self, repository, run, state):
+        run(FAULT.format(times=2, state=state))
+        receipt_id = repository.insert_receipt(new_receipt())
+        assert [receipt_id] == [receipt.id for receipt in repository.get_pending_receipts()]
+
+    def test_batch(self, repository, run, state):
+        run(FAULT.format(times=2, state=state))
+        ids = repository.insert_receipts([new_receipt(), new_receipt(), new_receipt()])
+        assert ids == [receipt.id for receipt in repository.get_pending_receipts()]
+
+    def test_mark_synced(self, repository, known, run, state):
+        run(FAULT.format(times=2, state=state))
+        assert repository.mark_synced(known[0], 5)
+        assert "synced" == repository.get_receipt_by_id(known[0]).status
+
+    def test_claim(self, repository, known, run, state):
+        run(FAULT.format(times=2, state=state))
+        assert known == [receipt.id for receipt in repository.claim_pending()]
+
+    def test_move_to_dlq(self, repository, known, run, state):
+        run(FAULT.format(times=2, state=state))
+        assert repository.move_to_dlq(known[0], "rejected")
+        assert 1 == repository.get_buffer_status().dlq_size
+
+    def test_transaction(self, repository, run, state):
+        """The caller's own block cannot be repeated by us: nothing of it is stored, and its next try succeeds."""
+        run(FAULT.format(times=1, state=state))
+        with pytest.raises(BufferStorageError):
+            with repository.transaction():
+                repository.insert_receipt(new_receipt())
+        assert 0 == repository.get_buffer_status().pending
+        with repository.transaction():
+            repository.insert_receipt(new_receipt())
+        assert 1 == repository.get_buffer_status().pending
+
+
+class TestTold:
+    @pytest.mark.parametrize("state", CONFLICTS.values(), ids=CONFLICTS)
+    def test_for_ever(self, repository, run, state):
+        """It is not repeated for ever."""
+        run(FAULT.format(times=1_000_000, state=state))
+        with pytest.raises(BufferStorageError):
+            repository.insert_receipt(new_receipt())
+
+    def test_busy(self, repository, postgresql_url, open_repository):
+        """Another client that adds receipts keeps the others waiting, for `busy_timeout` at most."""
+        other = open_repository(postgresql_url)
+        with other.transaction():
+            other.insert_receipt(new_receipt())
+            with pytest.raises(BufferBusyError):
+                repository.insert_receipt(new_receipt())
+        repository.insert_receipt(new_receipt())
