@@ -224,6 +224,13 @@ class Server:
             cursor = connection.execute(sql)
             return cursor.fetchall() if cursor.description else []
 
+    def dump(self, schema):
+        """What pg_dump makes of a schema: a script that makes it, with its rows."""
+        address = ("--host=127.0.0.1", f"--port={self.port}", "--username=postgres", "--dbname=postgres")
+        dump = self.run("pg_dump", *address, "--inserts", "--no-owner", f"--schema={schema}")
+        # The commands of psql's own, of later versions of pg_dump, are none of SQL.
+        return re.sub(r"(?m)^\\.*$", "", dump)
+
     @contextlib.contextmanager
     def schema(self, template=None):
         """The name of a new schema, empty or as a `Template` has it; dropped at the end."""
@@ -245,10 +252,7 @@ class Template:
     def __init__(self, server, make):
         with server.schema() as self.name:
             make(server.url(schema=self.name))
-            address = ("--host=127.0.0.1", f"--port={server.port}", "--username=postgres", "--dbname=postgres")
-            dump = server.run("pg_dump", *address, "--inserts", "--no-owner", f"--schema={self.name}")
-        # The commands of psql's own, of later versions of pg_dump, are none of SQL.
-        self.dump = re.sub(r"(?m)^\\.*$", "", dump)
+            self.dump = server.dump(self.name)
 
     def script(self, name):
         """What makes a copy, in one transaction."""
