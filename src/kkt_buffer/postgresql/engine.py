@@ -63,12 +63,15 @@ def create(
     read_only: bool,
     busy_timeout: float,
     answer_timeout: float,
-    require_replicas: int,
+    require_replicas: int | str,
     **options: Any,  # noqa: ANN401 (passed on to create_engine)
 ) -> Engine:
     """Create an engine on the first schema of `search_path`, and connect once to check that it can be used."""
     if "isolation_level" in options:
         raise ValueError("isolation_level: a buffer needs READ COMMITTED, and begins its transactions itself")
+    if not require_replicas and (given := str(url.query.get("require_replicas", ""))):  # in the URL of a command
+        require_replicas = int(given) if given.isdecimal() else given
+    url = url.difference_update_query(["require_replicas"])
     server = Server(
         url,
         lock_timeout=busy_timeout,
