@@ -7,6 +7,7 @@ receipt", by the monotonic clock, which all processes of a machine share.
 """
 
 import json
+import logging
 import os
 import sys
 import threading
@@ -98,6 +99,7 @@ def run(task: dict[str, Any], name: str) -> None:
     repository = ReceiptRepository(create_buffer_engine(task["url"], **task["options"]))
     repository.get_buffer_status()
     log = Log(f"{task['folder']}/{name}.log")
+    logging.getLogger("kkt_buffer").addHandler(logging.NullHandler())  # a worker tells of every connection that is lost
     os.write(1, b"ready\n")
     if threads := task["threads"]:
         Till(repository, log, name).run(threads)

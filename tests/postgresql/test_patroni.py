@@ -38,26 +38,28 @@ def url(nodes):
     return url
 
 
-def kill_leader(nodes):
+def kill_leader(nodes, load):
     old = nodes.leader()
     old.kill()
     nodes.wait_for_another_leader(old)
     old.start()
 
 
-def kill_postgresql(nodes):
+def kill_postgresql(nodes, load):
     nodes.leader().kill_postgresql()
     time.sleep(1)  # until Patroni has seen it
 
 
-def switch_over(nodes):
+def switch_over(nodes, load):
     nodes.switch_over()
 
 
-def freeze_leader(nodes):
+def freeze_leader(nodes, load):
+    """It is woken when the load has gone on without it for some time, and takes itself for the leader at first."""
     old = nodes.leader()
     with old.frozen():
         nodes.wait_for_another_leader(old)
+        load.wait_for(500)
 
 
 @pytest.mark.parametrize("event", [kill_leader, kill_postgresql, switch_over, freeze_leader])
@@ -65,7 +67,7 @@ def test_load(nodes, url, tmp_path, event):
     """Nothing acknowledged is lost, nothing is there twice, everything is delivered, and the load goes on."""
     with Load(url, tmp_path, require_replicas=1).running() as load:
         load.wait_for(500)
-        event(nodes)
+        event(nodes, load)
         nodes.wait_until_whole()
         load.wait_for(500)
         books = load.books()

@@ -5,7 +5,6 @@ import pytest
 from builders import new_receipt, together, unproven
 from postgresql.cluster import wait_until
 from postgresql.program import Program, are_installed
-from sqlalchemy import make_url
 
 from kkt_buffer import BufferStorageError
 
@@ -15,7 +14,7 @@ POOL = 4
 
 SETTINGS = """
 [databases]
-* = host=127.0.0.1 port={server_port}
+* = host=127.0.0.1 port={server_port} user=postgres
 [pgbouncer]
 listen_addr = 127.0.0.1
 listen_port = {port}
@@ -67,8 +66,8 @@ def pgbouncer(own_server, pool):
 
 @pytest.fixture
 def repository(pgbouncer, open_repository):
-    """As the README says: no prepared statements, which are on one connection to the server alone."""
-    return open_repository(make_url(pgbouncer.url()), connect_args={"prepare_threshold": None})
+    """No option is needed: statements are not prepared, as they would be on one connection to the server alone."""
+    return open_repository(pgbouncer.url())
 
 
 def test_calls(repository):

@@ -132,9 +132,13 @@ class Server(Backend):
 
     def _open(self, _dialect: Dialect, _record: object, cargs: list[Any], cparams: dict[str, Any]) -> ServerConnection:
         """Open one connection. It is ended when the network has been silent for `answer_timeout`."""
-        limits = {"connect_timeout": 10, "tcp_user_timeout": round(self._answer_timeout * 1000), "keepalives_idle": 10}
-        # Prepared statements: behind pgbouncer another session would not know them.
-        connection = ServerConnection.connect(*cargs, **{**limits, **cparams}, autocommit=True, prepare_threshold=None)
+        defaults = {
+            "connect_timeout": 10,
+            "tcp_user_timeout": round(self._answer_timeout * 1000),
+            "keepalives_idle": 10,
+            "prepare_threshold": None,  # behind pgbouncer another session would not know a prepared statement
+        }
+        connection = ServerConnection.connect(*cargs, **{**defaults, **cparams, "autocommit": True})
         connection.buffer = self
         connection.replicas = self._replicas
         connection.lock_timeout = self._lock_timeout
