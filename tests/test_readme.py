@@ -21,7 +21,10 @@ DOCUMENTS = [
     ROOT / "README.md",
     ROOT / "CHANGELOG.md",
     *(ROOT / ".github").glob("*.md"),
-    *(ROOT / folder / "README.md" for folder in ("migrations", "src/kkt_buffer", "src/kkt_buffer/postgresql", "src/kkt_buffer/sqlite", "tests")),
+    *(
+        ROOT / folder / "README.md"
+        for folder in ("migrations", "src/kkt_buffer", "src/kkt_buffer/postgresql", "src/kkt_buffer/sqlite", "tests")
+    ),
 ]
 
 

@@ -14,6 +14,7 @@ from typing import Any, NoReturn, cast
 import psycopg
 from sqlalchemy import URL, Connection, CursorResult, Dialect, Engine, ExceptionContext, create_engine, event, text
 from sqlalchemy.exc import DBAPIError, DisconnectionError, IntegrityError
+from sqlalchemy.pool import ConnectionPoolEntry, PoolProxiedConnection
 
 from kkt_buffer.arguments import NewReceipt, whole_number
 from kkt_buffer.backend import OPTION, READ_ONLY, Backend, Objects, Parameters, Reference, RefusedError
@@ -150,9 +151,13 @@ class Server(Backend):
         connection.pid = os.getpid()
         return connection
 
-    def _checkout(self, connection: ServerConnection, _record: object, _proxy: object) -> None:
+    def _checkout(
+        self, connection: ServerConnection, record: ConnectionPoolEntry, proxy: PoolProxiedConnection
+    ) -> None:
         if connection.pid != os.getpid():
-            raise DisconnectionError("a connection of the parent process")  # the pool opens another one
+            # Not closed: that would end the session of the parent process. The pool opens another one.
+            cast("Any", record).dbapi_connection = cast("Any", proxy).dbapi_connection = None
+            raise DisconnectionError("a connection of the parent process")
 
     def _begin(self, connection: Connection) -> None:
         options = connection.get_execution_options()
