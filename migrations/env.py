@@ -41,6 +41,11 @@ def _is_here(item: Any, _name: str | None, kind: str, *_: object) -> bool:  # no
     return kind != "table" or item.info.get(ONLY_ON) in {None, context.get_bind().dialect.name}
 
 
+def _none(*_: object) -> bool:
+    """Nothing: Alembic misreads types and partial indexes of PostgreSQL, which `drift` compares too."""
+    return False
+
+
 def _add_what_autogenerate_misses(ctx: Any, _revision: Any, directives: list[MigrationScript]) -> None:  # noqa: ANN401
     """Add the differences of triggers, views, checks and partial indexes, for `alembic check` and new migrations."""
     [script] = directives
@@ -86,8 +91,8 @@ def _migrate(engine: Engine) -> None:
             connection=connection,
             target_metadata=metadata,
             version_table=VERSION_TABLE,
-            include_name=_is_ours,
-            include_object=_is_here,
+            include_name=_none if backend.is_server else _is_ours,
+            include_object=_none if backend.is_server else _is_here,
             transactional_ddl=True,
             transaction_per_migration=False,
             compare_server_default=True,

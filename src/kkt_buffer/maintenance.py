@@ -2,7 +2,8 @@
 
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import datetime, time, timedelta
 from pathlib import Path
 
@@ -62,7 +63,7 @@ class Maintenance:
 
     def _is_ours(self, due: datetime, now: float) -> bool:
         """Whether this worker should do it. If so, `maintenance_started` is logged, so that no other worker starts."""
-        with self._repository.alone():
+        with alone(self._repository):
             if self._last(EventType.MAINTENANCE_COMPLETED) >= due.timestamp():
                 self._done = due
                 self.error = None
@@ -89,6 +90,14 @@ class Maintenance:
                 "and see `kkt-buffer verify`."
             )
         logger.info("maintenance: the backup %s is complete", copy)
+
+
+@contextmanager
+def alone(repository: ReceiptRepository) -> Iterator[None]:
+    """A transaction that no other worker is in: what is read in it stays true until it is written."""
+    with repository.transaction() as session:
+        backend_of(repository.engine).lock(session.connection())
+        yield
 
 
 def _failure_of(step: Callable[[], None]) -> str | None:

@@ -97,7 +97,9 @@ def current(engine: Engine) -> str | None:
     Raises `SchemaError` if this release does not know the revision.
     """
     with engine.connect().execution_options(**{READ_ONLY: True}) as connection:
-        if not inspect(connection).has_table(VERSION_TABLE):
+        inspector = inspect(connection)
+        # On a server, a later schema of search_path may have a buffer too.
+        if not inspector.has_table(VERSION_TABLE, schema=inspector.default_schema_name):
             return None
         revision = connection.scalar(text(f"SELECT version_num FROM {VERSION_TABLE}"))  # noqa: S608 (our own constant)
         if revision is not None and revision not in revisions():

@@ -8,8 +8,8 @@ import os
 import random
 import time
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager
 from typing import Any, Concatenate, overload
 
 from sqlalchemy import Engine
@@ -83,21 +83,6 @@ class ReceiptRepository:
         """
         self._require_schema()
         return self._transactions.block(write=True)
-
-    @contextmanager
-    def alone(self) -> Iterator[Session]:
-        """
-        `transaction()` with the lock that every insert takes: what is read in it stays true until it is written.
-
-        On SQLite every write transaction has it.
-
-        >>> with repository.alone():
-        ...     if not repository.get_events(1, event_type="shift_opened"):
-        ...         event = repository.log_event("shift_opened")
-        """
-        with self.transaction() as session:
-            backend_of(self.engine).lock(session.connection())
-            yield session
 
     def reading(self) -> AbstractContextManager[Session]:
         """
@@ -395,20 +380,11 @@ class ReceiptRepository:
         token = arguments.name("lease_token", lease_token)
         return self._shared(_RECORD_FAILURE, leases.Failure(receipt_id, token, error, self._jitter))
 
-    def next_due_at(self) -> int | None:
-        """
-        The moment from which `claim_pending` finds a receipt (Unix seconds; in the past or now: at once), or None.
-
-        It is the next attempt that is due, or the next lease that expires. Takes no lock.
-
-        >>> repository.next_due_at() is None
-        True
-        """
-        return self._read(leases.next_due_at)
-
     def seconds_until_due(self) -> int | None:
         """
-        The seconds until `next_due_at`, by the same clock: 0 if `claim_pending` finds a receipt now, or None.
+        The seconds until `claim_pending` finds a receipt: 0 if it finds one now. None if nothing is waiting.
+
+        That is the next attempt that is due, or the next lease that expires. Takes no lock.
 
         >>> repository.seconds_until_due() is None
         True

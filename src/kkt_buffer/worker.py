@@ -19,7 +19,7 @@ from kkt_buffer import arguments
 from kkt_buffer.backend import backend_of
 from kkt_buffer.bell import Bell, own_bell
 from kkt_buffer.delivery import DeliveryReport, Send, check_sender, deliver_pending
-from kkt_buffer.maintenance import Maintenance
+from kkt_buffer.maintenance import Maintenance, alone
 from kkt_buffer.models import EventType
 from kkt_buffer.repository import ReceiptRepository
 
@@ -224,7 +224,7 @@ class DeliveryWorker:
             return  # too few failures to open it, and no answer to close it
         if is_open == self._is_logged_open():
             return
-        with self._repository.alone():
+        with alone(self._repository):
             if is_open == self._is_logged_open():  # pragma: no cover (another worker can be faster, but seldom is)
                 return
             if is_open:

@@ -80,14 +80,14 @@ class TestTick:
     def test_held(self, repository):
         """What is not printed yet is not due."""
         repository.insert_receipt(new_receipt(), hold=True)
-        assert repository.next_due_at() is None
+        assert repository.seconds_until_due() is None
 
     def test_beaten(self, repository):
         """If another worker was faster, there is nothing to report."""
         a_receipt(repository)
 
         class Late(ReceiptRepository):
-            def next_due_at(self):
+            def seconds_until_due(self):
                 return 0
 
         late = Late(repository.engine, now=repository.now)
@@ -309,7 +309,7 @@ class TestThread:
         asked = []
 
         class Late(ReceiptRepository):
-            def next_due_at(self):
+            def seconds_until_due(self):
                 asked.append(1)
                 return 0
 

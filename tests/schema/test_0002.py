@@ -165,13 +165,13 @@ class TestLeases:
         assert objects(empty) == objects(file_engine)
 
     @pytest.mark.parametrize("buffer", ["empty", "old"])
-    def test_up_down_up(self, buffer, engine, request):
+    def test_up_down_up(self, buffer, memory_engine, request):
         """Up, down and up again arrives at the same schema and the same rows, with data or without."""
         buffer = request.getfixturevalue(buffer)
         upgrade(buffer)
         expected = contents(buffer)
         downgrade_to(buffer, "0001")
         upgrade(buffer)
-        assert objects(engine) == objects(buffer)
+        assert objects(memory_engine) == objects(buffer)
         assert expected == contents(buffer)
         check(buffer)

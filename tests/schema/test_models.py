@@ -35,9 +35,9 @@ class TestIntact:
 
 
 class TestMetadata:
-    def test_tables(self, engine):
+    def test_tables(self, memory_engine):
         """Every table of a buffer is in it, the version table too."""
-        with engine.connect() as connection:
+        with memory_engine.connect() as connection:
             found = connection.scalars(text("SELECT name FROM sqlite_master WHERE type = 'table'")).all()
         here = {name for name, table in metadata.tables.items() if table.info.get(ONLY_ON) != "postgresql"}
         assert here == {name for name in found if not name.startswith("sqlite_")}

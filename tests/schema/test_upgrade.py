@@ -30,7 +30,7 @@ from kkt_buffer.sqlite.schema import SQLITE_TRIGGERS, SQLITE_VIEWS
 
 
 class TestUpgrade:
-    def test_is_what_the_models_say(self, engine, opened):
+    def test_is_what_the_models_say(self, memory_engine, opened):
         """The migrations arrive at what the models and `schema` make by themselves, object by object."""
         modelled = opened(":memory:")
         with modelled.begin() as connection:
@@ -38,7 +38,7 @@ class TestUpgrade:
             metadata.create_all(connection, tables=here)
             for sql in (*SQLITE_VIEWS.values(), *SQLITE_TRIGGERS.values()):
                 connection.exec_driver_sql(sql)
-        assert structure(modelled) == structure(engine)
+        assert structure(modelled) == structure(memory_engine)
         with modelled.connect() as connection:
             assert [] == differences(connection, server_statements)
         modelled.dispose()

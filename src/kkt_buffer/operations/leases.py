@@ -120,17 +120,11 @@ def claim(tx: Transaction, wanted: Claim) -> list[Receipt]:
     return sorted(found, key=place)
 
 
-def next_due_at(tx: Transaction) -> int | None:
-    """The moment from which `claim` finds a receipt; None if none is waiting."""
+def seconds_until_due(tx: Transaction) -> int | None:
+    """The seconds until `claim` finds a receipt: 0 if it finds one now; None if none is waiting."""
     due_at: int | None = tx.run(
         NEXT_DUE, {"now": tx.now, "horizon": tx.now + tx.number("retry_backoff_max")}
     ).scalar_one()
-    return due_at
-
-
-def seconds_until_due(tx: Transaction) -> int | None:
-    """The seconds until `claim` finds a receipt: 0 if it finds one now; None if none is waiting."""
-    due_at = next_due_at(tx)
     return None if due_at is None else max(due_at - tx.now, 0)
 
 

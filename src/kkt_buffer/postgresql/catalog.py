@@ -52,7 +52,7 @@ WHERE proname LIKE 'kkt\\_%'"""
 
 def objects(connection: Connection, made_by: Callable[[str], list[str]]) -> tuple[Objects, Objects]:
     """The objects of the schema: those that the statements `made_by(schema)` make, and those of the database."""
-    found = _described(connection, str(connection.scalar(text("SELECT current_schema()"))))
+    found = _described(connection, str(connection.scalar(text("SELECT quote_ident(current_schema())"))))
     with connection.engine.connect().execution_options(**{READ_ONLY: False}) as scratch:
         scratch.execute(text("CREATE TEMPORARY TABLE kkt_buffer_scratch ()"))
         schema = str(scratch.scalar(text("SELECT pg_my_temp_schema()::regnamespace")))
@@ -74,5 +74,6 @@ def _described(connection: Connection, schema: str) -> Objects:
         },
     )
     # Without the name of the schema, and without line breaks.
-    name_of_it = re.compile(rf"(?:{re.escape(schema)}|pg_temp)\.|(?<=SET search_path TO )'?{re.escape(schema)}'?(?=, )")
+    quoted, bare = re.escape(schema), re.escape(schema.strip('"'))
+    name_of_it = re.compile(rf"(?:{quoted}|pg_temp)\.|(?<=SET search_path TO )'?{bare}'?(?=, )")
     return {(kind, name): re.sub(r"\s+", " ", name_of_it.sub("", sql)) for kind, name, sql in rows}

@@ -46,8 +46,10 @@ BEGIN
 END $do$;
 COMMIT"""
 
-# Taken by migrations before the tables exist.
-_MIGRATION_LOCK = "SELECT pg_advisory_xact_lock(hashtext('kkt_buffer ' || current_schema()));"
+# Migrations take a lock before the tables exist, and do not see those of the same names in a later schema of the path.
+_MIGRATING = """\
+SELECT pg_advisory_xact_lock(hashtext('kkt_buffer ' || current_schema()));
+SELECT set_config('search_path', quote_ident(current_schema()), true);"""
 
 
 class ServerConnection(psycopg.Connection[Any]):
@@ -93,7 +95,7 @@ class ServerConnection(psycopg.Connection[Any]):
         unsafe = unsafe_commit(self.replicas) if write else "NULL"
         cursor = self.execute(
             f"BEGIN ISOLATION LEVEL {mode}; SET LOCAL jit = off; SET LOCAL lock_timeout = {timeout};"
-            f"{_MIGRATION_LOCK if migrating else ''}"
+            f"{_MIGRATING if migrating else ''}"
             f"SELECT extract(epoch FROM clock_timestamp())::float8, pg_is_in_recovery(), {unsafe}".encode()
         )
         while cursor.nextset():
