@@ -122,7 +122,7 @@ class TestWait:
     @pytest.fixture
     def begin(self, cluster, repository):
         """Begin a call; returns once it waits for the replica, which is frozen until the test ends."""
-        repository.insert_receipt(new_receipt())
+        self.held = repository.insert_receipt(new_receipt(), hold=True)
         with ThreadPoolExecutor(2) as executor:
 
             def begin(call, *arguments, **options):
@@ -160,6 +160,20 @@ class TestWait:
         future = begin(getattr(self, call), repository, receipt, exist_ok=exist_ok)
         self.cancel(cluster, future)
         assert isinstance(future.exception(), NO_ACKNOWLEDGEMENT)
+
+    @pytest.mark.parametrize("name", ["mark_synced", "move_to_dlq", "update_receipt_fiscal_doc"])
+    def test_repeated(self, cluster, repository, begin, name):
+        """Neither is a decision that was made already, on the primary alone."""
+        receipt_id = self.held
+        arguments = {
+            "mark_synced": (receipt_id, 5),
+            "move_to_dlq": (receipt_id, "rejected"),
+            "update_receipt_fiscal_doc": (receipt_id, {"fiscalSign": 5}),
+        }
+        for _ in range(2):
+            future = begin(getattr(repository, name), *arguments[name])
+            self.cancel(cluster, future)
+            assert isinstance(future.exception(), NO_ACKNOWLEDGEMENT)
 
     @staticmethod
     def single(repository, receipt, **options):
