@@ -70,20 +70,18 @@ class _Part:
                 report(number)
                 yield tuple(row)
 
-    def fitting_rows(self, connection: Connection, what: str) -> Iterator[Row]:
-        """The rows of the source. Raises `BufferStorageError` for a value that a server cannot store."""
-        for row in self.rows(connection, what):
+    def refuse_unfit(self, connection: Connection) -> None:
+        """Raise `BufferStorageError` for a value of the source that a server cannot store."""
+        for row in self.rows(connection, "checking"):
             for column, kind, value in zip(self.columns, self.types, row, strict=True):
-                if value is not None and (type(value) is not kind or "\0" in str(value)):
-                    raise BufferStorageError(
-                        f"{backend_of(connection.engine)}: {column} of the row {row[0]!r} of {self.name} is no "
-                        f"{_KINDS[kind]}, which a server cannot store. Nothing was moved, and every row is kept. "
-                        "Deliver and prune it, or correct it; then move again."
-                    )
-            yield row
+                if value is None or (type(value) is kind and (kind is int or "\0" not in str(value))):
+                    continue
+                raise BufferStorageError(
+                    f"{backend_of(connection.engine)}: {column} of the row {row[0]!r} of {self.name} is no "
+                    f"{'whole number' if kind is int else 'text in UTF-8 without NUL characters'}, which a server "
+                    "cannot store. Nothing was changed or moved. Deliver and prune it, or correct it; then move again."
+                )
 
-
-_KINDS = {int: "whole number", str: "text in UTF-8 without NUL characters"}
 
 # A dead letter refers to its receipt, so it comes later.
 _PARTS = (
@@ -120,7 +118,8 @@ class _Content:
         """The same rows."""
         for row in rows:
             self.rows += 1
-            self.digest += int.from_bytes(hashlib.sha256(repr(row).encode()).digest())
+            values = "\0".join(["" if value is None else f"={value}" for value in row])
+            self.digest += int.from_bytes(hashlib.sha256(values.encode()).digest())
             yield row
 
 
@@ -136,13 +135,12 @@ def move(source: Engine, target: Engine) -> Moved:
     """
     began = time.monotonic()
     name = _name(target)
-    with _reading(source) as here:
+    with _reading(source) as here, _bytes_if_invalid(here):
         move_id = _move_of(here, name)
-        if move_id is None:
+        if move_id is None:  # all problems are found before anything is changed
             _refuse_damaged(source)
-            for part in _PARTS:  # all problems are found before anything is changed
-                for _ in part.fitting_rows(here, "checking"):
-                    pass
+            for part in _PARTS:
+                part.refuse_unfit(here)
     upgrade(target)
     try:
         with backend_of(target).migrating(target) as there, there.begin():
@@ -174,16 +172,19 @@ def _name(target: Engine) -> str:
     return url._replace(username=None, password=None).render_as_string()
 
 
+def _reading(source: Engine) -> Connection:
+    return source.connect().execution_options(**{READ_ONLY: True})
+
+
 @contextmanager
-def _reading(source: Engine) -> Iterator[Connection]:
-    """A read transaction of the source. Text that is not UTF-8 is read as bytes."""
-    with source.connect().execution_options(**{READ_ONLY: True}) as connection:
-        driver = cast("sqlite3.Connection", connection.connection.dbapi_connection)
-        before, driver.text_factory = driver.text_factory, _text_or_bytes
-        try:
-            yield connection
-        finally:
-            driver.text_factory = before
+def _bytes_if_invalid(here: Connection) -> Iterator[None]:
+    """Read text that is not UTF-8 as bytes."""
+    driver = cast("sqlite3.Connection", here.connection.dbapi_connection)
+    before, driver.text_factory = driver.text_factory, _text_or_bytes
+    try:
+        yield
+    finally:
+        driver.text_factory = before
 
 
 def _text_or_bytes(raw: bytes) -> str | bytes:
@@ -244,7 +245,7 @@ def _copy(here: Connection, there: Connection) -> dict[str, int]:
         columns = ", ".join(part.columns)
         cursor: Any = there.connection.cursor()
         with cursor, cursor.copy(f"COPY {part.into} ({columns}) FROM STDIN") as copy:
-            for row in sent[part.name].of(part.fitting_rows(here, "moving")):
+            for row in sent[part.name].of(part.rows(here, "moving")):
                 copy.write_row(row)
     last = here.scalar(_LAST_EVENT)
     there.execute(
