@@ -23,7 +23,7 @@ from kkt_buffer import Outcome, ReceiptRepository, create_buffer_engine, deliver
 from kkt_buffer.operations import leases, receipts
 from kkt_buffer.operations.receipts import MARK_SYNCED
 from kkt_buffer.operations.status import _status
-from kkt_buffer.sqlite.engine import INSERT, Database
+from kkt_buffer.sqlite.database import INSERT, Database
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # a script, to which pytest gives no path
 from samples import sample_receipts
@@ -43,7 +43,7 @@ PENDING, RECOVER, CLAIM, CLAIMED = (
     str(statement.compile(dialect=NAMED))
     for statement in (receipts.PENDING, leases.RECOVER, leases.CLAIM[False, False], leases.CLAIMED)
 )
-_, STATUS = _status(Database.json_array, Database.last_synced_at)
+_, STATUS = _status(Database.json_array)
 SETTINGS = "SELECT key, value FROM config"
 PENDING_IDS = "SELECT id FROM receipts WHERE status = 'pending' ORDER BY hlc_local_time, hlc_logical_counter"
 NO_OFFSET = {"param_1": 0}  # SQLAlchemy gives each LIMIT an OFFSET
