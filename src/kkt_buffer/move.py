@@ -19,7 +19,7 @@ from sqlalchemy.exc import DBAPIError
 
 from kkt_buffer.backend import READ_ONLY, backend_of
 from kkt_buffer.errors import BufferDamagedError, BufferMovedError, BufferStorageError
-from kkt_buffer.migrate import RELEASE_KEY, upgrade
+from kkt_buffer.migrate import RELEASE_KEY, require, upgrade
 from kkt_buffer.models import metadata
 from kkt_buffer.progress import progress
 from kkt_buffer.repository import ReceiptRepository
@@ -98,7 +98,8 @@ _PARTS = (
 )
 _LOCK = text("LOCK TABLE receipts, dlq, buffer_events, config IN SHARE ROW EXCLUSIVE MODE")
 _IS_EMPTY = text(
-    "SELECT hlc_local_time = 0 AND NOT EXISTS (SELECT 1 FROM receipts) AND NOT EXISTS (SELECT 1 FROM dlq)"
+    f"SELECT hlc_local_time = 0 AND NOT EXISTS (SELECT 1 FROM config WHERE key = '{MOVE_ID}')"
+    " AND NOT EXISTS (SELECT 1 FROM receipts) AND NOT EXISTS (SELECT 1 FROM dlq)"
     " AND NOT EXISTS (SELECT 1 FROM buffer_events) FROM buffer_state"
 )
 _LAST_EVENT = text(
@@ -131,10 +132,11 @@ def move(source: Engine, target: Engine) -> Moved:
     on when it is repeated with the same target.
 
     Raises `BufferMovedError` if the source was moved to another target, `BufferStorageError` if it cannot be moved to
-    this one, `BufferDamagedError` if it is damaged.
+    this one, `BufferDamagedError` if it is damaged, `SchemaError` if it has not the schema of this release.
     """
     began = time.monotonic()
     name = _name(target)
+    require(source)
     with _reading(source) as here, _bytes_if_invalid(here):
         move_id = _move_of(here, name)
         if move_id is None:  # all problems are found before anything is changed
