@@ -14,6 +14,7 @@ DOCUMENTS = {
     "readme": Path("README.md"),
     "reference": Path("src/kkt_buffer/README.md"),
     "migrations": Path("migrations/README.md"),
+    "postgresql": Path("src/kkt_buffer/postgresql/README.md"),
 }
 SERVICE = Path("tests/service.py")
 

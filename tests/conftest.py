@@ -55,9 +55,10 @@ def server() -> Iterator[servers.Server]:
 
 
 @pytest.fixture(scope="session")
-def migrated_schema(server: servers.Server) -> servers.Template:
+def migrated_schema(server: servers.Server) -> Iterator[servers.Template]:
     """A migrated buffer on the server, to be copied."""
-    return servers.Template(server, migrate)
+    with contextlib.closing(servers.Template(server, migrate)) as template:
+        yield template
 
 
 @pytest.fixture
@@ -69,8 +70,8 @@ def postgresql_url(server: servers.Server) -> Iterator[str]:
 
 @pytest.fixture
 def server_buffer(server: servers.Server, migrated_schema: servers.Template) -> Iterator[str]:
-    """The URL of a migrated, empty buffer on a server, dropped after the test."""
-    with server.schema(migrated_schema) as schema:
+    """The URL of a migrated, empty buffer on a server."""
+    with migrated_schema.copy() as schema:
         yield server.url(schema=schema)
 
 

@@ -216,11 +216,14 @@ class Server:
         url = URL.create("postgresql+psycopg", "postgres", PASSWORD, "127.0.0.1", self.port, database, query)
         return url.render_as_string(hide_password=False)
 
-    def execute(self, sql, *, database="postgres"):
-        """Run a statement in autocommit; returns its rows."""
+    def connect(self, *, database="postgres"):
+        """A connection in autocommit. It waits for no lock for long: a test that has left one there must fail."""
         address = {"host": "127.0.0.1", "port": self.port, "user": "postgres", "dbname": database}
-        patience = "-clock_timeout=30s"  # a test that has left a transaction open fails, and keeps nobody else waiting
-        with contextlib.closing(psycopg.connect(**address, options=patience, autocommit=True)) as connection:
+        return psycopg.connect(**address, options="-clock_timeout=30s", autocommit=True)
+
+    def execute(self, sql, *, database="postgres"):
+        """Run a statement on a connection of its own; returns its rows."""
+        with contextlib.closing(self.connect(database=database)) as connection:
             cursor = connection.execute(sql)
             return cursor.fetchall() if cursor.description else []
 
@@ -232,28 +235,69 @@ class Server:
         return re.sub(r"(?m)^\\.*$", "", dump)
 
     @contextlib.contextmanager
-    def schema(self, template=None):
-        """The name of a new schema, empty or as a `Template` has it; dropped at the end."""
+    def schema(self):
+        """The name of a new, empty schema; dropped at the end."""
         name = f"test_{uuid.uuid4().hex}"
-        self.execute(f"CREATE SCHEMA {name}" if template is None else template.script(name))
+        self.execute(f"CREATE SCHEMA {name}")
         try:
             yield name
         finally:
             self.execute(f"DROP SCHEMA IF EXISTS {name} CASCADE")
 
 
+# When and how often the objects of a schema were changed.
+CATALOGUE = """
+    SELECT count(*), max(xmin::text::bigint) FROM (
+        SELECT xmin FROM pg_namespace WHERE oid = '{schema}'::regnamespace
+        UNION ALL SELECT xmin FROM pg_class WHERE relnamespace = '{schema}'::regnamespace
+        UNION ALL SELECT xmin FROM pg_proc WHERE pronamespace = '{schema}'::regnamespace
+        UNION ALL SELECT xmin FROM pg_constraint WHERE connamespace = '{schema}'::regnamespace
+        UNION ALL SELECT a.xmin FROM pg_attribute a JOIN pg_class c ON c.oid = attrelid
+            WHERE relnamespace = '{schema}'::regnamespace
+        UNION ALL SELECT t.xmin FROM pg_trigger t JOIN pg_class c ON c.oid = tgrelid
+            WHERE relnamespace = '{schema}'::regnamespace
+        UNION ALL SELECT r.xmin FROM pg_rewrite r JOIN pg_class c ON c.oid = ev_class
+            WHERE relnamespace = '{schema}'::regnamespace
+    ) AS object"""
+
+
 class Template:
     """
-    A schema to be copied in a tenth of the time that its migrations take: as the script that pg_dump makes of it.
+    A schema to be copied, which `make` has made at the URL that it was given.
 
-    `make` is given the URL of an empty schema.
+    A copy is made in a tenth of the time that migrations take, by the script of pg_dump; and in a tenth of that time by
+    putting back the rows of one that was used, if none of its objects was changed.
     """
 
     def __init__(self, server, make):
+        self.connection = server.connect()
         with server.schema() as self.name:
             make(server.url(schema=self.name))
             self.dump = server.dump(self.name)
+        tables = re.findall(r"(?m)^CREATE TABLE (\S+)", self.dump)
+        rows = re.findall(r"(?m)^(?:INSERT INTO|SELECT pg_catalog.setval).*;$", self.dump)
+        deletions = [f"DELETE FROM {table};" for table in tables]
+        self.rows = "\n".join(["SET session_replication_role = replica;", *deletions, *rows])  # without triggers
+        self.unused = []
 
-    def script(self, name):
-        """What makes a copy, in one transaction."""
-        return self.dump.replace(self.name, name)
+    @contextlib.contextmanager
+    def copy(self):
+        """The name of a copy."""
+        if self.unused:
+            name, objects = self.unused.pop()
+        else:
+            name = f"test_{uuid.uuid4().hex}"
+            self.connection.execute(self.dump.replace(self.name, name))
+            objects = self._objects(name)
+        yield name
+        if objects == self._objects(name):
+            self.connection.execute(self.rows.replace(self.name, name))
+            self.unused.append((name, objects))
+        else:
+            self.connection.execute(f"DROP SCHEMA {name} CASCADE")
+
+    def _objects(self, name):
+        return self.connection.execute(CATALOGUE.format(schema=name)).fetchall()
+
+    def close(self):
+        self.connection.close()

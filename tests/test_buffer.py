@@ -6,6 +6,7 @@ import predecessor
 import pytest
 from builders import NOON, an_id, new_receipt, open_files, run_python, together
 from operations_table import OPERATIONS, prepared
+from sqlalchemy import make_url
 
 from kkt_buffer import (
     BufferDamagedError,
@@ -116,6 +117,19 @@ class TestInit:
         buffer.insert_receipt(new_receipt())
         assert buffer.get_buffer_status().pending == 1
 
+    @pytest.mark.parametrize("named", ["argument", "URL", "variable"])
+    def test_server(self, postgresql_url, tmp_path, monkeypatch, named):
+        """A schema of a server is upgraded and used like a file."""
+        if named == "variable":
+            monkeypatch.setenv("BUFFER_DB_PATH", postgresql_url)
+            buffer.init_buffer_db()
+        else:
+            buffer.init_buffer_db(make_url(postgresql_url) if named == "URL" else postgresql_url)
+        buffer.insert_receipt(new_receipt())
+        assert "postgresql" == buffer.get_db().dialect.name
+        assert buffer.get_buffer_status().pending == 1
+        assert [] == list(tmp_path.iterdir())
+
     def test_second_closes_first(self, tmp_path):
         """The second buffer takes the place of the first, whose engine is closed."""
         first = buffer.init_buffer_db(tmp_path / "first.db")
@@ -184,10 +198,11 @@ class TestLifeCycle:
 
 
 class TestFunctions:
+    @pytest.mark.parametrize("engine", ["sqlite", "postgresql"])
     @pytest.mark.parametrize("name", sorted(set(OPERATIONS) & set(vars(buffer))))
-    def test_operation(self, name):
+    def test_operation(self, name, engine, request):
         """Each function does what its method does: the same answer, or, where it writes, one of the same kind."""
-        engine = buffer.init_buffer_db(":memory:")
+        engine = buffer.init_buffer_db(":memory:" if engine == "sqlite" else request.getfixturevalue("server_buffer"))
         repository = ReceiptRepository(engine)
         known = prepared(repository)
         answer = OPERATIONS[name].call(buffer, known)

@@ -21,7 +21,10 @@ DOCUMENTS = [
     ROOT / "README.md",
     ROOT / "CHANGELOG.md",
     *(ROOT / ".github").glob("*.md"),
-    *(ROOT / folder / "README.md" for folder in ("migrations", "src/kkt_buffer", "src/kkt_buffer/sqlite", "tests")),
+    *(
+        ROOT / folder / "README.md"
+        for folder in ("migrations", "src/kkt_buffer", "src/kkt_buffer/postgresql", "src/kkt_buffer/sqlite", "tests")
+    ),
 ]
 
 
@@ -132,6 +135,13 @@ class TestOtherDocuments:
     def test_reference(self, tmp_path):
         """Its blocks run in their order."""
         run_python("\n".join(blocks_of(REFERENCE)), cwd=tmp_path)
+
+    def test_postgresql(self, tmp_path, postgresql_url):
+        """The lines for a server work on one."""
+        [block] = blocks_of((ROOT / "src" / "kkt_buffer" / "postgresql" / "README.md").read_text())
+        use = "print(repository.get_buffer_status().pending)"
+        here = block.replace("postgresql+psycopg://shop:SECRET@db1/shop", postgresql_url)
+        assert "1\n" == run_python(here + use, cwd=tmp_path).stdout
 
     def test_cash(self, tmp_path):
         """The recipe for cash sessions, on a file of the sqlite3 version: both rows, or none."""

@@ -72,7 +72,7 @@ def init_buffer_db(db_path: str | os.PathLike[str] | URL | None = None, *, upgra
     """
     Open the default buffer, create and upgrade it if needed, and return its engine.
 
-    `db_path` is a path, an SQLite URL or `":memory:"`; without it, the environment's BUFFER_DB_PATH, else
+    `db_path` is a path, a URL or `":memory:"`; without it, the environment's BUFFER_DB_PATH, else
     `data/buffer.db`. Safe when several processes start at once. A second call closes the first engine. With
     `upgrade=False` the file must exist and have the schema of this release.
 

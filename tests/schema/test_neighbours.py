@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 
 import pytest
-from builders import a_receipt, everything
+from builders import a_receipt, everything, is_server
 from schema.helpers import ROOT, alembic
 from sqlalchemy import text
 
@@ -41,12 +41,13 @@ OPTIONS = {
 class Host:
     """The project of the host: made by `alembic init`, with the lines of our README in its env.py."""
 
-    def __init__(self, folder: Path, buffer: Path, options: str) -> None:
+    def __init__(self, folder: Path, buffer: str, options: str) -> None:
         folder.mkdir()
         self.folder = folder
         self.alembic("init", "history")
         ini = folder / "alembic.ini"
-        ini.write_text(re.sub("(?m)^sqlalchemy.url = .*", f"sqlalchemy.url = sqlite:///{buffer}", ini.read_text()))
+        url = (buffer if is_server(buffer) else f"sqlite:///{buffer}").replace("%", "%%")
+        ini.write_text(re.sub("(?m)^sqlalchemy.url = .*", f"sqlalchemy.url = {url}", ini.read_text()))
         env = folder / "history" / "env.py"
         for old, new in (
             ("target_metadata = None\n", LINES + HOST),
@@ -68,35 +69,35 @@ class Host:
 
 
 @pytest.fixture
-def host(tmp_path, path, request):
-    return Host(tmp_path / "host", path, OPTIONS[getattr(request, "param", "plain")])
+def host(tmp_path, buffer, request):
+    return Host(tmp_path / "host", buffer, OPTIONS[getattr(request, "param", "plain")])
 
 
 @pytest.mark.parametrize("host", OPTIONS, indirect=True)
-def test_autogenerate(host, path, file_engine, file_repository):
+def test_autogenerate(host, buffer, shared_engine, shared_repository):
     """Its autogenerate leaves our tables alone, and what it makes of it our receipts, up and down."""
-    receipt = a_receipt(file_repository)
-    file_engine.dispose()
-    before = everything(path)
+    receipt = a_receipt(shared_repository)
+    shared_engine.dispose()
+    before = everything(buffer)
     written = host.autogenerate()
     assert ["goods", "sales", "sales", "goods"] == re.findall(r"op\.\w+_table\('(\w+)'", written)
     assert not re.search(r"dlq|buffer_|config|kkt_buffer_version|_table\('receipts", written)
     host.alembic("upgrade", "head")
     assert "No new upgrade operations detected" in host.alembic("check")
-    assert set(before) <= set(everything(path))
-    with file_repository.transaction() as session:
+    assert set(before) <= set(everything(buffer))
+    with shared_repository.transaction() as session:
         session.execute(text("INSERT INTO sales (receipt_id) VALUES (:id)"), {"id": receipt.id})
-    check(file_engine)
-    file_engine.dispose()
+    check(shared_engine)
+    shared_engine.dispose()
     host.alembic("downgrade", "base")
-    check(file_engine)
-    assert file_repository.get_receipt_by_id(receipt.id) is not None
+    check(shared_engine)
+    assert shared_repository.get_receipt_by_id(receipt.id) is not None
 
 
-def test_our_check(host, path):
+def test_our_check(host, buffer):
     """Our own `alembic check` leaves the tables of the host alone."""
     host.autogenerate()
     host.alembic("upgrade", "head")
-    done = alembic("-x", f"db={path}", "check")
+    done = alembic("-x", f"db={buffer}", "check")
     assert done.returncode == 0, done.stdout
     assert "No new upgrade operations detected" in done.stdout

@@ -14,6 +14,7 @@ from typing import Any, NoReturn, cast
 import psycopg
 from sqlalchemy import URL, Connection, CursorResult, Dialect, Engine, ExceptionContext, create_engine, event, text
 from sqlalchemy.exc import DBAPIError, DisconnectionError, IntegrityError
+from sqlalchemy.pool import ConnectionPoolEntry, PoolProxiedConnection
 
 from kkt_buffer.arguments import NewReceipt, whole_number
 from kkt_buffer.backend import OPTION, READ_ONLY, Backend, Objects, Parameters, Reference, RefusedError
@@ -63,12 +64,15 @@ def create(
     read_only: bool,
     busy_timeout: float,
     answer_timeout: float,
-    require_replicas: int,
+    require_replicas: int | str,
     **options: Any,  # noqa: ANN401 (passed on to create_engine)
 ) -> Engine:
     """Create an engine on the first schema of `search_path`, and connect once to check that it can be used."""
     if "isolation_level" in options:
         raise ValueError("isolation_level: a buffer needs READ COMMITTED, and begins its transactions itself")
+    if not require_replicas and (given := str(url.query.get("require_replicas", ""))):  # in the URL of a command
+        require_replicas = int(given) if given.isdecimal() else given
+    url = url.difference_update_query(["require_replicas"])
     server = Server(
         url,
         lock_timeout=busy_timeout,
@@ -147,9 +151,13 @@ class Server(Backend):
         connection.pid = os.getpid()
         return connection
 
-    def _checkout(self, connection: ServerConnection, _record: object, _proxy: object) -> None:
+    def _checkout(
+        self, connection: ServerConnection, record: ConnectionPoolEntry, proxy: PoolProxiedConnection
+    ) -> None:
         if connection.pid != os.getpid():
-            raise DisconnectionError("a connection of the parent process")  # the pool opens another one
+            # Not closed: that would end the session of the parent process. The pool opens another one.
+            cast("Any", record).dbapi_connection = cast("Any", proxy).dbapi_connection = None
+            raise DisconnectionError("a connection of the parent process")
 
     def _begin(self, connection: Connection) -> None:
         options = connection.get_execution_options()

@@ -1,0 +1,54 @@
+"""The role of a service, as the README grants it: every operation, and nothing of the owner's."""
+
+import re
+from pathlib import Path
+
+import pytest
+from operations_table import OPERATIONS, prepared
+from sqlalchemy.exc import DBAPIError
+
+from kkt_buffer import BufferStorageError, ReceiptRepository, create_buffer_engine
+
+README = (Path(__file__).parents[2] / "src" / "kkt_buffer" / "postgresql" / "README.md").read_text()
+
+
+@pytest.fixture
+def service(server, server_engine, open_engine):
+    """The repository of a role that has what the README grants, and no more."""
+    with server_engine.begin() as connection:
+        schema = connection.exec_driver_sql("SELECT quote_ident(current_schema())").scalar_one()
+        role = f"service_of_{schema}"
+        connection.exec_driver_sql(f"CREATE ROLE {role} LOGIN")
+        [grants] = re.findall(r"```sql\n(.*?)```", README, re.DOTALL)
+        for sql in grants.replace("service", role).replace("tills", schema).split(";\n"):
+            if sql.strip():
+                connection.exec_driver_sql(sql)
+    yield ReceiptRepository(open_engine(server_engine.url.set(username=role, query={})))
+    with server_engine.begin() as connection:
+        connection.exec_driver_sql(f"DROP OWNED BY {role}")
+        connection.exec_driver_sql(f"DROP ROLE {role}")
+
+
+class TestService:
+    @pytest.mark.parametrize("name", sorted(OPERATIONS))
+    def test_operation(self, service, name):
+        """Every operation works."""
+        OPERATIONS[name].call(service, prepared(service))
+
+    def test_not_the_owner(self, service):
+        """It can take no table away, nor a trigger."""
+        for sql in ("DROP TABLE receipts", "ALTER TABLE receipts DISABLE TRIGGER ALL", "TRUNCATE buffer_events"):
+            with service.transaction() as session, pytest.raises((BufferStorageError, DBAPIError)):
+                with session.begin_nested():
+                    session.connection().exec_driver_sql(sql)
+
+
+def test_stranger(server, server_engine):
+    """A role without these grants is told what it lacks."""
+    with server_engine.begin() as connection:
+        connection.exec_driver_sql("CREATE ROLE stranger LOGIN")
+    try:
+        with pytest.raises(BufferStorageError):
+            ReceiptRepository(create_buffer_engine(server_engine.url.set(username="stranger"))).get_buffer_status()
+    finally:
+        server.execute("DROP ROLE stranger")
