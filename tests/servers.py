@@ -166,7 +166,16 @@ class Server:
             )
         else:
             source = f"host=127.0.0.1 port={self.standby_of.port} user=postgres application_name=node{self.port}"
-            self.run("pg_basebackup", "-D", self.data, "-d", source, "--write-recovery-conf", "--checkpoint=fast")
+            self.run(
+                "pg_basebackup",
+                "-D",
+                self.data,
+                "-d",
+                source,
+                "--write-recovery-conf",
+                "--checkpoint=fast",
+                "--no-sync",
+            )
         with (self.data / "postgresql.conf").open("a") as file:
             file.writelines(f"{name} = '{value}'\n" for name, value in self.settings.items())
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from functools import partial
-from typing import Any, Concatenate, ParamSpec, TypeVar
+from typing import Any, Concatenate, ParamSpec, TypeAlias, TypeVar
 
 from sqlalchemy import Connection, CursorResult, Engine, Select, select
 from sqlalchemy.exc import DBAPIError, InvalidRequestError
@@ -127,6 +127,7 @@ class Transaction:
 
 # Nothing of the operation was stored, so it can be repeated.
 NOT_STORED = (ConnectionLostError, TransactionConflictError)
+Operation: TypeAlias = Callable[Concatenate[Transaction, P], R]
 
 
 class NotTogetherError(Exception):
@@ -181,26 +182,20 @@ class Transactions:
             )
         return tx
 
-    def read(self, operation: Callable[Concatenate[Transaction, P], R], *args: P.args, **options: P.kwargs) -> R:
+    def read(self, operation: Operation[P, R], *args: P.args, **options: P.kwargs) -> R:
         """Run an operation in a read transaction; again, if its connection was lost."""
         return self._repeated(self.reading, lambda tx: operation(tx, *args, **options))
 
-    def write(self, operation: Callable[Concatenate[Transaction, P], R], *args: P.args, **options: P.kwargs) -> R:
+    def write(self, operation: Operation[P, R], *args: P.args, **options: P.kwargs) -> R:
         """Run an operation in a write transaction; again, if nothing of it was stored."""
         return self._repeated(self.writing, lambda tx: operation(tx, *args, **options))
 
-    def write_one_statement(
-        self, operation: Callable[Concatenate[Transaction, P], R], *args: P.args, **options: P.kwargs
-    ) -> R:
+    def write_one_statement(self, operation: Operation[P, R], *args: P.args, **options: P.kwargs) -> R:
         """The same for an operation of one statement, which needs no transaction around it."""
         return self._repeated(partial(self.writing, one_statement=True), lambda tx: operation(tx, *args, **options))
 
     def write_idempotent(
-        self,
-        unknown: OutcomeUnknownError | None,
-        operation: Callable[Concatenate[Transaction, P], R],
-        *args: P.args,
-        **options: P.kwargs,
+        self, unknown: OutcomeUnknownError | None, operation: Operation[P, R], *args: P.args, **options: P.kwargs
     ) -> R:
         """
         The same, and again if its outcome is unknown, because doing it twice is doing it once.

@@ -4,6 +4,7 @@ import contextlib
 import os
 import signal
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 from server_guard import processes_in
 from servers import PASSWORD, Server
@@ -78,8 +79,8 @@ class Cluster:
         return self
 
     def __exit__(self, *_):
-        for server in self._all:
-            server.stop()
+        with ThreadPoolExecutor() as executor:
+            list(executor.map(Server.stop, self._all))
 
     def url(self, **query):
         """A URL with all hosts, by which a client finds the primary."""

@@ -82,7 +82,7 @@ ADDED = """
 
 @pytest.fixture(scope="module")
 def timed_server():
-    with Server(track_commit_timestamp="on") as server:
+    with Server() as server:
         yield server
 
 

@@ -15,9 +15,9 @@ class TestFailover:
         with Cluster() as cluster:
             migrate(cluster.url())
             with Load(cluster.url(), tmp_path, require_replicas=1).running() as load:
-                load.wait_for(500)
+                load.wait_for(300)
                 cluster.fail_over()
-                load.wait_for(500)
+                load.wait_for(300)
                 books = load.books()
         print(f"\nthe primary killed: {books}")
         books.assert_right()
@@ -28,11 +28,11 @@ class TestFailover:
         with Cluster(synchronous="") as cluster:
             migrate(cluster.url())
             with Load(cluster.url(), tmp_path).running() as load:
-                load.wait_for(500)
+                load.wait_for(300)
                 cluster.stop_sending()
                 load.wait_for(100)
                 cluster.fail_over()
-                load.wait_for(500)
+                load.wait_for(300)
                 books = load.books()
         print(f"\nthe primary killed, asynchronous: {books}")
         assert 100 <= len(books.lost)
@@ -43,10 +43,10 @@ class TestFailover:
         """A server that is killed and started again, time after time, has everything that it acknowledged."""
         with Load(own_server.url(), tmp_path).running() as load:
             for _ in range(KILLS):
-                load.wait_for(200)
+                load.wait_for(150)
                 own_server.kill()
                 own_server.start()
-            load.wait_for(200)
+            load.wait_for(150)
             books = load.books()
         print(f"\none server killed {KILLS} times: {books}")
         books.assert_right()

@@ -23,7 +23,7 @@ auth_type = any
 pool_mode = transaction
 default_pool_size = {pool}
 max_client_conn = 100
-ignore_startup_parameters = extra_float_digits
+ignore_startup_parameters = extra_float_digits, options
 """
 
 

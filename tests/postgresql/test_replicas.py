@@ -121,14 +121,14 @@ class TestWait:
 
     @pytest.fixture
     def begin(self, cluster, repository):
-        """Begin to insert a receipt; returns once that waits for the replica, which is frozen until the test ends."""
-        repository.insert_receipt(new_receipt())
+        """Begin a call; returns once it waits for the replica, which is frozen until the test ends."""
+        self.held = repository.insert_receipt(new_receipt(), hold=True)
         with ThreadPoolExecutor(2) as executor:
 
-            def begin(receipt, **options):
-                call = executor.submit(repository.insert_receipt, receipt, **options)
-                wait_until(lambda: cluster.primary.execute(WAITING))
-                return call
+            def begin(call, *arguments, **options):
+                future = executor.submit(call, *arguments, **options)
+                wait_until(lambda: cluster.primary.execute(WAITING) or future.done())
+                return future
 
             with frozen(*cluster.standbys):
                 yield begin
@@ -144,30 +144,60 @@ class TestWait:
 
         wait_until(is_over)
 
-    def test_cancelled(self, cluster, begin):
+    @pytest.mark.parametrize("call", ["single", "batch", "transaction"])
+    def test_cancelled(self, cluster, repository, begin, call):
         """The server says committed, with a warning: that is no acknowledgement."""
-        call = begin(new_receipt())
-        self.cancel(cluster, call)
-        assert isinstance(call.exception(), NO_ACKNOWLEDGEMENT)
+        future = begin(getattr(self, call), repository, new_receipt())
+        self.cancel(cluster, future)
+        assert isinstance(future.exception(), NO_ACKNOWLEDGEMENT)
 
-    def test_replay(self, cluster, begin):
-        """The receipt is there then, on the primary alone: a replay is not acknowledged before a replica has it."""
+    @pytest.mark.parametrize("exist_ok", [True, False])
+    @pytest.mark.parametrize("call", ["single", "batch", "transaction"])
+    def test_replay(self, cluster, repository, begin, call, exist_ok):
+        """The receipt is there then, on the primary alone: nobody is told so before a replica has it."""
         receipt = new_receipt(id=an_id())
-        self.cancel(cluster, begin(receipt))
-        again = begin(receipt, exist_ok=True)
-        self.cancel(cluster, again)
-        assert isinstance(again.exception(), NO_ACKNOWLEDGEMENT)
+        self.cancel(cluster, begin(repository.insert_receipt, receipt))
+        future = begin(getattr(self, call), repository, receipt, exist_ok=exist_ok)
+        self.cancel(cluster, future)
+        assert isinstance(future.exception(), NO_ACKNOWLEDGEMENT)
 
-    def test_names_emptied(self, cluster, begin):
+    @pytest.mark.parametrize("name", ["mark_synced", "move_to_dlq", "update_receipt_fiscal_doc"])
+    def test_repeated(self, cluster, repository, begin, name):
+        """Neither is a decision that was made already, on the primary alone."""
+        receipt_id = self.held
+        arguments = {
+            "mark_synced": (receipt_id, 5),
+            "move_to_dlq": (receipt_id, "rejected"),
+            "update_receipt_fiscal_doc": (receipt_id, {"fiscalSign": 5}),
+        }
+        for _ in range(2):
+            future = begin(getattr(repository, name), *arguments[name])
+            self.cancel(cluster, future)
+            assert isinstance(future.exception(), NO_ACKNOWLEDGEMENT)
+
+    @staticmethod
+    def single(repository, receipt, **options):
+        repository.insert_receipt(receipt, **options)
+
+    @staticmethod
+    def batch(repository, receipt, **options):
+        repository.insert_receipts([receipt], **options)
+
+    @staticmethod
+    def transaction(repository, receipt, **options):
+        with repository.transaction():
+            repository.insert_receipt(receipt, **options)
+
+    def test_names_emptied(self, cluster, repository, begin):
         """The server says committed, and nothing else."""
-        call = begin(new_receipt())
+        call = begin(repository.insert_receipt, new_receipt())
         change(cluster.primary, "SET synchronous_standby_names = ''")
         wait_until(call.done)
         assert isinstance(call.exception(), NO_ACKNOWLEDGEMENT)
 
-    def test_terminated(self, cluster, begin):
+    def test_terminated(self, cluster, repository, begin):
         """The connection is ended while it waits: the insert is repeated, and waits again."""
-        call = begin(new_receipt())
+        call = begin(repository.insert_receipt, new_receipt())
         [(process,)] = cluster.primary.execute(WAITING)
         cluster.primary.execute(f"SELECT pg_terminate_backend({process})")
         wait_until(lambda: [(process,)] != cluster.primary.execute(WAITING))

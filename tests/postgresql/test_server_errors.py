@@ -100,3 +100,25 @@ class TestTold:
             with pytest.raises(BufferBusyError):
                 repository.insert_receipt(new_receipt())
         repository.insert_receipt(new_receipt())
+
+    def test_sleeps(self, repository, postgresql_url, open_repository):
+        """Who sleeps inside a transaction is ended after `answer_timeout`, so that the others go on."""
+        sleeper = open_repository(postgresql_url, answer_timeout=1)
+        patient = open_repository(postgresql_url)
+        with pytest.raises(BufferStorageError, match="idle"):
+            with sleeper.transaction():
+                sleeper.insert_receipt(new_receipt())
+                receipt_id = patient.insert_receipt(new_receipt())  # waits until then
+                sleeper.insert_receipt(new_receipt())
+        assert [receipt_id] == [receipt.id for receipt in repository.get_pending_receipts()]
+        sleeper.insert_receipt(new_receipt())
+
+    def test_sleeps_before_commit(self, repository, postgresql_url, open_repository):
+        """One that wakes up and commits is not told stored."""
+        sleeper = open_repository(postgresql_url, answer_timeout=1)
+        patient = open_repository(postgresql_url)
+        with pytest.raises(BufferStorageError):
+            with sleeper.transaction():
+                sleeper.insert_receipt(new_receipt())
+                receipt_id = patient.insert_receipt(new_receipt())
+        assert [receipt_id] == [receipt.id for receipt in repository.get_pending_receipts()]

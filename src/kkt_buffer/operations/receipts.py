@@ -171,7 +171,6 @@ def insert_one(tx: Transaction, receipt: NewReceipt) -> str:
             _add(tx, [receipt])
         except RefusedError as refused:
             if _is_replay(tx, receipt):
-                tx.backend.confirm(tx.connection)
                 return receipt.id
             refuse_if_full(tx, 1)
             if refused.error is not None:
@@ -212,6 +211,7 @@ def _is_replay(tx: Transaction, receipt: NewReceipt) -> bool:
     stored = tx.connection.execute(KNOWN, {"receipt_id": receipt.id}).one_or_none()
     if stored is None:
         return False
+    tx.backend.confirm(tx.connection)  # either answer says that the receipt is stored
     pos_id, fiscal_doc, inserted_digest = stored
     error = DuplicateReceiptError(
         receipt.id,

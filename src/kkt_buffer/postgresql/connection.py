@@ -85,16 +85,18 @@ class ServerConnection(psycopg.Connection[Any]):
         Begin, with one round trip. A write transaction is refused if its commit would not be safe.
 
         SET LOCAL, and each time: behind pgbouncer, other clients use the same session. JIT takes longer than our
-        statements.
+        statements. A writer that does nothing for `answer_timeout` is ended, because others wait for its locks.
         """
         self.is_write = write
         self.is_limited = not migrating
         # Without READ WRITE, which a replica refuses as it would any statement that it does not know.
         mode = "READ COMMITTED" if write else "REPEATABLE READ, READ ONLY"
         timeout = 0 if migrating else round(self.lock_timeout * 1000)
+        idle = round(self.answer_timeout * 1000) if write and not migrating else 0
         unsafe = unsafe_commit(self.replicas) if write else "NULL"
         cursor = self.execute(
             f"BEGIN ISOLATION LEVEL {mode}; SET LOCAL jit = off; SET LOCAL lock_timeout = {timeout};"
+            f"SET LOCAL idle_in_transaction_session_timeout = {idle};"
             f"{_MIGRATING if migrating else ''}"
             f"SELECT extract(epoch FROM clock_timestamp())::float8, pg_is_in_recovery(), {unsafe}".encode()
         )

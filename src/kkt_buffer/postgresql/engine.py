@@ -245,11 +245,19 @@ class Server(Backend):
         connection.execute(text("SELECT kkt_lock_buffer()"))
 
     def confirm(self, connection: Connection) -> None:
-        """Write something, so that the commit waits for the replicas: what was read may not be on them yet."""
-        if self._replicas:
-            connection.execute(text("SELECT 1 FROM config WHERE key = 'buffer_capacity' FOR UPDATE"))
-            if connection.get_execution_options().get(ONE_STATEMENT):
-                driver_connection(connection).refuse_unconfirmed()
+        """
+        Write something and commit it, which waits for the replicas: what was read may not be on them yet.
+
+        On a connection of its own if a transaction is open, which may end with a rollback and waits for nothing then.
+        """
+        if not self._replicas:
+            return
+        if connection.get_execution_options().get(ONE_STATEMENT):
+            connection.exec_driver_sql("SELECT pg_logical_emit_message(true, 'kkt_buffer', '')")
+            driver_connection(connection).refuse_unconfirmed()
+        else:
+            with self.connect(connection.engine, write=True, one_statement=True) as another:
+                self.confirm(another)
 
     def run(self, connection: Connection, sql: str, parameters: Parameters) -> CursorResult[Any]:
         """Run the text with the driver's own marks for parameters."""
