@@ -151,6 +151,7 @@ def move(source: Engine, target: Engine) -> Moved:
         with backend_of(target).migrating(target) as there, there.begin():
             there.execute(_LOCK)
             if move_id is not None and move_id == _setting(there, MOVE_ID):
+                backend_of(target).confirm(there)
                 return Moved({part.name: part.count(there) for part in _PARTS}, is_repeated=True)
             if not there.scalar(_IS_EMPTY):
                 raise BufferStorageError(
@@ -216,8 +217,8 @@ def _refuse_damaged(source: Engine) -> None:
     report = ReceiptRepository(source).check_integrity()
     if report.is_damaged:
         raise BufferDamagedError(
-            f"{backend_of(source)} is damaged ({textwrap.shorten(str(report), 200)}). Nothing was changed or moved. Run "
-            "`kkt-buffer verify PATH`, and restore a backup."
+            f"{backend_of(source)} is damaged ({textwrap.shorten(str(report), 200)}). Nothing was changed or moved. "
+            "Run `kkt-buffer verify PATH`, and restore a backup."
         )
 
 
