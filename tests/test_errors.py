@@ -13,6 +13,7 @@ from kkt_buffer import (
     BufferBusyError,
     BufferDamagedError,
     BufferFullError,
+    BufferMovedError,
     BufferStorageError,
     ClockDriftError,
     ConnectionLostError,
@@ -51,6 +52,7 @@ ERRORS = [
         ValueError,
         {"receipt_id": UUID_TEXT, "status": "synced", "wanted": "failed"},
     ),
+    (BufferMovedError("postgresql://hub"), ReceiptBufferError, {"target": "postgresql://hub"}),
     (AcknowledgedReceiptError(), ReceiptBufferError, {}),
     (
         LeaseLostError(UUID_TEXT, ReceiptStatus.PENDING),

@@ -93,6 +93,17 @@ class AcknowledgedReceiptError(ReceiptBufferError):
         )
 
 
+class BufferMovedError(ReceiptBufferError):
+    """The buffer was moved to a server. This file keeps every row, and takes no more changes."""
+
+    def __init__(self, target: str) -> None:
+        super().__init__(
+            f"this buffer was moved to {target}. Nothing was changed here; the file can only be read. Use the buffer "
+            "there."
+        )
+        self.target = target
+
+
 class LeaseLostError(ReceiptBufferError):
     """The lease token is not the current one; nothing was changed."""
 

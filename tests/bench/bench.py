@@ -35,8 +35,16 @@ from kkt_buffer import create_buffer_engine
 
 HERE = Path(__file__).parent
 ON_BOTH_DISKS = ("operations", "threads", "peers")
-SECTIONS = (*ON_BOTH_DISKS, *(f"till-{name}" for name in ON_BOTH_DISKS), "flat", "pruning", "start", "memory")
-QUICK = Scale(rounds=2, many=20_000, backlog=2_000, starts=2, memory=1_000, before_pruning=0.5)
+SECTIONS = (
+    *ON_BOTH_DISKS,
+    *(f"till-{name}" for name in ON_BOTH_DISKS),
+    "flat",
+    "pruning",
+    "start",
+    "memory",
+    "postgresql",
+)
+QUICK = Scale(rounds=2, many=20_000, backlog=2_000, starts=2, memory=1_000, before_pruning=0.5, snapshot=5)
 
 
 def main():

@@ -25,6 +25,7 @@ class Scale:
     starts: int = 20  # pairs of fresh processes
     memory: int = 100_000  # receipts that one process inserts and delivers
     before_pruning: float = 10.0  # seconds
+    snapshot: float = 60.0  # seconds for which it has been held
     till: bool = False  # on a till's disk, for which there are other budgets
 
     def on_good(self, budget):

@@ -11,7 +11,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from kkt_buffer.cli import act, events, keep, look, monitor, run
+from kkt_buffer.cli import act, events, keep, look, monitor, move, run
 from kkt_buffer.cli.target import Parser
 from kkt_buffer.errors import ReceiptBufferError
 from kkt_buffer.migrate import release
@@ -57,6 +57,6 @@ def _parser() -> Parser:
     parser.add_argument("--version", action="version", version=f"%(prog)s {release()}")
     parser.add_argument("--db", metavar="PATH", help=argparse.SUPPRESS)  # a command's own is in its help
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for kind in (look, events, act, keep, monitor, run):
+    for kind in (look, events, act, keep, monitor, run, move):
         kind.add(commands)
     return parser

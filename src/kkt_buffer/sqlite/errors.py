@@ -18,11 +18,12 @@ from kkt_buffer.errors import (
     AcknowledgedReceiptError,
     BufferBusyError,
     BufferDamagedError,
+    BufferMovedError,
     BufferStorageError,
     ReceiptBufferError,
     SchemaError,
 )
-from kkt_buffer.sqlite.schema import SQLITE_TRIGGERS
+from kkt_buffer.sqlite.schema import MOVED, SQLITE_TRIGGERS
 
 
 class _Fault(NamedTuple):
@@ -72,6 +73,8 @@ def storage_error(buffer: object, error: BaseException | None) -> ReceiptBufferE
         )
     if message == "an acknowledged receipt does not change":
         return AcknowledgedReceiptError()
+    if message.startswith(MOVED):
+        return BufferMovedError(message.removeprefix(MOVED))
     fault = _FAULTS.get(getattr(error, "sqlite_errorcode", 0) & 0xFF)
     return fault and fault.error(f"{buffer}: {fault.problem} ({error}). {fault.advice}")
 

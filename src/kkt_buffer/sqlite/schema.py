@@ -223,6 +223,29 @@ END""",
 }
 
 
+# What the triggers of a moved buffer say: this, and the name of the target.
+MOVED = "this buffer was moved to "
+
+
+def moved_triggers(target: str) -> Mapping[str, str]:
+    """
+    The triggers that refuse every change of a buffer that was moved, by whichever program.
+
+    The release of the schema is still recorded: a later release upgrades the file too, to read it.
+    """
+    message = f"{MOVED}{target}".replace("'", "''")
+    row = {"INSERT": "NEW", "UPDATE": "NEW", "DELETE": "OLD"}
+    return {
+        (name := f"trg_moved_{table}_{verb.lower()}"): f"""\
+CREATE TRIGGER {name} BEFORE {verb} ON {table}{f" WHEN {row[verb]}.key <> 'release'" * (table == "config")}
+BEGIN
+    SELECT RAISE(ABORT, '{message}');
+END"""
+        for table in ("receipts", "dlq", "buffer_events", "config")
+        for verb in row
+    }
+
+
 def objects(connection: Connection) -> tuple[Objects, Objects]:
     """The objects of the schema, expected and found, as the SQL text that SQLite keeps."""
     expected = {("view", name): sql for name, sql in SQLITE_VIEWS.items()}
