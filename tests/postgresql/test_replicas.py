@@ -27,6 +27,15 @@ TOO_WEAK_WITH_REPLICAS = {
     "synchronous_commit": "local",
     "synchronous_standby_names": "",
 }
+NAMES = {
+    "one": 1,
+    "*": 1,
+    "one, two": 1,
+    "2 (one, two)": 2,
+    "FIRST 2 (one, two, three)": 2,
+    " any 3(*)": 3,
+    '"2 (a"': 1,
+}
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +64,7 @@ def lone_buffer(lone_server):
     with lone_server.schema() as schema:
         migrate(lone_server.url(schema=schema))
         yield lone_server.url(schema=schema)
-    change(lone_server, "RESET ALL")
+        change(lone_server, "RESET ALL")  # first: the schema is dropped with a commit, which would wait for a replica
 
 
 @pytest.fixture
@@ -119,6 +128,14 @@ class TestSettings:
         """One replica is not two."""
         with pytest.raises(BufferStorageError, match="synchronous_standby_names is 'ANY 1"):
             open_repository(cluster.url(), require_replicas=2)
+
+    @pytest.mark.parametrize(("names", "number"), NAMES.items())
+    def test_names(self, lone_server, lone_buffer, open_repository, names, number):
+        """How many replicas a commit waits for, in each form in which PostgreSQL takes the setting."""
+        change(lone_server, f"SET synchronous_standby_names = '{names}'")
+        open_repository(lone_buffer, require_replicas=number)
+        with pytest.raises(BufferStorageError, match="synchronous_standby_names is"):
+            open_repository(lone_buffer, require_replicas=number + 1)
 
     def test_unlogged(self, lone_server, lone_buffer, open_repository):
         """A table that a crash empties is refused."""
