@@ -29,7 +29,7 @@ MIGRATING = "kkt_buffer_migrating"
 
 # %b: the binary format, which is eight times faster for a batch of documents.
 INSERT = """\
-SELECT known, room FROM kkt_insert_receipts(
+SELECT kkt_insert_receipts(
     %(ids)b::text[], %(pos_ids)b::text[], %(documents)b::text[], %(digests)b::text[], %(held)b::boolean[],
     %(now)s::bigint, %(replicas)s::integer, %(lock_timeout)s::text)"""
 
@@ -232,10 +232,10 @@ class Server(Backend):
             "lock_timeout": f"{round(self._lock_timeout * 1000)}ms",
         }
         try:
-            known, room = connection.exec_driver_sql(INSERT, parameters).one()
+            is_stored = connection.exec_driver_sql(INSERT, parameters).scalar_one()
         except IntegrityError as error:
             raise RefusedError(error) from error
-        if known is not None or room is not None:
+        if not is_stored:
             raise RefusedError
         if connection.get_execution_options().get(ONE_STATEMENT):
             driver_connection(connection).refuse_unconfirmed()
