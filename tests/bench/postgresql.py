@@ -64,6 +64,7 @@ class Buffer(Ours):
 
     def __init__(self, server, name):
         super().__init__(database(server, name))
+        self.engine.dispose()  # a session that has migrated is slower for ever
 
     def insert_many(self):
         self.undelivered += self.repository.insert_receipts(itertools.islice(self.receipts, MANY))
