@@ -8,7 +8,7 @@ from collections import Counter
 
 import pytest
 
-ONLY_ON_POSTGRESQL = ["*/kkt_buffer/postgresql/*"]
+ONLY_ON_POSTGRESQL = ["*/kkt_buffer/postgresql/*", "*/kkt_buffer/move.py", "*/kkt_buffer/cli/move.py"]
 # Marks a block elsewhere that only runs there.
 ONLY_ON_POSTGRESQL_HERE = r"# only on PostgreSQL"
 

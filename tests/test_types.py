@@ -43,7 +43,7 @@ def test_documented(name):
 def test_would_be_found(tmp_path):
     """Both checkers see a wrong type in the README, and one that a service may use although it should not."""
     (tmp_path / "README.md").write_text("```python\nfrom kkt_buffer import buffer\n\nbuffer.get_config(5)\n```\n")
-    for other in ("src/kkt_buffer", "migrations"):
+    for other in ("src/kkt_buffer", "src/kkt_buffer/postgresql", "migrations"):
         (tmp_path / other).mkdir(parents=True)
         (tmp_path / other / "README.md").touch()
     (tmp_path / "tests").mkdir()

@@ -36,6 +36,7 @@ TABLES = (
 CREATE TABLE buffer_changes (
     transaction_id xid8 DEFAULT pg_current_xact_id() NOT NULL,
     folded_below xid8,
+    folded_by TEXT,
     pending BIGINT DEFAULT 0 NOT NULL,
     syncing BIGINT DEFAULT 0 NOT NULL,
     synced BIGINT DEFAULT 0 NOT NULL,
@@ -59,8 +60,7 @@ CREATE TABLE buffer_events (
     "CREATE INDEX idx_events_receipt_id ON buffer_events (receipt_id) WHERE receipt_id IS NOT NULL",
     """\
 CREATE INDEX idx_events_type ON buffer_events (event_type, id)
-WHERE event_type NOT IN ('receipt_added',
-        'receipt_synced')""",
+WHERE event_type NOT IN ('receipt_added', 'receipt_synced')""",
     """\
 CREATE TABLE config (
     key TEXT COLLATE "C" NOT NULL,
@@ -93,10 +93,11 @@ CREATE TABLE receipts (
     CONSTRAINT ck_receipts_status CHECK (status IN ('pending', 'syncing', 'synced', 'failed')),
     CONSTRAINT ck_receipts_retry_count CHECK (retry_count >= 0),
     CONSTRAINT ck_receipts_hlc_logical_counter CHECK (hlc_logical_counter >= 0),
-    CONSTRAINT ck_receipts_synced CHECK ((status = 'synced') = (synced_at IS NOT NULL) AND (status = 'synced')
-        = (hlc_server_time IS NOT NULL)),
-    CONSTRAINT ck_receipts_lease CHECK ((status = 'syncing') = (lease_token IS NOT NULL) AND (lease_token IS
-        NULL) = (lease_taken_at IS NULL) AND (lease_token IS NULL) = (lease_expires_at IS NULL)),
+    CONSTRAINT ck_receipts_synced CHECK (
+        (status = 'synced') = (synced_at IS NOT NULL) AND (status = 'synced') = (hlc_server_time IS NOT NULL)),
+    CONSTRAINT ck_receipts_lease CHECK (
+        (status = 'syncing') = (lease_token IS NOT NULL) AND (lease_token IS NULL) = (lease_taken_at IS NULL)
+        AND (lease_token IS NULL) = (lease_expires_at IS NULL)),
     CONSTRAINT ck_receipts_held CHECK (held_at IS NULL OR status IN ('pending', 'failed'))
 )""",
     """\
@@ -104,19 +105,16 @@ CREATE INDEX idx_receipts_held ON receipts (hlc_local_time, hlc_logical_counter)
 WHERE held_at IS NOT NULL""",
     """\
 CREATE INDEX idx_receipts_hlc ON receipts (hlc_local_time, hlc_logical_counter)
-WHERE status IN ('syncing',
-        'failed')""",
+WHERE status IN ('syncing', 'failed')""",
     """\
 CREATE INDEX idx_receipts_lease ON receipts (lease_token, lease_expires_at, lease_taken_at)
-WHERE status =
-        'syncing'""",
+WHERE status = 'syncing'""",
     """\
 CREATE INDEX idx_receipts_pos_id ON receipts (pos_id, hlc_local_time, hlc_logical_counter, next_attempt_at)
 WHERE status = 'pending' AND held_at IS NULL""",
     """\
 CREATE INDEX idx_receipts_status ON receipts (hlc_local_time, hlc_logical_counter, next_attempt_at)
-WHERE
-        status = 'pending' AND held_at IS NULL""",
+WHERE status = 'pending' AND held_at IS NULL""",
     "CREATE INDEX idx_receipts_synced ON receipts (synced_at) WHERE status = 'synced'",
     """\
 CREATE TABLE dlq (
@@ -209,12 +207,12 @@ BEGIN
 END $$""",
     # The state is the sum of all rows. Those below `folded_below` of the newest folded row are in that row, and dead. A
     # long snapshot keeps them, so they are not even looked at. After a restore into another server, whose transactions
-    # have other numbers, the folded row is none of this server's (its xmin differs), and all rows are read.
+    # have other numbers, its xmin is not the one that was noted in `folded_by`, and all rows are read.
     """\
 CREATE FUNCTION kkt_live_changes() RETURNS xid8 LANGUAGE plpgsql STABLE SET enable_seqscan = off AS $$
 BEGIN
     RETURN COALESCE((
-        SELECT CASE WHEN xmin::text::numeric = transaction_id::text::numeric % 4294967296 THEN folded_below END
+        SELECT CASE WHEN xmin::text = folded_by THEN folded_below END
         FROM buffer_changes WHERE folded_below IS NOT NULL ORDER BY folded_below DESC LIMIT 1), '0');
 END $$""",
     """\
@@ -226,57 +224,67 @@ CREATE FUNCTION kkt_state() RETURNS TABLE (
 DECLARE
     from_here xid8 := kkt_live_changes();
 BEGIN
-    RETURN QUERY SELECT 1, SUM(pending)::bigint, SUM(syncing)::bigint, SUM(synced)::bigint, SUM(failed)::bigint,
-        SUM(open_dead_letters)::bigint, (MAX(ARRAY[hlc_local_time, hlc_logical_counter])
-        FILTER (WHERE hlc_local_time IS NOT NULL))[1], (MAX(ARRAY[hlc_local_time, hlc_logical_counter])
-        FILTER (WHERE hlc_local_time IS NOT NULL))[2], MAX(last_synced_at)
+    RETURN QUERY SELECT
+        1, SUM(pending)::bigint, SUM(syncing)::bigint, SUM(synced)::bigint, SUM(failed)::bigint,
+        SUM(open_dead_letters)::bigint,
+        (MAX(ARRAY[hlc_local_time, hlc_logical_counter]) FILTER (WHERE hlc_local_time IS NOT NULL))[1],
+        (MAX(ARRAY[hlc_local_time, hlc_logical_counter]) FILTER (WHERE hlc_local_time IS NOT NULL))[2],
+        MAX(last_synced_at)
     FROM buffer_changes WHERE transaction_id >= from_here;
 END $$""",
     # Replaces all rows by their sum, one transaction at a time. The rows of transactions that are not committed yet
-    # stay; their numbers are not below the xmin of the snapshot of this statement.
+    # stay; their numbers are not below the xmin of the snapshot of this statement. `own_xmin`: of every row that this
+    # transaction, or its savepoint, writes.
     """\
-CREATE FUNCTION kkt_fold_changes() RETURNS void LANGUAGE plpgsql SET enable_seqscan = off AS $$
+CREATE FUNCTION kkt_fold_changes(own_xmin text) RETURNS void LANGUAGE plpgsql SET enable_seqscan = off AS $$
 DECLARE
     from_here xid8 := kkt_live_changes();
 BEGIN
     IF current_setting('transaction_isolation') = 'read committed'
         AND pg_try_advisory_xact_lock('buffer_changes'::regclass::oid::bigint) THEN
         WITH gone AS (DELETE FROM buffer_changes WHERE transaction_id >= from_here RETURNING *)
-        INSERT INTO buffer_changes (folded_below, pending, syncing, synced, failed, open_dead_letters,
-        hlc_local_time,
+        INSERT INTO buffer_changes (
+            folded_below, folded_by, pending, syncing, synced, failed, open_dead_letters, hlc_local_time,
             hlc_logical_counter, last_synced_at)
-        SELECT pg_snapshot_xmin(pg_current_snapshot()), SUM(pending)::bigint, SUM(syncing)::bigint,
-        SUM(synced)::bigint, SUM(failed)::bigint,
-        SUM(open_dead_letters)::bigint, (MAX(ARRAY[hlc_local_time, hlc_logical_counter])
-        FILTER (WHERE hlc_local_time IS NOT NULL))[1], (MAX(ARRAY[hlc_local_time, hlc_logical_counter])
-        FILTER (WHERE hlc_local_time IS NOT NULL))[2], MAX(last_synced_at)
+        SELECT
+            pg_snapshot_xmin(pg_current_snapshot()), own_xmin,
+            SUM(pending)::bigint, SUM(syncing)::bigint, SUM(synced)::bigint, SUM(failed)::bigint,
+            SUM(open_dead_letters)::bigint,
+            (MAX(ARRAY[hlc_local_time, hlc_logical_counter]) FILTER (WHERE hlc_local_time IS NOT NULL))[1],
+            (MAX(ARRAY[hlc_local_time, hlc_logical_counter]) FILTER (WHERE hlc_local_time IS NOT NULL))[2],
+            MAX(last_synced_at)
         FROM gone;
     END IF;
 END $$""",
     # Facts and changes. `kkt_insert_receipts` has looked for room before; whoever else inserts is checked here.
     """\
 CREATE FUNCTION kkt_receipts_added() RETURNS trigger LANGUAGE plpgsql AS $$
+DECLARE
+    own_xmin text;
 BEGIN
     INSERT INTO buffer_events (event_type, receipt_id, timestamp, metadata)
     SELECT 'receipt_added', id, created_at, json_build_object('pos_id', pos_id)
     FROM new_rows ORDER BY hlc_local_time, hlc_logical_counter;
     INSERT INTO buffer_changes (
         pending, syncing, synced, failed, hlc_local_time, hlc_logical_counter, last_synced_at)
-    SELECT COUNT(*) FILTER (WHERE status = 'pending'), COUNT(*) FILTER (WHERE status = 'syncing'), COUNT(*)
-        FILTER (WHERE status = 'synced'), COUNT(*) FILTER (WHERE status = 'failed'), (MAX(ARRAY[hlc_local_time,
-        hlc_logical_counter]) FILTER (WHERE hlc_local_time IS NOT NULL))[1], (MAX(ARRAY[hlc_local_time,
-        hlc_logical_counter]) FILTER (WHERE hlc_local_time IS NOT NULL))[2], MAX(synced_at)
-    FROM new_rows HAVING COUNT(*) > 0;
+    SELECT
+        COUNT(*) FILTER (WHERE status = 'pending'), COUNT(*) FILTER (WHERE status = 'syncing'),
+        COUNT(*) FILTER (WHERE status = 'synced'), COUNT(*) FILTER (WHERE status = 'failed'),
+        (MAX(ARRAY[hlc_local_time, hlc_logical_counter]))[1], (MAX(ARRAY[hlc_local_time, hlc_logical_counter]))[2],
+        MAX(synced_at)
+    FROM new_rows HAVING COUNT(*) > 0 RETURNING xmin INTO own_xmin;
     IF COALESCE(current_setting('kkt_buffer.has_room', true), '') <> 'yes'
         AND (SELECT pending + syncing FROM kkt_state()) > kkt_buffer_capacity()
         AND EXISTS (SELECT 1 FROM new_rows WHERE status IN ('pending', 'syncing')) THEN
         RAISE EXCEPTION 'Buffer full' USING ERRCODE = '23K03';
     END IF;
-    IF random() < 0.02 THEN PERFORM kkt_fold_changes(); END IF;
+    IF own_xmin IS NOT NULL AND random() < 0.02 THEN PERFORM kkt_fold_changes(own_xmin); END IF;
     RETURN NULL;
 END $$""",
     """\
 CREATE FUNCTION kkt_receipts_changed() RETURNS trigger LANGUAGE plpgsql AS $$
+DECLARE
+    own_xmin text;
 BEGIN
     INSERT INTO buffer_events (event_type, receipt_id, timestamp, metadata)
     SELECT fact, id, at, metadata
@@ -297,8 +305,8 @@ BEGIN
         COUNT(*) FILTER (WHERE later.status = 'failed') - COUNT(*) FILTER (WHERE earlier.status = 'failed'),
         MAX(later.synced_at)
     FROM new_rows AS later JOIN old_rows AS earlier USING (id)
-        WHERE later.status <> earlier.status HAVING COUNT(*) > 0;
-    IF random() < 0.02 THEN PERFORM kkt_fold_changes(); END IF;
+        WHERE later.status <> earlier.status HAVING COUNT(*) > 0 RETURNING xmin INTO own_xmin;
+    IF own_xmin IS NOT NULL AND random() < 0.02 THEN PERFORM kkt_fold_changes(own_xmin); END IF;
     RETURN NULL;
 END $$""",
     """\

@@ -319,8 +319,10 @@ buffer_changes = Table(
     "buffer_changes",
     metadata,
     Column("transaction_id", TransactionId, nullable=False, server_default=text("pg_current_xact_id()")),
-    # In a folded row: the rows that are not in it have at least this transaction_id.
+    # In a folded row: the rows that are not in it have at least this transaction_id; and its own xmin, which is another
+    # one where a dump was restored.
     Column("folded_below", TransactionId, nullable=True),
+    Column("folded_by", Text, nullable=True),
     *(Column(status.value, BigInteger, nullable=False, server_default=text("0")) for status in ReceiptStatus),
     Column("open_dead_letters", BigInteger, nullable=False, server_default=text("0")),
     Column("hlc_local_time", BigInteger, nullable=True),

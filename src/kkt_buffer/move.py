@@ -7,6 +7,7 @@ finished one.
 """
 
 import hashlib
+import textwrap
 import time
 import uuid
 from collections.abc import Iterable, Iterator, Mapping
@@ -96,7 +97,9 @@ _PARTS = (
         columns="pending syncing synced failed open_dead_letters hlc_local_time hlc_logical_counter last_synced_at",
     ),
 )
-_LOCK = text("LOCK TABLE receipts, dlq, buffer_events, config IN SHARE ROW EXCLUSIVE MODE")
+_LOCK = text(  # readers are not kept out
+    "LOCK TABLE receipts, dlq, buffer_events, config IN SHARE ROW EXCLUSIVE MODE"
+)
 _IS_EMPTY = text(
     f"SELECT hlc_local_time = 0 AND NOT EXISTS (SELECT 1 FROM config WHERE key = '{MOVE_ID}')"
     " AND NOT EXISTS (SELECT 1 FROM receipts) AND NOT EXISTS (SELECT 1 FROM dlq)"
@@ -110,7 +113,7 @@ _NEXT_EVENT = text("SELECT setval(pg_get_serial_sequence('buffer_events', 'id'),
 
 
 class _Content:
-    """The number and the digest of the rows that have passed, in any order."""
+    """The number and the digest of the rows that have passed; their order does not matter."""
 
     def __init__(self) -> None:
         self.rows = self.digest = 0
@@ -146,8 +149,9 @@ def move(source: Engine, target: Engine) -> Moved:
     upgrade(target)
     try:
         with backend_of(target).migrating(target) as there, there.begin():
-            there.execute(_LOCK)  # reading goes on
+            there.execute(_LOCK)
             if move_id is not None and move_id == _setting(there, MOVE_ID):
+                backend_of(target).confirm(there)
                 return Moved({part.name: part.count(there) for part in _PARTS}, is_repeated=True)
             if not there.scalar(_IS_EMPTY):
                 raise BufferStorageError(
@@ -213,8 +217,8 @@ def _refuse_damaged(source: Engine) -> None:
     report = ReceiptRepository(source).check_integrity()
     if report.is_damaged:
         raise BufferDamagedError(
-            f"{backend_of(source)} is damaged: {report}. Nothing was changed or moved. Run `kkt-buffer verify PATH`, "
-            "and restore a backup."
+            f"{backend_of(source)} is damaged ({textwrap.shorten(str(report), 200)}). Nothing was changed or moved. "
+            "Run `kkt-buffer verify PATH`, and restore a backup."
         )
 
 
@@ -249,10 +253,7 @@ def _copy(here: Connection, there: Connection) -> dict[str, int]:
         with cursor, cursor.copy(f"COPY {part.into} ({columns}) FROM STDIN") as copy:
             for row in sent[part.name].of(part.rows(here, "moving")):
                 copy.write_row(row)
-    last = here.scalar(_LAST_EVENT)
-    there.execute(
-        text("SELECT setval(pg_get_serial_sequence('buffer_events', 'id'), :next, false)"), {"next": last + 1}
-    )
+    there.execute(_NEXT_EVENT, {"next": here.execute(_LAST_EVENT).scalar_one() + 1})
     for part in _PARTS:
         arrived = _Content()
         for _ in arrived.of(part.rows(there, "comparing")):

@@ -1,6 +1,8 @@
 """The file that was moved: it keeps every row, and takes no more changes, whichever program asks for them."""
 
+import re
 import sqlite3
+from pathlib import Path
 
 import pytest
 from builders import a_receipt, another_program, everything, new_receipt, snapshot, together
@@ -109,6 +111,20 @@ class TestClosed:
         assert rows_of(path) == rows_of(tmp_path / "copy.db")
         with another_program(path) as db:
             db.execute("UPDATE config SET value = '9.9' WHERE key = 'release'")
+
+    def test_opened(self, path, file_engine, file_repository, target):
+        """By the lines of the document it is opened again, and is as it was."""
+        document = (Path(__file__).parents[2] / "migrations" / "README.md").read_text()
+        find, forget = re.findall(r'sqlite3 buffer\.db "(.+?)"', document)
+        with another_program(path) as db:
+            for (drop,) in db.execute(find).fetchall():
+                db.execute(drop)
+            db.execute(forget)
+        a_receipt(file_repository)
+        check(file_engine)
+        assert [] == [
+            line for line in everything(path) if "trg_moved" in line or "move_id" in line or "moved_to" in line
+        ]
 
     def test_password(self, path, server_buffer, target):
         """Neither user nor password are written into the file."""

@@ -11,7 +11,7 @@ from moving.rows import rows_of
 
 from kkt_buffer import check, create_buffer_engine
 
-KILLS = 200 if PROOF else 12
+KILLS = 200 if PROOF else 8
 
 # Moves PATH to URL, and prints how many steps that took: statements on the file, messages to the server. Dies after the
 # step LAST.

@@ -36,7 +36,7 @@ def _move(arguments: argparse.Namespace) -> None:
         arguments.parser.error("expected SRC and DST without --db")
     if not is_server(target):
         raise ValueError(f"{target}: expected the URL of a server, postgresql+psycopg://…. Nothing was changed.")
-    with engine_for(file_path(source, "Move a server by its own means: pg_dump."), write=True) as here:
+    with engine_for(file_path(source, "Move a server by its own means: pg_dump."), write=True, notice=False) as here:
         there = create_buffer_engine(target)
         try:
             moved = move(here, there)
