@@ -37,14 +37,13 @@ def open_repository(open_engine: Callable[..., object]) -> Callable[..., Receipt
 
 
 @pytest.fixture
-def proxy(postgresql_url: str) -> Iterator[Proxy]:
-    """A proxy in front of an empty buffer, whose URL is `through(proxy, postgresql_url)`."""
-    migrate(postgresql_url)
-    with Proxy(make_url(postgresql_url).port).running() as proxy:
+def proxy(server: servers.Server) -> Iterator[Proxy]:
+    """A proxy in front of the server."""
+    with Proxy(server.port).running() as proxy:
         yield proxy
 
 
 @pytest.fixture
-def through_proxy(proxy: Proxy, postgresql_url: str) -> URL:
-    """The URL of that buffer, by way of the proxy."""
-    return make_url(postgresql_url).set(port=proxy.port)
+def through_proxy(proxy: Proxy, server_buffer: str) -> URL:
+    """The URL of a migrated, empty buffer, by way of the proxy."""
+    return make_url(server_buffer).set(port=proxy.port)

@@ -110,19 +110,14 @@ class PatroniNodes:
         query = {"host": hosts, "target_session_attrs": "read-write", "connect_timeout": "2"} | query
         return URL.create("postgresql+psycopg", "postgres", PASSWORD, database="postgres", query=query)
 
-    def leader(self):
-        """The node that the cluster has elected, if it runs; None between two leaders."""
-        names = [member["name"] for member in self._members() if member["role"] == "leader"]
+    def node(self, role):
+        """The only node that has this role, such as `leader`; None if there is none."""
+        names = [member["name"] for member in self._members() if member["role"] == role]
         return next((node for node in self.nodes if [node.name] == names), None)
 
     def wait_for_another_leader(self, old, *, timeout=90):
-        """The new leader, once there is one."""
-
-        def another():
-            leader = self.leader()
-            return leader if leader is not old else None
-
-        return wait_until(another, timeout=timeout)
+        """Wait until another node than this one is the leader."""
+        wait_until(lambda: self.node("leader") not in {None, old}, timeout=timeout)
 
     def wait_until_whole(self, *, timeout=90):
         """Wait until there is a leader, followed by all other nodes, and one of these is synchronous."""
@@ -143,7 +138,7 @@ class PatroniNodes:
 
     def switch_over(self):
         """Hand the lead over to the synchronous standby."""
-        leader = self.leader()
+        leader = self.node("leader")
         wish = json.dumps({"leader": leader.name}).encode()
         request = urllib.request.Request(f"http://127.0.0.1:{leader.api_port}/switchover", wish, method="POST")
         with urllib.request.urlopen(request, timeout=60) as answer:

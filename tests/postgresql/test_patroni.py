@@ -39,14 +39,22 @@ def url(nodes):
 
 
 def kill_leader(nodes, load):
-    old = nodes.leader()
+    old = nodes.node("leader")
     old.kill()
     nodes.wait_for_another_leader(old)
     old.start()
 
 
+def kill_standby(nodes, load):
+    """The synchronous one: nothing is acknowledged before Patroni has made another one synchronous."""
+    standby = nodes.node("sync_standby")
+    standby.kill()
+    load.wait_for(500)
+    standby.start()
+
+
 def kill_postgresql(nodes, load):
-    nodes.leader().kill_postgresql()
+    nodes.node("leader").kill_postgresql()
     time.sleep(1)  # until Patroni has seen it
 
 
@@ -56,13 +64,13 @@ def switch_over(nodes, load):
 
 def freeze_leader(nodes, load):
     """It is woken when the load has gone on without it for some time, and takes itself for the leader at first."""
-    old = nodes.leader()
+    old = nodes.node("leader")
     with old.frozen():
         nodes.wait_for_another_leader(old)
         load.wait_for(500)
 
 
-@pytest.mark.parametrize("event", [kill_leader, kill_postgresql, switch_over, freeze_leader])
+@pytest.mark.parametrize("event", [kill_leader, kill_standby, kill_postgresql, switch_over, freeze_leader])
 def test_load(nodes, url, tmp_path, event):
     """Nothing acknowledged is lost, nothing is there twice, everything is delivered, and the load goes on."""
     with Load(url, tmp_path, require_replicas=1).running() as load:

@@ -11,7 +11,8 @@ import pytest
 from builders import an_id, new_receipt
 from postgresql.cluster import Cluster, frozen, migrate, wait_until
 from postgresql.proxy import Proxy
-from sqlalchemy import text
+from servers import Server
+from sqlalchemy import make_url, text
 
 from kkt_buffer import BufferStorageError, OutcomeUnknownError
 
@@ -26,6 +27,15 @@ TOO_WEAK_WITH_REPLICAS = {
     "synchronous_commit": "local",
     "synchronous_standby_names": "",
 }
+NAMES = {
+    "one": 1,
+    "*": 1,
+    "one, two": 1,
+    "2 (one, two)": 2,
+    "FIRST 2 (one, two, three)": 2,
+    " any 3(*)": 3,
+    '"2 (a"': 1,
+}
 
 
 @pytest.fixture(scope="module")
@@ -39,6 +49,22 @@ def cluster():
 def _as_it_was(cluster):
     yield
     change(cluster.primary, "RESET ALL")
+
+
+@pytest.fixture(scope="module")
+def lone_server():
+    """One without replicas."""
+    with Server() as server:
+        yield server
+
+
+@pytest.fixture
+def lone_buffer(lone_server):
+    """The URL of a buffer on it."""
+    with lone_server.schema() as schema:
+        migrate(lone_server.url(schema=schema))
+        yield lone_server.url(schema=schema)
+        change(lone_server, "RESET ALL")  # first: the schema is dropped with a commit, which would wait for a replica
 
 
 @pytest.fixture
@@ -56,11 +82,11 @@ def change(server, change):
 
 class TestSettings:
     @pytest.mark.parametrize(("name", "value"), UNSAFE.items(), ids=UNSAFE)
-    def test_unsafe(self, own_server, open_repository, name, value):
+    def test_unsafe(self, lone_server, lone_buffer, open_repository, name, value):
         """Changed while connections of the pool are open: what is stored next is refused; changed back, it is taken."""
-        repository = open_repository(own_server.url())
+        repository = open_repository(lone_buffer)
         repository.insert_receipt(new_receipt())
-        change(own_server, f"SET {name} = {value}")
+        change(lone_server, f"SET {name} = {value}")
         with pytest.raises(BufferStorageError, match=name):
             repository.insert_receipt(new_receipt())
         with pytest.raises(BufferStorageError, match=name):
@@ -69,7 +95,7 @@ class TestSettings:
             with repository.transaction():
                 repository.insert_receipt(new_receipt())
         assert 1 == repository.get_buffer_status().pending
-        change(own_server, f"RESET {name}")
+        change(lone_server, f"RESET {name}")
         repository.insert_receipt(new_receipt())
 
     @pytest.mark.parametrize(("name", "value"), TOO_WEAK_WITH_REPLICAS.items(), ids=TOO_WEAK_WITH_REPLICAS)
@@ -84,35 +110,44 @@ class TestSettings:
         open_repository(cluster.url()).insert_receipt(new_receipt())
 
     @pytest.mark.parametrize(("name", "value"), UNSAFE.items(), ids=UNSAFE)
-    def test_while_open(self, own_server, open_repository, name, value):
+    def test_while_open(self, lone_server, lone_buffer, open_repository, name, value):
         """Changed while a transaction is open: its commit is refused."""
-        repository = open_repository(own_server.url())
+        repository = open_repository(lone_buffer)
         with pytest.raises(BufferStorageError, match=name):
             with repository.transaction():
                 repository.insert_receipt(new_receipt())
-                change(own_server, f"SET {name} = {value}")
+                change(lone_server, f"SET {name} = {value}")
         assert 0 == repository.get_buffer_status().pending
 
-    def test_asynchronous(self, own_server, open_repository):
+    def test_asynchronous(self, lone_server, lone_buffer, open_repository):
         """A server without replicas is refused at once."""
         with pytest.raises(BufferStorageError, match="synchronous_standby_names is ''"):
-            open_repository(own_server.url(), require_replicas=1)
+            open_repository(lone_buffer, require_replicas=1)
 
     def test_too_few(self, cluster, open_repository):
         """One replica is not two."""
         with pytest.raises(BufferStorageError, match="synchronous_standby_names is 'ANY 1"):
             open_repository(cluster.url(), require_replicas=2)
 
-    def test_unlogged(self, own_server, open_repository):
+    @pytest.mark.parametrize(("names", "number"), NAMES.items())
+    def test_names(self, lone_server, lone_buffer, open_repository, names, number):
+        """How many replicas a commit waits for, in each form in which PostgreSQL takes the setting."""
+        change(lone_server, f"SET synchronous_standby_names = '{names}'")
+        open_repository(lone_buffer, require_replicas=number)
+        with pytest.raises(BufferStorageError, match="synchronous_standby_names is"):
+            open_repository(lone_buffer, require_replicas=number + 1)
+
+    def test_unlogged(self, lone_server, lone_buffer, open_repository):
         """A table that a crash empties is refused."""
-        repository = open_repository(own_server.url())
+        repository = open_repository(lone_buffer)
         repository.insert_receipt(new_receipt())
+        schema = make_url(lone_buffer).query["options"].removeprefix("-csearch_path=")
         for table in ("dlq", "receipts"):  # in the order that their foreign key allows
-            own_server.execute(f"ALTER TABLE {table} SET UNLOGGED")
+            lone_server.execute(f"ALTER TABLE {schema}.{table} SET UNLOGGED")
             with pytest.raises(BufferStorageError, match=r"the table \w+ is not logged"):
                 repository.insert_receipt(new_receipt())
-        own_server.execute("ALTER TABLE receipts SET LOGGED")
-        own_server.execute("ALTER TABLE dlq SET LOGGED")
+        for table in ("receipts", "dlq"):
+            lone_server.execute(f"ALTER TABLE {schema}.{table} SET LOGGED")
         repository.insert_receipt(new_receipt())
 
 

@@ -3,7 +3,6 @@
 import psycopg
 import pytest
 from builders import new_receipt
-from postgresql.cluster import migrate
 
 from kkt_buffer import BufferBusyError, BufferStorageError
 
@@ -26,15 +25,14 @@ DISCONNECTS = {"read-only": "25006", "shutting down": "57P01", "crashed": "57P02
 
 
 @pytest.fixture
-def repository(postgresql_url, open_repository):
-    migrate(postgresql_url)
-    return open_repository(postgresql_url, busy_timeout=1)
+def repository(server_buffer, open_repository):
+    return open_repository(server_buffer, busy_timeout=1)
 
 
 @pytest.fixture
-def run(postgresql_url):
+def run(server_buffer):
     def run(sql):
-        with psycopg.connect(postgresql_url.replace("+psycopg", ""), autocommit=True) as connection:
+        with psycopg.connect(server_buffer.replace("+psycopg", ""), autocommit=True) as connection:
             connection.execute(sql)
 
     return run
@@ -92,19 +90,19 @@ class TestTold:
         with pytest.raises(BufferStorageError):
             repository.insert_receipt(new_receipt())
 
-    def test_busy(self, repository, postgresql_url, open_repository):
+    def test_busy(self, repository, server_buffer, open_repository):
         """Another client that adds receipts keeps the others waiting, for `busy_timeout` at most."""
-        other = open_repository(postgresql_url)
+        other = open_repository(server_buffer)
         with other.transaction():
             other.insert_receipt(new_receipt())
             with pytest.raises(BufferBusyError):
                 repository.insert_receipt(new_receipt())
         repository.insert_receipt(new_receipt())
 
-    def test_sleeps(self, repository, postgresql_url, open_repository):
+    def test_sleeps(self, repository, server_buffer, open_repository):
         """Who sleeps inside a transaction is ended after `answer_timeout`, so that the others go on."""
-        sleeper = open_repository(postgresql_url, answer_timeout=1)
-        patient = open_repository(postgresql_url)
+        sleeper = open_repository(server_buffer, answer_timeout=1)
+        patient = open_repository(server_buffer)
         with pytest.raises(BufferStorageError, match="idle"):
             with sleeper.transaction():
                 sleeper.insert_receipt(new_receipt())
@@ -113,10 +111,10 @@ class TestTold:
         assert [receipt_id] == [receipt.id for receipt in repository.get_pending_receipts()]
         sleeper.insert_receipt(new_receipt())
 
-    def test_sleeps_before_commit(self, repository, postgresql_url, open_repository):
+    def test_sleeps_before_commit(self, repository, server_buffer, open_repository):
         """One that wakes up and commits is not told stored."""
-        sleeper = open_repository(postgresql_url, answer_timeout=1)
-        patient = open_repository(postgresql_url)
+        sleeper = open_repository(server_buffer, answer_timeout=1)
+        patient = open_repository(server_buffer)
         with pytest.raises(BufferStorageError):
             with sleeper.transaction():
                 sleeper.insert_receipt(new_receipt())

@@ -24,9 +24,9 @@ def repository(open_repository, through_proxy):
 
 
 @pytest.fixture
-def undisturbed(open_repository, postgresql_url):
+def undisturbed(open_repository, server_buffer):
     """The same buffer, not through the proxy."""
-    return open_repository(postgresql_url)
+    return open_repository(server_buffer)
 
 
 def stored(repository):

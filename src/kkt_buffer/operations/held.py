@@ -60,6 +60,7 @@ def list_held(tx: Transaction, limit: int, pos_id: str | None) -> list[Receipt]:
 
 def complete(tx: Transaction, receipt_id: str, fields: Mapping[str, str]) -> bool:
     """Merge fields into the document of a held receipt and release it; False if there is no such receipt."""
+    tx.changed(receipt_id)
     found = tx.connection.execute(STATE, {"receipt_id": receipt_id}).one_or_none()
     if found is None:
         return False

@@ -112,6 +112,7 @@ def claim(tx: Transaction, wanted: Claim) -> list[Receipt]:
         parameters["pos"] = wanted.pos_id
     tx.connection.execute(CLAIM[wanted.pos_id is not None, wanted.retries_last], parameters)
     found: list[Receipt] = tx.load(CLAIMED, token=wanted.token)
+    tx.changed(*(receipt.id for receipt in found))
 
     def place(receipt: Receipt) -> tuple[int, int, int]:
         last = receipt.next_attempt_at if wanted.retries_last else None
@@ -135,6 +136,7 @@ def recover(tx: Transaction) -> int:
 
 def renew(tx: Transaction, receipt_id: str, token: str, lease_seconds: int | None) -> int:
     """Extend a lease; returns its new expiry."""
+    tx.changed(receipt_id)
     expires = tx.now + (tx.number("lease_seconds") if lease_seconds is None else lease_seconds)
     lease = {"receipt_id": receipt_id, "token": token, "now": tx.now, "expires": expires}
     if not tx.connection.execute(RENEW, lease).rowcount:
@@ -150,6 +152,7 @@ def renew_all(tx: Transaction, token: str, lease_seconds: int | None) -> list[st
 
 def release(tx: Transaction, receipt_id: str, token: str, wait: int | None, jitter: Callable[[], float]) -> None:
     """Hand a leased receipt back without counting an attempt."""
+    tx.changed(receipt_id)
     if not tx.connection.execute(RELEASE, {"receipt_id": receipt_id, "token": token}).rowcount:
         raise _lease_lost(tx, receipt_id)
     if wait is not None:
@@ -159,6 +162,7 @@ def release(tx: Transaction, receipt_id: str, token: str, wait: int | None, jitt
 def record_failure(tx: Transaction, failure: Failure) -> ReceiptStatus:
     """Count a failed attempt: back off, or dead-letter at the limit."""
     receipt_id, token, error, jitter = failure
+    tx.changed(receipt_id)
     attempt = {"receipt_id": receipt_id, "token": token, "error": error, "now": tx.now}
     count = tx.connection.execute(FAIL_ATTEMPT, attempt).scalar_one_or_none()
     if count is None:

@@ -287,6 +287,7 @@ def mark_synced_together(tx: Transaction, deliveries: list[tuple[str, int]]) -> 
 
 def increment_retry_count(tx: Transaction, receipt_id: str, error: str) -> int:
     """Count a failed attempt; returns the new count."""
+    tx.changed(receipt_id)
     attempt = {"receipt_id": receipt_id, "error": error, "now": tx.now}
     count: int | None = tx.connection.execute(COUNT_ATTEMPT, attempt).scalar_one_or_none()
     if count is None:
@@ -296,6 +297,7 @@ def increment_retry_count(tx: Transaction, receipt_id: str, error: str) -> int:
 
 def move_to_dlq(tx: Transaction, receipt_id: str, reason: str) -> bool:
     """Dead-letter a receipt; False if there is no such receipt. Idempotent."""
+    tx.changed(receipt_id)
     status = status_of(tx, receipt_id)
     if status is ReceiptStatus.SYNCED:
         raise InvalidTransitionError(receipt_id, status, ReceiptStatus.FAILED)
@@ -308,6 +310,7 @@ def move_to_dlq(tx: Transaction, receipt_id: str, reason: str) -> bool:
 
 def close_dead_letter(tx: Transaction, receipt_id: str, actor: str, reason: str, resolution: Resolution) -> bool:
     """Close the open dead letter of a receipt; False if it has none."""
+    tx.changed(receipt_id)
     closing = {
         "receipt_id": receipt_id,
         "now": tx.now,
@@ -320,6 +323,7 @@ def close_dead_letter(tx: Transaction, receipt_id: str, actor: str, reason: str,
 
 def update_status(tx: Transaction, receipt_id: str, wanted: ReceiptStatus) -> bool:
     """Move a receipt to another status; False if there is no such receipt."""
+    tx.changed(receipt_id)
     found = status_of(tx, receipt_id)
     if found is None or found is wanted:
         return found is not None
