@@ -26,7 +26,7 @@ from kkt_buffer import (
 # Stores the receipts whose ids come in by the standard input, and answers each. `sys.argv[2]` is what is wrong with it.
 SERVICE = """
 import sys
-import kkt_buffer.sqlite.engine as layer
+import kkt_buffer.sqlite.database as layer
 from kkt_buffer import ReceiptBufferError, ReceiptRepository, create_buffer_engine
 
 path, fault = sys.argv[1:]

@@ -31,7 +31,7 @@ from kkt_buffer import (
     BufferFullError, DeliveryRejected, DeliveryUnavailable, InvalidTransitionError, LeaseLostError,
     ReceiptNotFoundError, ReceiptRepository, create_buffer_engine, DeliveryWorker,
 )
-from kkt_buffer.sqlite.engine import Database
+from kkt_buffer.sqlite import database
 
 path, logs, fault = sys.argv[1:]
 EXPECTED = (BufferFullError, InvalidTransitionError, LeaseLostError, ReceiptNotFoundError)
@@ -124,7 +124,7 @@ class Worker(threading.Thread):
 
 def work(number, seed, offset):
     if fault == "forgets the clock":
-        Database.insert = (
+        database.INSERT = (
             "INSERT INTO receipts (id, pos_id, created_at, hlc_local_time, hlc_logical_counter, fiscal_doc, digest)"
             " VALUES (:id, :pos_id, :now, :now, 0, :fiscal_doc, :digest)"
         )

@@ -96,7 +96,7 @@ class TestNewFile:
 class TestRefused:
     @pytest.mark.parametrize(
         "path",
-        ["", "  ", "a\0b", b"buffer.db", "postgresql://localhost/x", "sqlite+aiosqlite:///x", "sqlite:///x?mode=ro"],
+        ["", "  ", "a\0b", b"buffer.db", "mysql://localhost/x", "sqlite+aiosqlite:///x", "sqlite:///x?mode=ro"],
     )
     def test_no_path(self, path, tmp_path, monkeypatch, open_engine):
         monkeypatch.chdir(tmp_path)
