@@ -18,7 +18,7 @@ def add(connection, first, times=TIMES):
 
 
 def counted(connection):
-    """The number of pending receipts, the rows that it is made of, and whether the newest folded row is this server's."""
+    """The number of pending receipts, the rows it is made of, and whether the newest folded row is of this server."""
     return connection.exec_driver_sql(
         "SELECT pending, (SELECT COUNT(*) FROM buffer_changes), (SELECT xmin::text = folded_by FROM buffer_changes"
         " WHERE folded_below IS NOT NULL ORDER BY folded_below DESC LIMIT 1) FROM buffer_state"
@@ -53,7 +53,7 @@ class TestFolded:
                         savepoint.rollback()
         with roomy.connect() as connection:
             pending, rows, is_bounded = counted(connection)
-        assert TIMES - TIMES // 7 == pending
+        assert TIMES - len(range(0, TIMES, 7)) == pending
         assert rows < pending
         assert is_bounded
 
