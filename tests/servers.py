@@ -286,7 +286,8 @@ class Template:
         tables = re.findall(r"(?m)^CREATE TABLE (\S+)", self.dump)
         rows = re.findall(r"(?m)^(?:INSERT INTO|SELECT pg_catalog.setval).*;$", self.dump)
         deletions = [f"DELETE FROM {table};" for table in tables]
-        self.rows = "\n".join(["SET session_replication_role = replica;", *deletions, *rows])  # without triggers
+        role = "session_replication_role"
+        self.rows = "\n".join([f"SET {role} = replica;", *deletions, *rows, f"RESET {role};"])  # without triggers
         self.unused = []
 
     @contextlib.contextmanager

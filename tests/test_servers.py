@@ -1,5 +1,6 @@
 """The throwaway servers: none is left behind, and where there is none, the run says so."""
 
+import contextlib
 import subprocess
 import sys
 from pathlib import Path
@@ -71,6 +72,63 @@ class TestServer:
         with pytest.raises(RuntimeError, match='invalid value for parameter "wal_level"'), own:
             pass
         assert not own.folder.exists()
+
+
+MADE = """
+    CREATE TABLE notes (id serial PRIMARY KEY, note text DEFAULT 'none' CHECK (note <> ''));
+    INSERT INTO notes (note) VALUES ('first');
+    CREATE VIEW shown AS SELECT note FROM notes;
+    CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN RAISE EXCEPTION ''no''; END';
+    CREATE TRIGGER guard BEFORE DELETE ON notes FOR EACH ROW EXECUTE FUNCTION refuse();
+"""
+# A change of each kind of object.
+CHANGES = (
+    "CREATE TABLE others ()",
+    "DROP VIEW shown",
+    "CREATE OR REPLACE VIEW shown AS SELECT upper(note) AS note FROM notes",
+    "CREATE OR REPLACE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN RETURN NULL; END'",
+    "DROP TRIGGER guard ON notes",
+    "ALTER TABLE notes DISABLE TRIGGER guard",
+    "ALTER TABLE notes ADD more text",
+    "ALTER TABLE notes ALTER note SET DEFAULT 'other'",
+    "ALTER TABLE notes DROP CONSTRAINT notes_note_check",
+    "ALTER TABLE notes SET (toast_tuple_target = 256)",
+    "CREATE INDEX mine ON notes (note)",
+    "GRANT SELECT ON notes TO public",
+    "GRANT USAGE ON SCHEMA {schema} TO public",
+)
+
+
+@pytest.fixture(scope="module")
+def template(server):
+    def make(url):
+        with psycopg.connect(url.replace("+psycopg", "")) as connection:
+            connection.execute(MADE)
+
+    with contextlib.closing(servers.Template(server, make)) as template:
+        yield template
+
+
+class TestTemplate:
+    def test_rows(self, server, template):
+        """A copy that was used before has the rows of the first day, and its numbers begin again."""
+        names = set()
+        for _ in range(2):
+            with template.copy() as name:
+                names.add(name)
+                assert [(1, "first")] == server.execute(f"SELECT * FROM {name}.notes")
+                server.execute(f"UPDATE {name}.notes SET note = 'changed'")
+                assert [(2,)] == server.execute(f"INSERT INTO {name}.notes DEFAULT VALUES RETURNING id")
+        assert 1 == len(names)
+
+    @pytest.mark.parametrize("change", CHANGES)
+    def test_objects(self, server, template, change):
+        """A copy whose objects were changed is not used again."""
+        with template.copy() as changed:
+            server.execute(f"SET search_path = {changed}; {change.format(schema=changed)}")
+        with template.copy() as name:
+            assert changed != name
+        assert [] == server.execute(f"SELECT 1 FROM pg_namespace WHERE nspname = '{changed}'")
 
 
 class TestGuard:
