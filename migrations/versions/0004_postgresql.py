@@ -144,8 +144,6 @@ COALESCE(CASE
     WHEN current_setting('fsync') <> 'on' THEN 'fsync is off'
     WHEN current_setting('full_page_writes') <> 'on' THEN 'full_page_writes is off'
     WHEN current_setting('synchronous_commit') = 'off' THEN 'synchronous_commit is off'
-    WHEN current_setting('transaction_isolation') <> 'read committed'
-        THEN 'the isolation level is not read committed'
     WHEN replicas > 0 AND current_setting('synchronous_commit') = 'local' THEN 'synchronous_commit is local'
     WHEN replicas > CASE WHEN current_setting('synchronous_standby_names') = '' THEN 0 ELSE COALESCE((regexp_match(
         current_setting('synchronous_standby_names'), '^\\s*(?:ANY|FIRST)?\\s*(\\d+)\\s*\\(', 'i'))[1]::integer, 1) END
@@ -153,7 +151,9 @@ COALESCE(CASE
 END,
         (SELECT 'the table ' || relname || ' is not logged' FROM pg_class
         WHERE oid IN ('receipts'::regclass, 'dlq'::regclass, 'buffer_events'::regclass,
-        'buffer_changes'::regclass) AND relpersistence <> 'p' LIMIT 1))"""
+        'buffer_changes'::regclass) AND relpersistence <> 'p' LIMIT 1),
+        CASE WHEN current_setting('transaction_isolation') <> 'read committed'
+        THEN 'the isolation level is not read committed' END)"""
 
 CAPACITY = """\
 COALESCE((SELECT CASE WHEN value ~ '^\\d{1,10}$' THEN value::bigint ELSE 0 END FROM config
@@ -249,7 +249,7 @@ BEGIN
         FROM gone;
     END IF;
 END $$""",
-    # Facts and changes. `kkt_insert_receipts` has looked for room before; whoever else inserts is checked here.
+    # Facts and changes. `kkt_insert_receipts` has looked for room before; every other insert is checked here.
     """\
 CREATE FUNCTION kkt_receipts_added() RETURNS trigger LANGUAGE plpgsql AS $$
 DECLARE
@@ -381,7 +381,7 @@ END $$""",
     """\
 CREATE FUNCTION kkt_guard_event_removed() RETURNS trigger LANGUAGE plpgsql AS $$
 BEGIN
-    IF OLD.timestamp > extract(epoch FROM now()) - 86400 * COALESCE((SELECT CASE WHEN value ~ '^\\d{1,10}$'
+    IF OLD.timestamp > extract(epoch FROM clock_timestamp()) - 86400 * COALESCE((SELECT CASE WHEN value ~ '^\\d{1,10}$'
         THEN value::bigint ELSE 0 END FROM config WHERE key = 'retention_events_days'), 90) THEN
         RAISE EXCEPTION 'an event cannot be deleted before retention_events_days have passed'
             USING ERRCODE = '23K02';
@@ -475,7 +475,7 @@ def server_statements(schema: str) -> list[str]:
     """
     What makes all of it in a schema. `kkt_buffer.check` runs the same statements, to know what it should find.
 
-    Functions search that schema alone, whoever calls them; pg_temp last, so that no temporary table hides a table.
+    Functions search that schema alone, whichever role calls them; pg_temp last, so that no temporary table hides one.
     """
     path = f"SET search_path = {schema}, pg_temp AS $$"
     return [

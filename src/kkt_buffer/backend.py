@@ -129,7 +129,7 @@ class Backend(ABC):
     # What only some engines need. These do nothing.
 
     def lock(self, connection: Connection) -> None:
-        """Keep out whoever inserts or takes this lock, until the end of the transaction."""
+        """Keep out every transaction that inserts receipts or takes this lock, until the end of the transaction."""
 
     def confirm(self, connection: Connection) -> None:
         """Return only when everything that this transaction has read is durable, as after a commit."""

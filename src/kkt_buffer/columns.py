@@ -1,5 +1,5 @@
 """
-Types of columns, and indexes, that are the same on every engine: each engine's own words are said here.
+Types of columns, and indexes, that are the same on every engine: what differs between engines is in this module.
 """
 
 import json

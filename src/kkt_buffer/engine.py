@@ -71,6 +71,17 @@ def create_buffer_engine(  # noqa: PLR0913 (all but one are keywords)
     return sqlite.create(url, read_only=read_only, busy_timeout=busy_timeout, driver=driver, **engine_options)
 
 
+# What a URL may show: where the buffer is. Everything else in its query may be a secret.
+_SHOWN = frozenset(
+    {"host", "hostaddr", "port", "dbname", "service", "options", "require_replicas", "target_session_attrs"}
+)
+
+
+def public_url(url: URL) -> URL:
+    """The URL without its password, and without what else may be a secret."""
+    return url.set(query={key: value for key, value in url.query.items() if key in _SHOWN})._replace(password=None)
+
+
 def _postgresql() -> ModuleType:
     try:
         return importlib.import_module("kkt_buffer.postgresql.engine")

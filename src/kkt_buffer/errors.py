@@ -166,6 +166,8 @@ class BufferBusyError(BufferStorageError):
 class ConnectionLostError(BufferStorageError):
     """The connection to the server was lost, or it led to a server that takes no writes. Try again."""
 
+    is_outcome_known = False  # True: nothing was stored, even if it was lost at the commit
+
 
 class TransactionConflictError(BufferStorageError):
     """The server gave this transaction up for a concurrent one; nothing in it was stored. Try again, all of it."""

@@ -143,13 +143,13 @@ class GroupCommit:
     def _commit_one_by_one(self, tx: Transaction, members: list[_Member], error: Exception) -> None:
         unknown: OutcomeUnknownError | None = None
         for pause in PAUSES_SECONDS:
+            time.sleep(pause)
             if isinstance(error, OutcomeUnknownError):
                 unknown = error
             try:
                 self._commit(tx, members, partial(_one_by_one, unknown=unknown))
             except _REPEAT as repeat:
                 error = repeat
-                time.sleep(pause)
             else:
                 return
         raise unknown or error
@@ -166,6 +166,8 @@ class GroupCommit:
         try:
             with self._transactions.begun(tx, one_statement=one_statement):
                 is_begun = True
+                for member in members:
+                    member.is_committing = one_statement  # it commits inside of `run`
                 run(tx, members)
                 for member in members:
                     member.is_committing = True

@@ -19,6 +19,7 @@ from sqlalchemy import Connection, Engine, Integer, text
 from sqlalchemy.exc import DBAPIError
 
 from kkt_buffer.backend import READ_ONLY, backend_of
+from kkt_buffer.engine import public_url
 from kkt_buffer.errors import BufferDamagedError, BufferMovedError, BufferStorageError
 from kkt_buffer.migrate import RELEASE_KEY, require, upgrade
 from kkt_buffer.models import metadata
@@ -131,8 +132,8 @@ def move(source: Engine, target: Engine) -> Moved:
     """
     Move an SQLite buffer into a PostgreSQL buffer, which is empty or not made yet.
 
-    From the moment at which the copying begins, every change of the source is refused. A move that was interrupted goes
-    on when it is repeated with the same target.
+    From the moment at which the copying begins, every change of the source is refused. A move that was
+    interrupted has left nothing on the server: repeat it with the same target.
 
     Raises `BufferMovedError` if the source was moved to another target, `BufferStorageError` if it cannot be moved to
     this one, `BufferDamagedError` if it is damaged, `SchemaError` if it has not the schema of this release.
@@ -150,6 +151,8 @@ def move(source: Engine, target: Engine) -> Moved:
     try:
         with backend_of(target).migrating(target) as there, there.begin():
             there.execute(_LOCK)
+            with _reading(source) as here:
+                move_id = _move_of(here, name)  # another run may have begun meanwhile
             if move_id is not None and move_id == _setting(there, MOVE_ID):
                 backend_of(target).confirm(there)
                 return Moved({part.name: part.count(there) for part in _PARTS}, is_repeated=True)
@@ -174,8 +177,7 @@ def move(source: Engine, target: Engine) -> Moved:
 
 def _name(target: Engine) -> str:
     """The URL of the target, without what only tells who uses it, and secrets."""
-    url = target.url.difference_update_query(["user", "password", "sslpassword"])
-    return url._replace(username=None, password=None).render_as_string()
+    return public_url(target.url)._replace(username=None).render_as_string()
 
 
 def _reading(source: Engine) -> Connection:

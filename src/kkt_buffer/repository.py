@@ -138,10 +138,11 @@ class ReceiptRepository:
             return []
         self._require_schema()
         try:
-            return self._transactions.write_one_statement(receipts.insert_together, new)
-        except NotTogetherError:
-            # Only now check the receipts one by one, to name the refused one.
-            return self._write_idempotent(receipts.insert_unknown, new)
+            try:
+                return self._transactions.write_one_statement(receipts.insert_together, new)
+            except NotTogetherError:
+                # Only now check the receipts one by one, to name the refused one.
+                return self._write(receipts.insert_unknown, new)
         except OutcomeUnknownError as unknown:
             again = [receipts.again(receipt) for receipt in new]
             return self._transactions.write_idempotent(unknown, receipts.insert_unknown, again)

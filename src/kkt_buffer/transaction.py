@@ -298,7 +298,7 @@ class Transactions:
                         for bell in self.backend.bells - {own_bell.get()}:
                             bell.ring()
                 except ConnectionLostError as error:
-                    if may_be_stored:
+                    if may_be_stored and not error.is_outcome_known:
                         raise OutcomeUnknownError(self.backend, tx.receipt_ids) from error
                     raise
                 except (DBAPIError, InvalidRequestError) as error:

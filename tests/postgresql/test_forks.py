@@ -10,7 +10,7 @@ from kkt_buffer import ReceiptRepository
 FORK = multiprocessing.get_context("fork")
 
 
-def sessions(engine):
+def backend_pid(engine):
     """The number of the server's process for the connection that comes next."""
     with engine.connect() as connection:
         return connection.exec_driver_sql("SELECT pg_backend_pid()").scalar_one()
@@ -18,7 +18,7 @@ def sessions(engine):
 
 def in_child(engine, answer):
     repository = ReceiptRepository(engine)
-    answer.send((sessions(engine), repository.insert_receipt(new_receipt())))
+    answer.send((backend_pid(engine), repository.insert_receipt(new_receipt())))
 
 
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded")
@@ -26,7 +26,7 @@ def test_fork(server_engine):
     """The child does not use the parent's connection, and does not end it."""
     repository = ReceiptRepository(server_engine)
     repository.insert_receipt(new_receipt())
-    before = sessions(server_engine)
+    before = backend_pid(server_engine)
     ours, theirs = FORK.Pipe()
     child = FORK.Process(target=in_child, args=(server_engine, theirs))
     child.start()
@@ -34,5 +34,5 @@ def test_fork(server_engine):
     child.join()
     assert 0 == child.exitcode
     assert before != of_child
-    assert before == sessions(server_engine)
+    assert before == backend_pid(server_engine)
     assert repository.get_receipt_by_id(receipt_id) is not None

@@ -50,7 +50,7 @@ def operations(repository):
 
 @pytest.mark.parametrize("name", BUDGETS)
 def test_round_trips(operations, proxy, name):
-    for _ in range(10):  # until its statements are prepared
+    for _ in range(10):  # until the schema was checked and a connection is in the pool
         operations[name]()
     before = proxy.round_trips
     operations[name]()

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from sqlalchemy import Engine, make_url
 
 from kkt_buffer.buffer import DEFAULT_PATH, PATH_VARIABLE
-from kkt_buffer.engine import create_buffer_engine
+from kkt_buffer.engine import create_buffer_engine, public_url
 from kkt_buffer.errors import BufferStorageError
 from kkt_buffer.migrate import require
 from kkt_buffer.repository import ReceiptRepository
@@ -67,7 +67,7 @@ def path_of(arguments: argparse.Namespace, default: str | None = None) -> str:
     """The path or URL of the buffer that the command line names; else `default`, or the buffer of this machine."""
     named, positional = arguments.db, getattr(arguments, "path", None)
     if named is not None and positional is not None:
-        arguments.parser.error(f"the buffer is named twice: {named} and {positional}")
+        arguments.parser.error(f"the buffer is named twice: {shown(named)} and {shown(positional)}")
     path: str | None = positional if named is None else named
     if path is not None:
         return path
@@ -81,7 +81,7 @@ def is_server(path: str) -> bool:
 
 def shown(path: str) -> str:
     """The path or URL as it may be printed: without a password."""
-    return make_url(path).render_as_string(hide_password=True) if is_server(path) else path
+    return public_url(make_url(path)).render_as_string() if is_server(path) else path
 
 
 def file_path(path: str, advice: str) -> str:

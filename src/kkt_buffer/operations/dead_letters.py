@@ -43,6 +43,7 @@ def list_dead_letters(tx: Transaction, limit: int, *, open_only: bool) -> list[D
 def requeue(tx: Transaction, receipt_id: str, actor: str, reason: str) -> None:
     """Close the dead letter of a receipt and make the receipt pending again."""
     tx.backend.lock(tx.connection)  # before the capacity is read
+    status_of(tx, receipt_id)  # locks the receipt before its dead letter, as a delivery does
     _close(tx, receipt_id, actor, reason, Resolution.REQUEUED)
     refuse_if_full(tx, 1)
     tx.connection.execute(REQUEUE, {"receipt_id": receipt_id, "now": tx.now})

@@ -10,7 +10,13 @@ from kkt_buffer.backend import AT_MOST, Backend
 from kkt_buffer.columns import ONLY_ON
 from kkt_buffer.config import CONFIG_RULES
 from kkt_buffer.documents import is_intact
-from kkt_buffer.errors import InvalidConfigError, ReceiptBufferError
+from kkt_buffer.errors import (
+    BufferBusyError,
+    ConnectionLostError,
+    InvalidConfigError,
+    ReceiptBufferError,
+    TransactionConflictError,
+)
 from kkt_buffer.models import OPEN_ONLY, ConfigEntry, Receipt, ReceiptStatus, metadata
 from kkt_buffer.transaction import Transactions
 
@@ -130,6 +136,8 @@ def _found(transactions: Transactions, check: Callable[[Connection], list[str]])
     try:
         with transactions.reading() as tx:
             problems += check(tx.connection)
+    except (BufferBusyError, ConnectionLostError, TransactionConflictError):
+        raise  # it tells nothing about the rows
     except (ReceiptBufferError, SQLAlchemyError, ValueError) as error:
         # In a damaged file the end of the transaction can fail too. The problems found before are more useful.
         problems = problems or [str(error)]

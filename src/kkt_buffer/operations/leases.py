@@ -1,16 +1,16 @@
 """
 Leases: a worker claims receipts for a limited time and records the outcome of each.
 
-Guaranteed: two workers never hold the same receipt at the same time by the clock of this machine; a worker that died
-leaves no receipt stuck; a late worker cannot undo later changes. Not guaranteed: that a receipt is sent only once.
-If a worker dies or its lease expires between a send and its record, the receipt is sent again; the OFD recognises it by
+Guaranteed: two workers never hold the same receipt at the same time by the clock of this machine or of the server; a
+worker that died leaves no receipt stuck; a late worker cannot undo later changes. Not guaranteed: that a receipt is
+sent only once. If a worker dies or its lease expires between a send and its record, the receipt is sent again; the OFD recognises it by
 its fiscal number.
 """
 
 from collections.abc import Callable
 from typing import NamedTuple
 
-from sqlalchemy import bindparam, func, literal_column, select, text, update
+from sqlalchemy import Integer, bindparam, func, literal_column, select, text, update
 
 from kkt_buffer.errors import LeaseLostError, ReceiptNotFoundError
 from kkt_buffer.models import PENDING_ONLY, SYNCING_ONLY, Receipt, ReceiptStatus
@@ -27,12 +27,18 @@ _over = (
 )
 RECOVER = update(receipts).where(receipts.c.id.in_(_over)).values(_unleased)
 
+# Served by idx_receipts_lease.
+_leases = text(SYNCING_ONLY + " AND lease_token = :token")
+CLAIMED = select(Receipt).where(_leases)
+# If a claim is repeated, its first try may have been committed.
+_claimed_before = select(func.count()).select_from(receipts.alias()).where(_leases).scalar_subquery()
+
 # Served by idx_receipts_status or idx_receipts_pos_id. A next attempt that is later than any backoff was computed with
 # a wrong clock, so it counts as due.
 _due = (
     select(receipts.c.id)
     .where(text(PENDING_ONLY + " AND COALESCE(next_attempt_at NOT BETWEEN :now + 1 AND :horizon, TRUE)"))
-    .limit(bindparam("limit"))
+    .limit(bindparam("limit", type_=Integer) - _claimed_before)
     .with_for_update(skip_locked=True)
 )
 # The same conditions as in CLAIM and RECOVER.
@@ -54,10 +60,6 @@ CLAIM = {
     for of_one_pos, due in ((False, _due), (True, _due.where(text("pos_id = :pos"))))
     for retries_last, order in ((False, _in_order), (True, _retries_last))
 }
-
-# Served by idx_receipts_lease.
-_leases = text(SYNCING_ONLY + " AND lease_token = :token")
-CLAIMED = select(Receipt).where(_leases)
 
 _renewed = update(receipts).values(lease_taken_at=bindparam("now"), lease_expires_at=bindparam("expires"))
 RENEW_ALL = _renewed.where(_leases).returning(receipts.c.id)
@@ -110,8 +112,10 @@ def claim(tx: Transaction, wanted: Claim) -> list[Receipt]:
     }
     if wanted.pos_id is not None:
         parameters["pos"] = wanted.pos_id
-    tx.connection.execute(CLAIM[wanted.pos_id is not None, wanted.retries_last], parameters)
+    claimed = tx.connection.execute(CLAIM[wanted.pos_id is not None, wanted.retries_last], parameters)
     found: list[Receipt] = tx.load(CLAIMED, token=wanted.token)
+    if found and not claimed.rowcount:  # only on PostgreSQL: the first try was committed
+        tx.backend.confirm(tx.connection)
     tx.changed(*(receipt.id for receipt in found))
 
     def place(receipt: Receipt) -> tuple[int, int, int]:

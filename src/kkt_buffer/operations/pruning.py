@@ -90,12 +90,16 @@ def _delete(transactions: Transactions, statement: str, parameters: Parameters) 
     """Repeat a deletion of at most BATCH rows until no rows are left."""
     deleted = 0
     while True:
-        with transactions.writing() as tx:
-            batch = tx.connection.execute(text(statement), parameters).rowcount
-            tx.backend.pruned(tx.connection)
+        batch = transactions.write(_delete_batch, statement, parameters)
         deleted += batch
         if batch < BATCH:
             return deleted
+
+
+def _delete_batch(tx: Transaction, statement: str, parameters: Parameters) -> int:
+    deleted = tx.connection.execute(text(statement), parameters).rowcount
+    tx.backend.pruned(tx.connection)
+    return deleted
 
 
 def _prune_resolved(transactions: Transactions, resolved: str, parameters: Parameters) -> tuple[int, int]:
@@ -108,7 +112,7 @@ def _prune_resolved(transactions: Transactions, resolved: str, parameters: Param
                 letters += tx.connection.execute(
                     text("DELETE FROM dlq WHERE original_receipt_id = :id"), of_this
                 ).rowcount
-                tx.connection.execute(text("DELETE FROM receipts WHERE id = :id"), of_this)
+                tx.connection.execute(text("DELETE FROM receipts WHERE id = :id AND status = 'failed'"), of_this)
             tx.backend.pruned(tx.connection)
         receipts += len(found)
         if len(found) < BATCH:

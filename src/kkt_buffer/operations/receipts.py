@@ -46,7 +46,8 @@ RECEIPT = select(Receipt).where(Receipt.id == bindparam("receipt_id"))
 KNOWN = select(receipts.c.pos_id, receipts.c.fiscal_doc, receipts.c.inserted_digest).where(
     receipts.c.id == bindparam("receipt_id")
 )
-# FOR UPDATE, which SQLite does not need: what is decided by this status is still true when it is written.
+# FOR UPDATE, which SQLite does not need: what is decided by this status is still true when it is written. The lock also
+# makes the commit wait for the replicas, so that a decision which was made already is confirmed too.
 STATUS_OF = select(receipts.c.status).where(receipts.c.id == bindparam("receipt_id")).with_for_update()
 UNDELIVERED = select(buffer_state.c.pending + buffer_state.c.syncing)
 
@@ -170,8 +171,14 @@ def insert_one(tx: Transaction, receipt: NewReceipt) -> str:
         try:
             _add(tx, [receipt])
         except RefusedError as refused:
-            if _is_replay(tx, receipt):
-                return receipt.id
+            try:
+                if _is_replay(tx, receipt):
+                    tx.backend.confirm(tx.connection)
+                    return receipt.id
+            except DuplicateReceiptError:
+                tx.backend.confirm(tx.connection)  # it says that the receipt is stored
+                raise
+            tx.forget_settings()  # the server has read the capacity just now
             refuse_if_full(tx, 1)
             if refused.error is not None:
                 raise tx.explain(refused.error) from refused.error
@@ -191,12 +198,20 @@ def insert_together(tx: Transaction, many: list[NewReceipt]) -> list[str]:
 def insert_unknown(tx: Transaction, many: list[NewReceipt]) -> list[str]:
     """Store the receipts that are not replays. Raises for the first one that may not be stored."""
     tx.backend.lock(tx.connection)
-    new = _new_only(tx, many)
+    try:
+        new = _new_only(tx, many)
+    except DuplicateReceiptError:
+        tx.backend.confirm(tx.connection)
+        raise
+    if len(new) < len(many):
+        tx.backend.confirm(tx.connection)
     refuse_if_full(tx, len(new))
     if new:
         try:
             _add(tx, new)
         except RefusedError as refused:
+            tx.forget_settings()
+            refuse_if_full(tx, len(new))  # the capacity was lowered meanwhile
             raise tx.explain(refused.error or refused) from refused.error
     return [receipt.id for receipt in many]
 
@@ -211,7 +226,6 @@ def _is_replay(tx: Transaction, receipt: NewReceipt) -> bool:
     stored = tx.connection.execute(KNOWN, {"receipt_id": receipt.id}).one_or_none()
     if stored is None:
         return False
-    tx.backend.confirm(tx.connection)  # either answer says that the receipt is stored
     pos_id, fiscal_doc, inserted_digest = stored
     error = DuplicateReceiptError(
         receipt.id,
@@ -267,7 +281,6 @@ def mark_synced(tx: Transaction, delivery: tuple[str, int]) -> bool:
         if status is None:
             return False
         if status is ReceiptStatus.SYNCED:
-            tx.backend.confirm(tx.connection)
             return True
         if status is ReceiptStatus.FAILED:  # pragma: no branch (else it was requeued just now)
             close_dead_letter(tx, receipt_id, "delivery", "the receipt was delivered", Resolution.DELIVERED)

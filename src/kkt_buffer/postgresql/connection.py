@@ -1,5 +1,5 @@
 """
-`ServerConnection`: a driver connection whose `commit()` tells the truth.
+`ServerConnection`: its `commit()` returns only when the commit is durable, on as many replicas as are required.
 
 It is in autocommit mode: a statement outside of `begin` and `commit` is a transaction by itself, in one round trip.
 """
@@ -24,11 +24,11 @@ CASE
     WHEN current_setting('fsync') <> 'on' THEN 'fsync is off'
     WHEN current_setting('full_page_writes') <> 'on' THEN 'full_page_writes is off'
     WHEN current_setting('synchronous_commit') = 'off' THEN 'synchronous_commit is off'
-    WHEN current_setting('transaction_isolation') <> 'read committed' THEN 'the isolation level is not read committed'
     WHEN replicas > 0 AND current_setting('synchronous_commit') = 'local' THEN 'synchronous_commit is local'
     WHEN replicas > CASE WHEN current_setting('synchronous_standby_names') = '' THEN 0 ELSE COALESCE((regexp_match(
         current_setting('synchronous_standby_names'), '^\\s*(?:ANY|FIRST)?\\s*(\\d+)\\s*\\(', 'i'))[1]::integer, 1) END
         THEN format('synchronous_standby_names is %L', current_setting('synchronous_standby_names'))
+    WHEN current_setting('transaction_isolation') <> 'read committed' THEN 'the isolation level is not read committed'
 END"""
 
 
@@ -163,7 +163,12 @@ class ServerConnection(psycopg.Connection[Any]):
         is_unconfirmed, self.is_unconfirmed = self.is_unconfirmed, False
         # If the replicas were taken out of the settings during the wait, it ended as if they had confirmed.
         if self.replicas and not is_unconfirmed:
-            row = self.execute(f"SELECT {unsafe_commit(self.replicas)}".encode()).fetchone()
+            try:
+                row = self.execute(f"SELECT {unsafe_commit(self.replicas)}".encode()).fetchone()
+            except psycopg.Error as error:  # the commit was before it
+                raise ConnectionLostError(
+                    f"{self.buffer}: the connection was lost after a commit. Try again."
+                ) from error
             is_unconfirmed = row is None or row[0] is not None
         if is_unconfirmed:
             raise ConnectionLostError(

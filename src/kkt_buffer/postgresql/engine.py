@@ -116,7 +116,7 @@ class Server(Backend):
 
     def __init__(self, url: URL, *, lock_timeout: float, answer_timeout: float, replicas: int) -> None:
         super().__init__()
-        self._name = url.set(username=None, password=None, query={}).render_as_string()
+        self._name = url.set(query={})._replace(username=None, password=None).render_as_string()
         self._lock_timeout = lock_timeout
         self._answer_timeout = answer_timeout
         self._replicas = replicas
@@ -170,7 +170,7 @@ class Server(Backend):
             refused = storage_error(self, error) or BufferStorageError(f"{self}: {error}. Nothing was stored.")
             if isinstance(refused, ConnectionLostError):
                 connection.invalidate()
-                connection.engine.pool.dispose()  # the idle connections are those of the same server
+                connection.engine.dispose()  # the idle connections are those of the same server
             raise refused from error
 
     def _handle_error(self, context: ExceptionContext) -> BaseException | None:
@@ -234,6 +234,8 @@ class Server(Backend):
         try:
             is_stored = connection.exec_driver_sql(INSERT, parameters).scalar_one()
         except IntegrityError as error:
+            if len(many) == 1:
+                raise  # neither the id nor the room: the server has looked at both
             raise RefusedError(error) from error
         if not is_stored:
             raise RefusedError
@@ -299,4 +301,8 @@ class Server(Backend):
     def migrating(self, engine: Engine) -> Iterator[Connection]:
         """A connection whose transaction waits for that of another migration, however long that takes."""
         with engine.connect().execution_options(**{READ_ONLY: False, MIGRATING: True}) as connection:
-            yield connection
+            driver = driver_connection(connection)
+            try:
+                yield connection
+            finally:
+                driver.is_limited = True

@@ -19,6 +19,7 @@ from kkt_buffer.errors import (
     SchemaError,
     TransactionConflictError,
 )
+from kkt_buffer.models import metadata
 
 # SQLSTATEs of the guards. In class 23 the driver raises an IntegrityError; class 55 is "not in prerequisite state".
 ACKNOWLEDGED, REFUSED, UNSAFE = "23K01", "23K02", "55K01"
@@ -34,6 +35,10 @@ class _Fault(NamedTuple):
 
 
 _LOST = _Fault(ConnectionLostError, "the connection to the server was lost", f"{_MAYBE} Try again.")
+
+_DAMAGED = _Fault(
+    BufferDamagedError, "the server found it damaged", "Stop, keep a copy of the server's files, restore a backup."
+)
 
 # By SQLSTATE, or by its class.
 _FAULTS = {
@@ -51,9 +56,9 @@ _FAULTS = {
     "57014": _Fault(BufferStorageError, "the statement was cancelled", f"{_SAFE} Try again."),
     "57P": _LOST,
     "58": _Fault(BufferStorageError, "the server's system reported an error", f"{_SAFE} Look into the server's log."),
-    "XX": _Fault(
-        BufferDamagedError, "the server found it damaged", "Stop, keep a copy of the server's files, restore a backup."
-    ),
+    "XX": _Fault(BufferStorageError, "the server reported an internal error", f"{_SAFE} Look into the server's log."),
+    "XX001": _DAMAGED,
+    "XX002": _DAMAGED,
     UNSAFE: _Fault(
         BufferStorageError,
         "a commit would not be safe here",
@@ -78,7 +83,10 @@ def storage_error(buffer: object, error: BaseException | None) -> ReceiptBufferE
     fault = next((_FAULTS[state[:n]] for n in (5, 3, 2) if state[:n] in _FAULTS), None)
     if fault is None and not state and isinstance(error, psycopg.OperationalError):
         fault = _LOST
-    return fault and fault.error(f"{buffer}: {fault.problem} ({_text(error)}). {fault.advice}")
+    found = fault and fault.error(f"{buffer}: {fault.problem} ({_text(error)}). {fault.advice}")
+    if isinstance(found, ConnectionLostError):
+        found.is_outcome_known = state in {"25006", "25P03"}  # refused before the commit
+    return found
 
 
 def statement_error(buffer: object, error: DBAPIError) -> ReceiptBufferError | None:
@@ -91,8 +99,8 @@ def statement_error(buffer: object, error: DBAPIError) -> ReceiptBufferError | N
             "table, function or trigger was changed by hand, or search_path names another schema; run `kkt-buffer "
             "verify URL`."
         )
-    constraint = getattr(getattr(cause, "diag", None), "constraint_name", None) or ""
-    if state == REFUSED or constraint.startswith(("ck_", "fk_dlq", "pk_", "idx_dlq")) or state == "23502":
+    table = cause.diag.table_name if isinstance(cause, psycopg.Error) else None
+    if state == REFUSED or (state.startswith("23") and table in metadata.tables):
         return BufferDamagedError(
             f"{buffer}: its rows contradict each other ({_text(cause)}). The operation changed nothing. Unless a "
             "trigger of your own did it, it is damaged: run `kkt-buffer verify URL`, and restore a backup."
