@@ -231,13 +231,16 @@ class Server(Backend):
             "replicas": self._replicas,
             "lock_timeout": f"{round(self._lock_timeout * 1000)}ms",
         }
+        is_alone = connection.get_execution_options().get(ONE_STATEMENT)
         try:
             is_stored = connection.exec_driver_sql(INSERT, parameters).scalar_one()
         except IntegrityError as error:
+            if not is_alone:  # the server has given this transaction up: nothing more can be asked in it
+                raise
             raise RefusedError(error) from error
         if not is_stored:
             raise RefusedError
-        if connection.get_execution_options().get(ONE_STATEMENT):
+        if is_alone:
             driver_connection(connection).refuse_unconfirmed()
 
     def lock(self, connection: Connection) -> None:
