@@ -196,7 +196,7 @@ CREATE FUNCTION kkt_insert_receipts(
     ids text[], pos_ids text[], documents text[], digests text[], held boolean[], at bigint, replicas integer,
     patience text
 ) RETURNS boolean LANGUAGE plpgsql
-SET jit = off SET enable_seqscan = off SET plan_cache_mode = force_generic_plan SET kkt_buffer.is_checked = 'yes' AS $$
+SET jit = off SET enable_seqscan = off SET plan_cache_mode = force_generic_plan AS $$
 DECLARE
     hlc bigint[];
     room bigint;
@@ -214,6 +214,7 @@ BEGIN
         RETURN false;
     END IF;
     moment := COALESCE(at, floor(extract(epoch FROM clock_timestamp()))::bigint);
+    PERFORM set_config('kkt_buffer.is_checked', 'yes', true);  -- only a superuser could do it by SET above
     INSERT INTO receipts (id, pos_id, created_at, hlc_local_time, hlc_logical_counter, fiscal_doc, digest, held_at)
     SELECT
         id, pos_id, moment, GREATEST(hlc[1], moment),
@@ -221,6 +222,7 @@ BEGIN
         document, digest, CASE WHEN hold THEN moment END
     FROM unnest(ids, pos_ids, documents, digests, held) WITH ORDINALITY
         AS given (id, pos_id, document, digest, hold, place);
+    PERFORM set_config('kkt_buffer.is_checked', '', true);
     RETURN true;
 END $$""",
     f"""\

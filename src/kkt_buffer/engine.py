@@ -78,8 +78,8 @@ _SHOWN = frozenset(
 
 
 def public_url(url: URL) -> URL:
-    """The URL without its password, and without what else may be a secret."""
-    return url.set(query={key: value for key, value in url.query.items() if key in _SHOWN})._replace(password=None)
+    """The URL without what may be a secret, but for its password, which SQLAlchemy hides when the URL is printed."""
+    return url.set(query={key: value for key, value in url.query.items() if key in _SHOWN})
 
 
 def _postgresql() -> ModuleType:
@@ -88,5 +88,5 @@ def _postgresql() -> ModuleType:
     except ModuleNotFoundError as error:
         raise BufferStorageError(
             "PostgreSQL needs a driver that is not installed here. Nothing was opened. Install it: "
-            "pip install 'kkt-buffer[postgresql]'"
+            "pip install 'psycopg[binary]>=3.3.6'"
         ) from error

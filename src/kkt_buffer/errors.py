@@ -99,7 +99,7 @@ class BufferMovedError(ReceiptBufferError):
     def __init__(self, target: str) -> None:
         super().__init__(
             f"this buffer was moved to {target}. Nothing was changed here; the file can only be read. Use the buffer "
-            "there."
+            "there; if the move was interrupted, run it again first."
         )
         self.target = target
 

@@ -30,6 +30,7 @@ from kkt_buffer.sqlite.schema import moved_triggers
 if TYPE_CHECKING:
     import sqlite3
 
+_MOVING = "trg_moving"
 MOVED_TO, MOVE_ID = "moved_to", "move_id"  # keys in `config`
 ROWS_AT_ONCE = 100
 
@@ -106,6 +107,9 @@ _IS_EMPTY = text(
     " AND NOT EXISTS (SELECT 1 FROM receipts) AND NOT EXISTS (SELECT 1 FROM dlq)"
     " AND NOT EXISTS (SELECT 1 FROM buffer_events) FROM buffer_state"
 )
+_IS_MOVING = text(
+    f"SELECT EXISTS (SELECT 1 FROM pg_trigger WHERE tgname = '{_MOVING}' AND tgrelid = 'receipts'::regclass)"
+)
 _LAST_EVENT = text(
     "SELECT MAX(COALESCE((SELECT MAX(id) FROM buffer_events), 0),"
     " COALESCE((SELECT seq FROM sqlite_sequence WHERE name = 'buffer_events'), 0))"
@@ -148,6 +152,7 @@ def move(source: Engine, target: Engine) -> Moved:
             for part in _PARTS:
                 part.refuse_unfit(here)
     upgrade(target)
+    _refuse_inserts(target)
     try:
         with backend_of(target).migrating(target) as there, there.begin():
             there.execute(_LOCK)
@@ -166,6 +171,7 @@ def move(source: Engine, target: Engine) -> Moved:
             with _reading(source) as here:
                 rows = _copy(here, there)
             _switch_triggers(there, "ENABLE")
+            there.execute(text(f"DROP TRIGGER {_MOVING} ON receipts"))
     except (DBAPIError, backend_of(target).driver.Error) as error:
         what = str(getattr(error, "orig", None) or error).split("\n", 1)[0]
         raise BufferStorageError(
@@ -177,7 +183,7 @@ def move(source: Engine, target: Engine) -> Moved:
 
 def _name(target: Engine) -> str:
     """The URL of the target, without what only tells who uses it, and secrets."""
-    return public_url(target.url)._replace(username=None).render_as_string()
+    return public_url(target.url)._replace(username=None, password=None).render_as_string()
 
 
 def _reading(source: Engine) -> Connection:
@@ -236,6 +242,17 @@ def _close(source: Engine, name: str) -> None:
             )
         for trigger in moved_triggers(name).values():
             here.exec_driver_sql(trigger)
+
+
+def _refuse_inserts(target: Engine) -> None:
+    """Until the move is complete, so that no service takes an empty buffer for the one that was moved."""
+    guard = "kkt_guard('a move into this buffer has begun', '55K02')"
+    with target.begin() as there:
+        there.execute(_LOCK)
+        if there.scalar(_IS_EMPTY) and not there.scalar(_IS_MOVING):
+            there.execute(
+                text(f"CREATE TRIGGER {_MOVING} BEFORE INSERT ON receipts FOR EACH STATEMENT EXECUTE FUNCTION {guard}")
+            )
 
 
 def _switch_triggers(there: Connection, enable_or_disable: str) -> None:

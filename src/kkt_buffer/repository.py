@@ -23,7 +23,18 @@ from kkt_buffer.errors import OutcomeUnknownError, ReceiptBufferError
 from kkt_buffer.group_commit import A, GroupCommit, R, Shareable
 from kkt_buffer.migrate import require
 from kkt_buffer.models import BufferEvent, DeadLetter, Receipt, ReceiptStatus
-from kkt_buffer.operations import dead_letters, events, held, integrity, leases, pruning, receipts, settings, status
+from kkt_buffer.operations import (
+    dead_letters,
+    events,
+    held,
+    integrity,
+    leases,
+    pages,
+    pruning,
+    receipts,
+    settings,
+    status,
+)
 from kkt_buffer.operations.integrity import IntegrityReport
 from kkt_buffer.operations.pruning import PruneReport
 from kkt_buffer.operations.status import BufferStatus
@@ -179,7 +190,7 @@ class ReceiptRepository:
         []
         """
         page = arguments.page(status, pos_id, after, limit)
-        return self._read(receipts.list_receipts, page)
+        return self._read(pages.list_receipts, page)
 
     def mark_synced(self, receipt_id: str | uuid.UUID, server_time: int) -> bool:
         """

@@ -21,7 +21,7 @@ def test_unconfirmed(used, moved):
         migrate(cluster.url())
         url = cluster.url(require_replicas="1")
         with frozen(*cluster.standbys):
-            for _ in range(2):
+            for _ in range(3):  # at the guard of the target, at the commit, at the look at what is done
                 run = executor.submit(moved, used, url)
                 [(process,)] = wait_until(lambda: cluster.primary.execute(WAITING))
                 cluster.primary.execute(f"SELECT pg_cancel_backend({process})")

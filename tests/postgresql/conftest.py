@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 import pytest
 import servers
 from builders import unproven
-from postgresql.cluster import migrate
+from postgresql.cluster import migrate, wait_until
 from postgresql.proxy import Proxy
 from sqlalchemy import URL, make_url
 
@@ -37,10 +37,12 @@ def open_repository(open_engine: Callable[..., object]) -> Callable[..., Receipt
 
 
 @pytest.fixture
-def proxy(server: servers.Server) -> Iterator[Proxy]:
-    """A proxy in front of the server."""
+def proxy(server: servers.Server, server_buffer: str) -> Iterator[Proxy]:
+    """A proxy in front of the server. What was cut off is over, there too, before the next test uses the buffer."""
     with Proxy(server.port).running() as proxy:
         yield proxy
+    clients = "SELECT client_port FROM pg_stat_activity WHERE client_port IS NOT NULL"
+    wait_until(lambda: proxy.ports.isdisjoint(port for (port,) in server.execute(clients)))
 
 
 @pytest.fixture

@@ -48,6 +48,7 @@ class Proxy:
         self._orders: dict[bytes, _Order] = {}
         self.cuts = 0  # how many were made
         self.round_trips = 0
+        self.ports: set[int] = set()  # of its connections to the server, by which that knows them
 
     @contextlib.contextmanager
     def running(self) -> Iterator["Proxy"]:
@@ -99,6 +100,7 @@ class Proxy:
                 for connection in (client, server):
                     connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
                 self._open |= {client, server}
+                self.ports.add(server.getsockname()[1])
                 link = _Link(self, client, server)
                 answers = threading.Thread(target=link.forward_answers, daemon=True)
                 answers.start()

@@ -3,6 +3,7 @@
 import psycopg
 import pytest
 from builders import new_receipt
+from sqlalchemy.exc import IntegrityError
 
 from kkt_buffer import BufferBusyError, BufferStorageError
 
@@ -83,6 +84,15 @@ class TestRepeated:
 
 
 class TestTold:
+    def test_own_trigger(self, repository, run):
+        """What a trigger of the service itself refuses is told by its own error, inside a transaction too."""
+        run(FAULT.format(times=1_000_000, state="23514"))
+        with pytest.raises(IntegrityError, match="on purpose"):
+            repository.insert_receipt(new_receipt())
+        with pytest.raises(IntegrityError, match="on purpose"), repository.transaction():
+            repository.insert_receipt(new_receipt())
+        assert 0 == repository.get_buffer_status().pending
+
     @pytest.mark.parametrize("state", CONFLICTS.values(), ids=CONFLICTS)
     def test_for_ever(self, repository, run, state):
         """It is not repeated for ever."""

@@ -3,8 +3,8 @@ Leases: a worker claims receipts for a limited time and records the outcome of e
 
 Guaranteed: two workers never hold the same receipt at the same time by the clock of this machine or of the server; a
 worker that died leaves no receipt stuck; a late worker cannot undo later changes. Not guaranteed: that a receipt is
-sent only once. If a worker dies or its lease expires between a send and its record, the receipt is sent again; the OFD recognises it by
-its fiscal number.
+sent only once. If a worker dies or its lease expires between a send and its record, the receipt is sent again; the OFD
+recognises it by its fiscal number.
 """
 
 from collections.abc import Callable

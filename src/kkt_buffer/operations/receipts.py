@@ -2,12 +2,11 @@
 
 import uuid
 from collections.abc import Sequence
-from functools import cache
-from typing import Any, cast
+from typing import cast
 
-from sqlalchemy import Select, Table, bindparam, insert, literal_column, null, select, text, update
+from sqlalchemy import Table, bindparam, insert, literal_column, null, select, text, update
 
-from kkt_buffer.arguments import NewReceipt, Page
+from kkt_buffer.arguments import NewReceipt
 from kkt_buffer.backend import RefusedError
 from kkt_buffer.errors import (
     BufferFullError,
@@ -16,12 +15,9 @@ from kkt_buffer.errors import (
     ReceiptNotFoundError,
 )
 from kkt_buffer.models import (
-    HELD_ONLY,
     OPEN_ONLY,
     PENDING_ONLY,
-    SYNCED_ONLY,
     TRANSITIONS,
-    UNDELIVERED_REST,
     DeadLetter,
     Receipt,
     ReceiptStatus,
@@ -50,16 +46,6 @@ KNOWN = select(receipts.c.pos_id, receipts.c.fiscal_doc, receipts.c.inserted_dig
 # makes the commit wait for the replicas, so that a decision which was made already is confirmed too.
 STATUS_OF = select(receipts.c.status).where(receipts.c.id == bindparam("receipt_id")).with_for_update()
 UNDELIVERED = select(buffer_state.c.pending + buffer_state.c.syncing)
-
-# Pages. Pending receipts are in two indexes, and each part is in HLC order; the other pages need one index.
-_BY_HLC = ("hlc_local_time", "hlc_logical_counter", "id")
-_BY_DELIVERY = ("synced_at", "id")
-_PARTS = {
-    ReceiptStatus.PENDING: (PENDING_ONLY, f"{HELD_ONLY} AND status = 'pending'"),
-    ReceiptStatus.SYNCING: (f"{UNDELIVERED_REST} AND status = 'syncing'",),
-    ReceiptStatus.FAILED: (f"{UNDELIVERED_REST} AND status = 'failed'",),
-    ReceiptStatus.SYNCED: (SYNCED_ONLY,),
-}
 
 # Values that clear the lease columns, and all columns of a delivery in progress.
 NO_LEASE = {"lease_token": null(), "lease_taken_at": null(), "lease_expires_at": null()}
@@ -118,28 +104,6 @@ LEASE = LEASED.where(text("id = :receipt_id AND held_at IS NULL"))
 GIVE_UP_LEASE = update(receipts).where(text("id = :receipt_id")).values(status=literal_column("'pending'"), **NO_LEASE)
 
 
-@cache
-def _page(status: ReceiptStatus, *, of_pos: bool, after: bool) -> Select[Any]:
-    """The query for one page. Only the terms that are needed, so that each has its index."""
-    order = ", ".join(key := _page_key(status))
-    pos = " AND pos_id = :pos_id" if of_pos else ""
-    rest = f" AND ({order}) > ({', '.join(f':{name}' for name in key)})" if after else ""
-    parts = " UNION ALL ".join(
-        f"SELECT * FROM (SELECT {order} FROM receipts WHERE {part}{pos}{rest} ORDER BY {order} LIMIT :limit) AS part"
-        for part in _PARTS[status]
-    )
-    return (
-        select(Receipt)
-        .where(text(f"id IN (SELECT id FROM ({parts}) AS page)"))
-        .order_by(*(receipts.c[name] for name in key))
-        .limit(bindparam("limit"))
-    )
-
-
-def _page_key(status: ReceiptStatus) -> tuple[str, ...]:
-    return _BY_DELIVERY if status is ReceiptStatus.SYNCED else _BY_HLC
-
-
 def list_pending(tx: Transaction, limit: int) -> list[Receipt]:
     """The receipts that wait for delivery, in HLC order, without the held ones."""
     return tx.load(PENDING, limit=limit)
@@ -149,15 +113,6 @@ def get_receipt(tx: Transaction, receipt_id: str) -> Receipt | None:
     """A receipt by its id."""
     found: list[Receipt] = tx.load(RECEIPT, receipt_id=receipt_id)
     return found[0] if found else None
-
-
-def list_receipts(tx: Transaction, page: Page) -> list[Receipt]:
-    """One page of the receipts of one status: those after the last receipt of the page before."""
-    status, pos_id, after, limit = page
-    position = {} if after is None else {name: getattr(after, name) for name in _page_key(status)}
-    if pos_id is not None:
-        position["pos_id"] = pos_id
-    return tx.load(_page(status, of_pos=pos_id is not None, after=after is not None), limit=limit, **position)
 
 
 def again(receipt: NewReceipt) -> NewReceipt:
@@ -210,9 +165,11 @@ def insert_unknown(tx: Transaction, many: list[NewReceipt]) -> list[str]:
         try:
             _add(tx, new)
         except RefusedError as refused:
-            tx.forget_settings()
-            refuse_if_full(tx, len(new))  # the capacity was lowered meanwhile
-            raise tx.explain(refused.error or refused) from refused.error
+            if refused.error is not None:
+                raise tx.explain(refused.error) from refused.error
+            tx.forget_settings()  # the capacity was lowered meanwhile
+            refuse_if_full(tx, len(new))
+            raise
     return [receipt.id for receipt in many]
 
 

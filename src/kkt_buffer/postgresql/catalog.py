@@ -13,6 +13,8 @@ from kkt_buffer.backend import READ_ONLY, Objects
 from kkt_buffer.columns import ONLY_ON
 from kkt_buffer.models import VERSION_TABLE, metadata
 
+SCRATCH = "kkt_buffer_scratch"  # of a transaction that is always rolled back
+
 _DESCRIBED = text(
     """\
 WITH here AS (SELECT CAST(:schema AS regnamespace)::oid AS oid), tables AS (
@@ -53,7 +55,7 @@ WHERE proname LIKE 'kkt\\_%'"""
 def objects(connection: Connection, made_by: Callable[[str], list[str]]) -> tuple[Objects, Objects]:
     """The objects of the schema: those that the statements `made_by(schema)` make, and those of the database."""
     found = _described(connection, str(connection.scalar(text("SELECT quote_ident(current_schema())"))))
-    with connection.engine.connect().execution_options(**{READ_ONLY: False}) as scratch:
+    with connection.engine.connect().execution_options(**{READ_ONLY: False, SCRATCH: True}) as scratch:
         scratch.execute(text("CREATE TEMPORARY TABLE kkt_buffer_scratch ()"))
         schema = str(scratch.scalar(text("SELECT pg_my_temp_schema()::regnamespace")))
         scratch.execute(text("SET LOCAL search_path = pg_temp"))

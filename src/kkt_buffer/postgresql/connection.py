@@ -102,7 +102,7 @@ class ServerConnection(psycopg.Connection[Any]):
                 self.pgconn.finish()  # an answer that comes later must not be taken for that of another statement
             raise
 
-    def begin(self, *, write: bool, migrating: bool) -> None:
+    def begin(self, *, write: bool, migrating: bool = False, scratch: bool = False) -> None:
         """
         Begin, with one round trip. A write transaction is refused if its commit would not be safe.
 
@@ -115,7 +115,7 @@ class ServerConnection(psycopg.Connection[Any]):
         mode = "READ COMMITTED" if write else "REPEATABLE READ, READ ONLY"
         timeout = 0 if migrating else round(self.lock_timeout * 1000)
         idle = round(self.answer_timeout * 1000) if write and not migrating else 0
-        unsafe = unsafe_commit(self.replicas) if write else "NULL"
+        unsafe = unsafe_commit(self.replicas) if write and not scratch else "NULL"
         cursor = self.execute(
             f"BEGIN ISOLATION LEVEL {mode}; SET LOCAL jit = off; SET LOCAL lock_timeout = {timeout};"
             f"SET LOCAL idle_in_transaction_session_timeout = {idle};"

@@ -63,20 +63,24 @@ def create(
     read_only: bool,
     busy_timeout: float,
     answer_timeout: float,
-    require_replicas: int | str,
+    require_replicas: int,
     **options: Any,  # noqa: ANN401 (passed on to create_engine)
 ) -> Engine:
     """Create an engine on the first schema of `search_path`, and connect once to check that it can be used."""
     if "isolation_level" in options:
         raise ValueError("isolation_level: a buffer needs READ COMMITTED, and begins its transactions itself")
-    if not require_replicas and (given := str(url.query.get("require_replicas", ""))):  # in the URL of a command
-        require_replicas = int(given) if given.isdecimal() else given
-    url = url.difference_update_query(["require_replicas"])
+    if "require_replicas" in url.query:  # for commands
+        given = str(url.query["require_replicas"])
+        if not given.isdecimal():
+            raise ValueError(f"require_replicas={given} in the URL: expected a whole number of 0 or more")
+        require_replicas = max(require_replicas, int(given))
+        url = url.difference_update_query(["require_replicas"])
+    whole_number("require_replicas", require_replicas, 0)
     server = Server(
         url,
         lock_timeout=busy_timeout,
         answer_timeout=answer_timeout,
-        replicas=whole_number("require_replicas", require_replicas, 0),
+        replicas=require_replicas,
     )
     engine = create_engine(
         url.set(drivername="postgresql+psycopg"),
@@ -165,7 +169,11 @@ class Server(Backend):
             return
         driver = driver_connection(connection)
         try:
-            driver.begin(write=not options[READ_ONLY], migrating=bool(options.get(MIGRATING)))
+            driver.begin(
+                write=not options[READ_ONLY],
+                migrating=bool(options.get(MIGRATING)),
+                scratch=bool(options.get(catalog.SCRATCH)),
+            )
         except psycopg.Error as error:
             refused = storage_error(self, error) or BufferStorageError(f"{self}: {error}. Nothing was stored.")
             if isinstance(refused, ConnectionLostError):
@@ -174,7 +182,8 @@ class Server(Backend):
             raise refused from error
 
     def _handle_error(self, context: ExceptionContext) -> BaseException | None:
-        refused = storage_error(self, context.original_exception)
+        is_connecting = context.connection is None
+        refused = storage_error(self, context.original_exception, is_connecting=is_connecting)
         if isinstance(refused, ConnectionLostError):
             cast("Any", context).is_disconnect = True  # SQLAlchemy 2.0 declares it as fixed
         return refused
@@ -200,7 +209,7 @@ class Server(Backend):
         if schema is None:
             raise BufferStorageError(
                 f"{self}: none of the schemas in search_path exists, or this user may not use it. Nothing was changed. "
-                "Create it first: CREATE SCHEMA …."
+                "Create it (CREATE SCHEMA), or let the user in (GRANT USAGE ON SCHEMA)."
             )
 
     # Called by operations.
@@ -231,6 +240,7 @@ class Server(Backend):
             "replicas": self._replicas,
             "lock_timeout": f"{round(self._lock_timeout * 1000)}ms",
         }
+        is_alone = connection.get_execution_options().get(ONE_STATEMENT)
         try:
             is_stored = connection.exec_driver_sql(INSERT, parameters).scalar_one()
         except IntegrityError as error:
@@ -239,7 +249,7 @@ class Server(Backend):
             raise RefusedError(error) from error
         if not is_stored:
             raise RefusedError
-        if connection.get_execution_options().get(ONE_STATEMENT):
+        if is_alone:
             driver_connection(connection).refuse_unconfirmed()
 
     def lock(self, connection: Connection) -> None:

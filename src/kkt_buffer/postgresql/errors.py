@@ -22,7 +22,7 @@ from kkt_buffer.errors import (
 from kkt_buffer.models import metadata
 
 # SQLSTATEs of the guards. In class 23 the driver raises an IntegrityError; class 55 is "not in prerequisite state".
-ACKNOWLEDGED, REFUSED, UNSAFE = "23K01", "23K02", "55K01"
+ACKNOWLEDGED, REFUSED, UNSAFE, MOVING = "23K01", "23K02", "55K01", "55K02"
 
 _SAFE = "This operation was not stored; what was acknowledged before is safe."
 _MAYBE = "What was acknowledged before is safe."
@@ -36,6 +36,11 @@ class _Fault(NamedTuple):
 
 _LOST = _Fault(ConnectionLostError, "the connection to the server was lost", f"{_MAYBE} Try again.")
 
+_UNREACHABLE = _Fault(
+    ConnectionLostError,
+    "it cannot be reached",
+    "Nothing was done here. Does the server run? Check host, port, database, user and password.",
+)
 _DAMAGED = _Fault(
     BufferDamagedError, "the server found it damaged", "Stop, keep a copy of the server's files, restore a backup."
 )
@@ -43,7 +48,9 @@ _DAMAGED = _Fault(
 # By SQLSTATE, or by its class.
 _FAULTS = {
     "08": _LOST,
-    "25006": _Fault(ConnectionLostError, "this server takes no writes now: it is a replica", f"{_SAFE} Try again."),
+    "25006": _Fault(
+        ConnectionLostError, "this server takes no writes: it is a replica, or set to read only", f"{_SAFE} Try again."
+    ),
     "25P03": _Fault(
         ConnectionLostError, "the transaction was open and idle for too long", f"{_SAFE} Do no other work inside it."
     ),
@@ -59,6 +66,9 @@ _FAULTS = {
     "XX": _Fault(BufferStorageError, "the server reported an internal error", f"{_SAFE} Look into the server's log."),
     "XX001": _DAMAGED,
     "XX002": _DAMAGED,
+    MOVING: _Fault(
+        BufferStorageError, "a move into this buffer has begun", "Nothing was stored. Let it end, or run it again."
+    ),
     UNSAFE: _Fault(
         BufferStorageError,
         "a commit would not be safe here",
@@ -73,7 +83,9 @@ def unsafe_settings(buffer: object, problem: str) -> BufferStorageError:
     return fault.error(f"{buffer}: {fault.problem} ({problem}). {fault.advice}")
 
 
-def storage_error(buffer: object, error: BaseException | None) -> ReceiptBufferError | None:
+def storage_error(
+    buffer: object, error: BaseException | None, *, is_connecting: bool = False
+) -> ReceiptBufferError | None:
     """The domain error for an error of the server or of the connection to it; None if it is about a statement."""
     if not isinstance(error, psycopg.Error):
         return None
@@ -82,7 +94,7 @@ def storage_error(buffer: object, error: BaseException | None) -> ReceiptBufferE
         return AcknowledgedReceiptError()
     fault = next((_FAULTS[state[:n]] for n in (5, 3, 2) if state[:n] in _FAULTS), None)
     if fault is None and not state and isinstance(error, psycopg.OperationalError):
-        fault = _LOST
+        fault = _UNREACHABLE if is_connecting else _LOST
     found = fault and fault.error(f"{buffer}: {fault.problem} ({_text(error)}). {fault.advice}")
     if isinstance(found, ConnectionLostError):
         found.is_outcome_known = state in {"25006", "25P03"}  # refused before the commit

@@ -1,6 +1,7 @@
 """`create`: an engine on an SQLite file or in memory, and what it was set to."""
 
 import os
+import re
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -61,10 +62,13 @@ def file_of(path_or_url: str | os.PathLike[str] | URL) -> Path | None:
         url = path_or_url
         if url.get_backend_name() != "sqlite" or url.get_driver_name() != "pysqlite" or url.query:
             raise ValueError(
-                f"path_or_url: expected a path or a URL like sqlite:////var/lib/shop/buffer.db, got {url!r}"
+                "path_or_url: expected a path, or a URL like sqlite:////var/lib/shop/buffer.db or "
+                f"postgresql+psycopg://USER@HOST/DATABASE, got {url!r}"
             )
         path_or_url = url.database or ":memory:"
     name = os.fspath(path_or_url)
+    if isinstance(name, str) and re.match(r"[a-z0-9]+(\+[a-z0-9]+)?:/", name):
+        raise ValueError("path_or_url: expected a path, or a URL with two slashes after its colon; nothing was made")
     if not isinstance(name, str) or not name.strip() or "\0" in name:
         raise ValueError(f"path_or_url: expected the path of a file, got {name!r}")
     return None if name == ":memory:" else Path(os.path.realpath(name))
