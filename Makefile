@@ -24,7 +24,7 @@ check: lint types test wheel matrix ## everything that CI runs
 proof: $(VENV)/$(READY) ## the same tests, deeper: random histories, 50,000 power losses, failover by Patroni
 	KKT_BUFFER_PROOF=1 $(BIN)/python -m pytest -s tests/stress tests/crash tests/postgresql tests/moving
 
-bench: $(VENV)/$(PEERS) ## speed, side by side with plain sqlite3 and other queues; make bench o="--quick"
+bench: $(VENV)/$(PEERS) ## speed, side by side with the driver alone and other queues; make bench o="--quick"
 	$(BIN)/python tests/bench/bench.py $(o)
 
 migration: $(VENV)/$(READY) ## make migration m="What it does": write the next migration

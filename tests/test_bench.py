@@ -7,6 +7,7 @@ from pathlib import Path
 from xml.etree import ElementTree as ET
 
 import pytest
+import servers
 from builders import unproven
 
 BENCH = Path(__file__).parent / "bench" / "bench.py"
@@ -40,6 +41,32 @@ class TestBench:
         assert insert["ours"]["median"] >= 2000
         assert reading["ours"]["syncs"] == 0
         assert found["insert_receipt, 16 threads"]["ours"]["syncs"] < 1
+
+    def test_postgresql(self, tmp_path):
+        """On a server, each budget has its row, and so has each of the other queues, or it is told to be missing."""
+        if servers.programs() is None:
+            unproven(f"the benchmark of PostgreSQL: {servers.reason()}")
+        done, rows = measured(tmp_path, "^postgresql$")
+        found = {row["what"]: row for row in rows}
+        budgets = {
+            "insert_receipt: plain INSERT": 2.5,
+            "insert_receipts(64): executemany": 2.5,
+            "insert_receipt, 16 threads: one thread": 3,
+            "20,000 synced: insert_receipt": 1.15,
+            "a snapshot of 5 s: insert_receipt": 1.3,
+            "a snapshot of 5 s: claim_pending(50)": 1.5,
+        }
+        assert budgets == {what: found[what]["budget"] for what in budgets}
+        assert all(row["ours"]["median"] > 0 and row["ratio"] > 0 for row in rows)
+        if "PEERS LEFT OUT" not in done.stderr:
+            assert {"insert_receipt: PgQueuer", "insert_receipt: procrastinate"} <= found.keys()
+
+    def test_no_server(self, tmp_path):
+        """Without a server, what needs it is left out, and the table says so."""
+        done, rows = measured(tmp_path, "^postgresql$", env={"KKT_BUFFER_NO_SERVER": "1"})
+        assert rows == []
+        assert "LEFT OUT: PostgreSQL" in done.stdout
+        assert "LEFT OUT: PostgreSQL" in done.stderr
 
     def test_left_out(self, tmp_path):
         """Without strace, what needs it is left out, and the table says so."""

@@ -137,17 +137,10 @@ CREATE TABLE dlq (
     "CREATE INDEX idx_dlq_original_receipt ON dlq (original_receipt_id)",
 )
 
-FUNCTIONS = (
-    # An advisory lock: nothing is written for it, so nothing rots under a long snapshot. Its key is that of the table.
-    """\
-CREATE FUNCTION kkt_lock_buffer() RETURNS void LANGUAGE plpgsql AS $$
-BEGIN
-    PERFORM pg_advisory_xact_lock('receipts'::regclass::oid::bigint);
-END $$""",
-    """\
-CREATE FUNCTION kkt_unsafe_commit(replicas integer) RETURNS text LANGUAGE plpgsql STABLE AS $$
-BEGIN
-    RETURN COALESCE(CASE
+# Terms of more than one function: a call of a function costs more than most of them.
+
+UNSAFE = """\
+COALESCE(CASE
     WHEN current_setting('fsync') <> 'on' THEN 'fsync is off'
     WHEN current_setting('full_page_writes') <> 'on' THEN 'full_page_writes is off'
     WHEN current_setting('synchronous_commit') = 'off' THEN 'synchronous_commit is off'
@@ -160,99 +153,99 @@ BEGIN
 END,
         (SELECT 'the table ' || relname || ' is not logged' FROM pg_class
         WHERE oid IN ('receipts'::regclass, 'dlq'::regclass, 'buffer_events'::regclass,
-        'buffer_changes'::regclass) AND relpersistence <> 'p' LIMIT 1));
-END $$""",
+        'buffer_changes'::regclass) AND relpersistence <> 'p' LIMIT 1))"""
+
+CAPACITY = """\
+COALESCE((SELECT CASE WHEN value ~ '^\\d{1,10}$' THEN value::bigint ELSE 0 END FROM config
+        WHERE key = 'buffer_capacity'), 200)"""
+
+# The state is the sum of all rows. Those below `folded_below` of the newest folded row are in that row, and dead. A
+# long snapshot keeps them, so they are not even looked at. After a restore into another server, whose transactions
+# have other numbers, its xmin is not the one that was noted in `folded_by`, and all rows are read.
+LIVE = """\
+buffer_changes WHERE transaction_id >= COALESCE((
+        SELECT CASE WHEN xmin::text = folded_by THEN folded_below END
+        FROM buffer_changes WHERE folded_below IS NOT NULL ORDER BY folded_below DESC LIMIT 1), '0')"""
+
+HLC = "MAX(ARRAY[hlc_local_time, hlc_logical_counter]) FILTER (WHERE hlc_local_time IS NOT NULL)"
+
+SUMS = f"""\
+SUM(pending)::bigint, SUM(syncing)::bigint, SUM(synced)::bigint, SUM(failed)::bigint, SUM(open_dead_letters)::bigint,
+    ({HLC})[1], ({HLC})[2], MAX(last_synced_at)"""
+
+FUNCTIONS = (
+    # An advisory lock: nothing is written for it, so nothing rots under a long snapshot. Its key is that of the table.
     """\
+CREATE FUNCTION kkt_lock_buffer() RETURNS void LANGUAGE plpgsql AS $$
+BEGIN
+    PERFORM pg_advisory_xact_lock('receipts'::regclass::oid::bigint);
+END $$""",
+    f"""\
+CREATE FUNCTION kkt_unsafe_commit(replicas integer) RETURNS text LANGUAGE plpgsql STABLE AS $$
+BEGIN
+    RETURN {UNSAFE};
+END $$""",
+    f"""\
 CREATE FUNCTION kkt_buffer_capacity() RETURNS bigint LANGUAGE plpgsql STABLE AS $$
 BEGIN
-    RETURN COALESCE((SELECT CASE WHEN value ~ '^\\d{1,10}$' THEN value::bigint ELSE 0 END FROM config
-        WHERE key = 'buffer_capacity'), 200);
+    RETURN {CAPACITY};
 END $$""",
-    # `known`: the ids that are stored already. `room`: for how many more receipts there was room, if too few. Nothing
-    # was stored if there is either.
-    """\
+    # Whether all of them were stored; if not, none was: an id is known already, or there is no room.
+    f"""\
 CREATE FUNCTION kkt_insert_receipts(
     ids text[], pos_ids text[], documents text[], digests text[], held boolean[], at bigint, replicas integer,
-    patience text, OUT known text[], OUT room bigint
-) LANGUAGE plpgsql SET jit = off SET kkt_buffer.has_room = 'yes' AS $$
+    patience text
+) RETURNS boolean LANGUAGE plpgsql
+SET jit = off SET enable_seqscan = off SET plan_cache_mode = force_generic_plan SET kkt_buffer.is_checked = 'yes' AS $$
 DECLARE
-    last record;
+    hlc bigint[];
+    room bigint;
     moment bigint;
     problem text;
 BEGIN
     PERFORM set_config('lock_timeout', patience, true);
-    PERFORM kkt_lock_buffer();
-    problem := kkt_unsafe_commit(replicas);
+    PERFORM pg_advisory_xact_lock('receipts'::regclass::oid::bigint);
+    problem := {UNSAFE};
     IF problem IS NOT NULL THEN
         RAISE EXCEPTION '%', problem USING ERRCODE = '55K01';
     END IF;
-    SELECT array_agg(id) INTO known FROM receipts WHERE id = ANY (ids);
-    IF known IS NOT NULL THEN
-        RETURN;
-    END IF;
-    SELECT hlc_local_time, hlc_logical_counter, kkt_buffer_capacity() - pending - syncing AS room INTO last
-    FROM kkt_state();
-    IF last.room < cardinality(ids) THEN
-        room := last.room;
-        RETURN;
+    SELECT {CAPACITY} - SUM(pending) - SUM(syncing), {HLC} INTO room, hlc FROM {LIVE};
+    IF room < cardinality(ids) OR EXISTS (SELECT 1 FROM receipts WHERE id = ANY (ids)) THEN
+        RETURN false;
     END IF;
     moment := COALESCE(at, floor(extract(epoch FROM clock_timestamp()))::bigint);
     INSERT INTO receipts (id, pos_id, created_at, hlc_local_time, hlc_logical_counter, fiscal_doc, digest, held_at)
     SELECT
-        id, pos_id, moment, GREATEST(last.hlc_local_time, moment),
-        CASE WHEN moment > last.hlc_local_time THEN 0 ELSE last.hlc_logical_counter + 1 END + place - 1,
+        id, pos_id, moment, GREATEST(hlc[1], moment),
+        CASE WHEN moment > hlc[1] THEN 0 ELSE hlc[2] + 1 END + place - 1,
         document, digest, CASE WHEN hold THEN moment END
     FROM unnest(ids, pos_ids, documents, digests, held) WITH ORDINALITY
         AS given (id, pos_id, document, digest, hold, place);
+    RETURN true;
 END $$""",
-    # The state is the sum of all rows. Those below `folded_below` of the newest folded row are in that row, and dead. A
-    # long snapshot keeps them, so they are not even looked at. After a restore into another server, whose transactions
-    # have other numbers, its xmin is not the one that was noted in `folded_by`, and all rows are read.
-    """\
-CREATE FUNCTION kkt_live_changes() RETURNS xid8 LANGUAGE plpgsql STABLE SET enable_seqscan = off AS $$
-BEGIN
-    RETURN COALESCE((
-        SELECT CASE WHEN xmin::text = folded_by THEN folded_below END
-        FROM buffer_changes WHERE folded_below IS NOT NULL ORDER BY folded_below DESC LIMIT 1), '0');
-END $$""",
-    """\
+    f"""\
 CREATE FUNCTION kkt_state() RETURNS TABLE (
     id integer, pending bigint, syncing bigint, synced bigint, failed bigint, open_dead_letters bigint,
     hlc_local_time bigint, hlc_logical_counter bigint, last_synced_at bigint
 ) LANGUAGE plpgsql STABLE SET enable_seqscan = off AS $$
 #variable_conflict use_column
-DECLARE
-    from_here xid8 := kkt_live_changes();
 BEGIN
-    RETURN QUERY SELECT
-        1, SUM(pending)::bigint, SUM(syncing)::bigint, SUM(synced)::bigint, SUM(failed)::bigint,
-        SUM(open_dead_letters)::bigint,
-        (MAX(ARRAY[hlc_local_time, hlc_logical_counter]) FILTER (WHERE hlc_local_time IS NOT NULL))[1],
-        (MAX(ARRAY[hlc_local_time, hlc_logical_counter]) FILTER (WHERE hlc_local_time IS NOT NULL))[2],
-        MAX(last_synced_at)
-    FROM buffer_changes WHERE transaction_id >= from_here;
+    RETURN QUERY SELECT 1, {SUMS}
+    FROM {LIVE};
 END $$""",
     # Replaces all rows by their sum, one transaction at a time. The rows of transactions that are not committed yet
     # stay; their numbers are not below the xmin of the snapshot of this statement. `own_xmin`: of every row that this
     # transaction, or its savepoint, writes.
-    """\
+    f"""\
 CREATE FUNCTION kkt_fold_changes(own_xmin text) RETURNS void LANGUAGE plpgsql SET enable_seqscan = off AS $$
-DECLARE
-    from_here xid8 := kkt_live_changes();
 BEGIN
     IF current_setting('transaction_isolation') = 'read committed'
         AND pg_try_advisory_xact_lock('buffer_changes'::regclass::oid::bigint) THEN
-        WITH gone AS (DELETE FROM buffer_changes WHERE transaction_id >= from_here RETURNING *)
+        WITH gone AS (DELETE FROM {LIVE} RETURNING *)
         INSERT INTO buffer_changes (
             folded_below, folded_by, pending, syncing, synced, failed, open_dead_letters, hlc_local_time,
             hlc_logical_counter, last_synced_at)
-        SELECT
-            pg_snapshot_xmin(pg_current_snapshot()), own_xmin,
-            SUM(pending)::bigint, SUM(syncing)::bigint, SUM(synced)::bigint, SUM(failed)::bigint,
-            SUM(open_dead_letters)::bigint,
-            (MAX(ARRAY[hlc_local_time, hlc_logical_counter]) FILTER (WHERE hlc_local_time IS NOT NULL))[1],
-            (MAX(ARRAY[hlc_local_time, hlc_logical_counter]) FILTER (WHERE hlc_local_time IS NOT NULL))[2],
-            MAX(last_synced_at)
+        SELECT pg_snapshot_xmin(pg_current_snapshot()), own_xmin, {SUMS}
         FROM gone;
     END IF;
 END $$""",
@@ -273,12 +266,12 @@ BEGIN
         (MAX(ARRAY[hlc_local_time, hlc_logical_counter]))[1], (MAX(ARRAY[hlc_local_time, hlc_logical_counter]))[2],
         MAX(synced_at)
     FROM new_rows HAVING COUNT(*) > 0 RETURNING xmin INTO own_xmin;
-    IF COALESCE(current_setting('kkt_buffer.has_room', true), '') <> 'yes'
+    IF COALESCE(current_setting('kkt_buffer.is_checked', true), '') <> 'yes'
         AND (SELECT pending + syncing FROM kkt_state()) > kkt_buffer_capacity()
         AND EXISTS (SELECT 1 FROM new_rows WHERE status IN ('pending', 'syncing')) THEN
         RAISE EXCEPTION 'Buffer full' USING ERRCODE = '23K03';
     END IF;
-    IF own_xmin IS NOT NULL AND random() < 0.02 THEN PERFORM kkt_fold_changes(own_xmin); END IF;
+    IF own_xmin IS NOT NULL AND random() < 0.05 THEN PERFORM kkt_fold_changes(own_xmin); END IF;
     RETURN NULL;
 END $$""",
     """\
@@ -306,7 +299,7 @@ BEGIN
         MAX(later.synced_at)
     FROM new_rows AS later JOIN old_rows AS earlier USING (id)
         WHERE later.status <> earlier.status HAVING COUNT(*) > 0 RETURNING xmin INTO own_xmin;
-    IF own_xmin IS NOT NULL AND random() < 0.02 THEN PERFORM kkt_fold_changes(own_xmin); END IF;
+    IF own_xmin IS NOT NULL AND random() < 0.05 THEN PERFORM kkt_fold_changes(own_xmin); END IF;
     RETURN NULL;
 END $$""",
     """\
@@ -434,7 +427,8 @@ REFERENCING OLD TABLE AS old_rows
 FOR EACH STATEMENT EXECUTE FUNCTION kkt_dead_letters_removed()""",
     """\
 CREATE TRIGGER trg_guard_insert BEFORE INSERT ON receipts
-FOR EACH STATEMENT EXECUTE FUNCTION kkt_guard_insert()""",
+FOR EACH STATEMENT WHEN (COALESCE(current_setting('kkt_buffer.is_checked', true), '') <> 'yes')
+EXECUTE FUNCTION kkt_guard_insert()""",
     """\
 CREATE TRIGGER trg_guard_acknowledged BEFORE UPDATE ON receipts
 FOR EACH ROW WHEN ((NEW.id, NEW.pos_id, NEW.created_at, NEW.hlc_local_time, NEW.hlc_logical_counter) IS DISTINCT

@@ -1,14 +1,14 @@
 """
-How fast the buffer is: beside plain `sqlite3` that does the same, in big files, with many threads, beside other queues.
+How fast the buffer is: beside the driver alone, when it is big, with many threads, beside other queues.
 
 Everything is measured in one run, on one disk, with synchronous=FULL and documents of about 2 KB. What is compared is
 interleaved: a round is a block of calls of each side, the sides of a pair one after the other, and which comes first
 alternates. A round's figure is its mean per call, so that it bears its share of the WAL's checkpoints (ours and the
 floor's: one in some nine commits). The table has the median of the rounds and the 99th percentile of the single calls;
 the ratio is that of the medians unless it says p99. Each section is a module beside this one, whose docstring says what
-is compared with what: `operations`, `threads`, `peers`, `flat`, `pruning`, `start`, `memory`. The first three are
-measured on a till's disk too: `till`. A full run writes the table to RESULTS.md here, and the plot to speed.svg. No
-time makes this fail: what has missed its goal is told.
+is compared with what: `operations`, `threads`, `peers`, `flat`, `pruning`, `start`, `memory` for a file, `postgresql`
+for a server. The first three are measured on a till's disk too: `till`. A full run writes the table to RESULTS.md here,
+and the plot to speed.svg. No time makes this fail: what has missed its goal is told.
 """
 
 import argparse
@@ -49,7 +49,7 @@ QUICK = Scale(rounds=2, many=20_000, backlog=2_000, starts=2, memory=1_000, befo
 
 def main():
     parser = argparse.ArgumentParser(
-        description="Speed of the buffer, side by side with plain sqlite3 and other queues."
+        description="Speed of the buffer, side by side with the driver alone and other queues."
     )
     parser.add_argument("--rounds", type=int, help=f"paired rounds (default: {Scale.rounds})")
     parser.add_argument("--only", metavar="PATTERN", default="", help=f"sections to run, of {', '.join(SECTIONS)}")

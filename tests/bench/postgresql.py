@@ -7,7 +7,9 @@ autocommit, into a table that has no index but the same primary key; its batch i
 
 Two buffers that differ in their synced receipts are compared as those of `flat` are. A snapshot is what a nightly
 pg_dump holds: under it, nothing can be cleaned up that has been replaced. One thread inserts until the snapshot is as
-old as it may be; a buffer in another database, where no snapshot is held and nothing was inserted, stands beside.
+old as it may be; a buffer in another database, where no snapshot is held and nothing was inserted, stands beside. No
+receipt is delivered meanwhile: a claim, and the status, still meet each one that was delivered since the snapshot, for
+some 0.3 µs, and that is not measured here.
 
 PgQueuer and procrastinate enqueue the same document with their synchronous interfaces, one commit for each job. They
 check no capacity, and give their jobs no timestamps in the order of the commits.
@@ -64,6 +66,7 @@ class Buffer(Ours):
 
     def __init__(self, server, name):
         super().__init__(database(server, name))
+        self.engine.dispose()  # a session that has migrated is slower for ever
 
     def insert_many(self):
         self.undelivered += self.repository.insert_receipts(itertools.islice(self.receipts, MANY))

@@ -4,11 +4,13 @@
 It is in autocommit mode: a statement outside of `begin` and `commit` is a transaction by itself, in one round trip.
 """
 
+import struct
 from typing import Any, TypeVar
 
 import psycopg
 from psycopg.abc import PQGen
-from psycopg.pq import TransactionStatus
+from psycopg.adapt import Dumper
+from psycopg.pq import Format, TransactionStatus
 
 from kkt_buffer.errors import BufferStorageError, ConnectionLostError
 from kkt_buffer.postgresql.errors import UNSAFE, unsafe_settings
@@ -50,6 +52,26 @@ COMMIT"""
 _MIGRATING = """\
 SELECT pg_advisory_xact_lock(hashtext('kkt_buffer ' || current_schema()));
 SELECT set_config('search_path', quote_ident(current_schema()), true);"""
+
+
+class Texts(tuple[str, ...]):
+    """Texts that are sent as one array."""
+
+    __slots__ = ()
+
+
+class TextsDumper(Dumper):
+    """Sends `Texts` in the binary format. For lists, the driver first looks for a type that fits all their items."""
+
+    format = Format.BINARY
+    oid = psycopg.postgres.types["text"].array_oid
+    _item = psycopg.postgres.types["text"].oid
+
+    def dump(self, obj: Texts) -> bytes:
+        """One dimension from 1 on without NULL, and each text after its length."""
+        texts = [text.encode() for text in obj]
+        head = struct.pack("!5i", 1, 0, self._item, len(texts), 1)
+        return head + b"".join(part for text in texts for part in (len(text).to_bytes(4, "big"), text))
 
 
 class ServerConnection(psycopg.Connection[Any]):

@@ -20,17 +20,16 @@ from kkt_buffer.arguments import NewReceipt, whole_number
 from kkt_buffer.backend import OPTION, READ_ONLY, Backend, Objects, Parameters, Reference, RefusedError
 from kkt_buffer.errors import BufferStorageError, ConnectionLostError, ReceiptBufferError
 from kkt_buffer.postgresql import catalog
-from kkt_buffer.postgresql.connection import ServerConnection
+from kkt_buffer.postgresql.connection import ServerConnection, Texts, TextsDumper
 from kkt_buffer.postgresql.errors import statement_error, storage_error
 
 OLDEST = 15
 ONE_STATEMENT = "kkt_buffer_one_statement"
 MIGRATING = "kkt_buffer_migrating"
 
-# %b: the binary format, which is eight times faster for a batch of documents.
 INSERT = """\
-SELECT known, room FROM kkt_insert_receipts(
-    %(ids)b::text[], %(pos_ids)b::text[], %(documents)b::text[], %(digests)b::text[], %(held)b::boolean[],
+SELECT kkt_insert_receipts(
+    %(ids)s, %(pos_ids)s, %(documents)s, %(digests)s, %(held)s::boolean[],
     %(now)s::bigint, %(replicas)s::integer, %(lock_timeout)s::text)"""
 
 REFERENCES = text(
@@ -147,6 +146,7 @@ class Server(Backend):
         connection.replicas = self._replicas
         connection.lock_timeout = self._lock_timeout
         connection.answer_timeout = self._answer_timeout
+        connection.adapters.register_dumper(Texts, TextsDumper)
         connection.add_notice_handler(connection.notice)
         connection.pid = os.getpid()
         return connection
@@ -222,20 +222,20 @@ class Server(Backend):
         """Insert all of them with one statement, and one round trip."""
         ids, pos_ids, documents, digests, _, held = zip(*many, strict=True)
         parameters = {
-            "ids": list(ids),
-            "pos_ids": list(pos_ids),
-            "documents": list(documents),
-            "digests": list(digests),
-            "held": list(held),
+            "ids": Texts(ids),
+            "pos_ids": Texts(pos_ids),
+            "documents": Texts(documents),
+            "digests": Texts(digests),
+            "held": Texts(map(str, held)),
             "now": now,
             "replicas": self._replicas,
             "lock_timeout": f"{round(self._lock_timeout * 1000)}ms",
         }
         try:
-            known, room = connection.exec_driver_sql(INSERT, parameters).one()
+            is_stored = connection.exec_driver_sql(INSERT, parameters).scalar_one()
         except IntegrityError as error:
             raise RefusedError(error) from error
-        if known is not None or room is not None:
+        if not is_stored:
             raise RefusedError
         if connection.get_execution_options().get(ONE_STATEMENT):
             driver_connection(connection).refuse_unconfirmed()
