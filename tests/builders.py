@@ -30,6 +30,8 @@ T = TypeVar("T")
 STATUSES = tuple(str(status) for status in ReceiptStatus)
 # For what takes long and does not depend on the database.
 on_sqlite_alone = pytest.mark.parametrize("engine", ["memory_engine"], ids=["sqlite"], indirect=True)
+# For what a terminal shows, whatever the database.
+on_a_file_alone = pytest.mark.parametrize("buffer", ["path"], ids=["sqlite"], indirect=True)
 PROOF = bool(os.environ.get("KKT_BUFFER_PROOF"))  # `make proof`: deeper, and nothing may be left out
 
 

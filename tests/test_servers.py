@@ -155,8 +155,10 @@ class TestNoServer:
 
     @pytest.mark.parametrize("parallel", [(), ("-n", "1")], ids=["alone", "xdist"])
     def test_coverage(self, tmp_path, parallel):
-        """What only runs on PostgreSQL is left out of the coverage, and that is said."""
+        """Files for PostgreSQL are left out of the coverage, and the rest has no goal; that is said."""
         done = pytest_without_server("--cov", *parallel, folder=tmp_path)
+        assert 0 == done.returncode, done.stdout
+        assert "The coverage of the rest has NO GOAL here" in done.stdout
         assert "LEFT OUT of the coverage, because it only runs on PostgreSQL: */kkt_buffer/postgresql/*" in done.stdout
         assert "src/kkt_buffer/repository.py" in done.stdout
         assert "src/kkt_buffer/postgresql/" not in done.stdout

@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 
 import pytest
-from builders import NOON, everything, is_server, new_receipt, shown
+from builders import NOON, everything, is_server, new_receipt, on_a_file_alone, shown
 from terminal import in_terminal, without_distances
 
 from kkt_buffer.migrate import revisions
@@ -103,6 +103,7 @@ circuit breaker    | closed
             advice = f"kkt-buffer config --db {shown(filled)} buffer_capacity 4"
             assert "".join(advice.split()) in "".join(out.split())
 
+    @on_a_file_alone
     @pytest.mark.parametrize(("capacity", "colour"), [(200, 32), (24, 33), (21, 31)])
     def test_bar(self, shared_engine, shared_repository, buffer, capacity, colour):
         """On a terminal there is a bar: green, yellow from 80 %, red from 95 %."""
@@ -112,6 +113,7 @@ circuit breaker    | closed
         out = in_terminal("status", buffer).out
         assert re.search(rf"full +\| \x1b\[{colour}m█+░+\x1b\[0m  \d", out), out
 
+    @on_a_file_alone
     @pytest.mark.parametrize("variables", [{"NO_COLOR": "1"}, {"TERM": "dumb"}])
     def test_no_colour(self, filled, variables):
         """Whoever wants no colour gets none; the bar stays."""
@@ -119,6 +121,7 @@ circuit breaker    | closed
         assert "\x1b" not in out
         assert "░" in out
 
+    @on_a_file_alone
     def test_plain_bar(self, filled):
         """A terminal that is not UTF-8 has a bar too."""
         out = in_terminal("status", filled, PYTHONUTF8="0", PYTHONIOENCODING="ascii").out
@@ -135,6 +138,7 @@ class TestWatch:
         assert redrawn.startswith("buffer ")
         assert "2026-03-01" in "".join(first.splitlines()[-2:])
 
+    @on_a_file_alone
     def test_low_terminal(self, filled):
         """What does not fit is left out: else the lines above would scroll away."""
         ended = in_terminal("watch", filled, "--every", 0.1, lines=10, until="\x1b[J")

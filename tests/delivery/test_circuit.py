@@ -93,6 +93,7 @@ class TestOutage:
         assert 0 < repository.get_receipt_by_id(bad).retry_count < 20
         assert not worker.status.is_open
 
+    @on_sqlite_alone
     def test_alone(self, repository, clock, line):
         """A bad receipt by itself opens nothing: it waits its backoffs, and becomes a dead letter."""
         line.error = None

@@ -15,7 +15,7 @@ from sqlalchemy import event, make_url, text
 
 from kkt_buffer import ReceiptRepository, SchemaError, check, current, migrate, upgrade
 
-KILLS = 100 if PROOF else 8
+KILLS = 100 if PROOF else 5
 
 # Upgrades URL, and is killed before the statement number LAST; prints how many there were.
 UPGRADE = """
