@@ -12,8 +12,7 @@ from sqlalchemy import Connection, text
 from kkt_buffer.backend import READ_ONLY, Objects
 from kkt_buffer.columns import ONLY_ON
 from kkt_buffer.models import VERSION_TABLE, metadata
-
-SCRATCH = "kkt_buffer_scratch"  # of a transaction that is always rolled back
+from kkt_buffer.postgresql.connection import SCRATCH
 
 _DESCRIBED = text(
     """\

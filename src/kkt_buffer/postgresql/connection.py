@@ -5,6 +5,7 @@ It is in autocommit mode: a statement outside of `begin` and `commit` is a trans
 """
 
 import struct
+from collections.abc import Mapping
 from typing import Any, TypeVar
 
 import psycopg
@@ -12,10 +13,14 @@ from psycopg.abc import PQGen
 from psycopg.adapt import Dumper
 from psycopg.pq import Format, TransactionStatus
 
+from kkt_buffer.backend import READ_ONLY
 from kkt_buffer.errors import BufferStorageError, ConnectionLostError
 from kkt_buffer.postgresql.errors import UNSAFE, unsafe_settings
 
 R = TypeVar("R")
+
+# Execution options of a transaction: it migrates; it is always rolled back.
+MIGRATING, SCRATCH = "kkt_buffer_migrating", "kkt_buffer_scratch"
 
 # What makes a commit unsafe, in words; NULL if it is safe. `replicas`: how many must confirm it.
 # https://www.postgresql.org/docs/current/runtime-config-wal.html, runtime-config-replication.html
@@ -102,20 +107,21 @@ class ServerConnection(psycopg.Connection[Any]):
                 self.pgconn.finish()  # an answer that comes later must not be taken for that of another statement
             raise
 
-    def begin(self, *, write: bool, migrating: bool = False, scratch: bool = False) -> None:
+    def begin(self, options: Mapping[str, Any]) -> None:
         """
         Begin, with one round trip. A write transaction is refused if its commit would not be safe.
 
         SET LOCAL, and each time: behind pgbouncer, other clients use the same session. JIT takes longer than our
         statements. A writer that does nothing for `answer_timeout` is ended, because others wait for its locks.
         """
-        self.is_write = write
+        self.is_write = write = not options[READ_ONLY]
+        migrating = MIGRATING in options
         self.is_limited = not migrating
         # Without READ WRITE, which a replica refuses as it would any statement that it does not know.
         mode = "READ COMMITTED" if write else "REPEATABLE READ, READ ONLY"
         timeout = 0 if migrating else round(self.lock_timeout * 1000)
         idle = round(self.answer_timeout * 1000) if write and not migrating else 0
-        unsafe = unsafe_commit(self.replicas) if write and not scratch else "NULL"
+        unsafe = unsafe_commit(self.replicas) if write and SCRATCH not in options else "NULL"
         cursor = self.execute(
             f"BEGIN ISOLATION LEVEL {mode}; SET LOCAL jit = off; SET LOCAL lock_timeout = {timeout};"
             f"SET LOCAL idle_in_transaction_session_timeout = {idle};"

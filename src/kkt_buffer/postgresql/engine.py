@@ -14,18 +14,16 @@ from typing import Any, NoReturn, cast
 import psycopg
 from sqlalchemy import URL, Connection, CursorResult, Dialect, Engine, ExceptionContext, create_engine, event, text
 from sqlalchemy.exc import DBAPIError, DisconnectionError, IntegrityError
-from sqlalchemy.pool import ConnectionPoolEntry, PoolProxiedConnection
 
 from kkt_buffer.arguments import NewReceipt, whole_number
 from kkt_buffer.backend import OPTION, READ_ONLY, Backend, Objects, Parameters, Reference, RefusedError
 from kkt_buffer.errors import BufferStorageError, ConnectionLostError, ReceiptBufferError
 from kkt_buffer.postgresql import catalog
-from kkt_buffer.postgresql.connection import ServerConnection, Texts, TextsDumper
+from kkt_buffer.postgresql.connection import MIGRATING, ServerConnection, Texts, TextsDumper
 from kkt_buffer.postgresql.errors import statement_error, storage_error
 
 OLDEST = 15
 ONE_STATEMENT = "kkt_buffer_one_statement"
-MIGRATING = "kkt_buffer_migrating"
 
 INSERT = """\
 SELECT kkt_insert_receipts(
@@ -155,25 +153,18 @@ class Server(Backend):
         connection.pid = os.getpid()
         return connection
 
-    def _checkout(
-        self, connection: ServerConnection, record: ConnectionPoolEntry, proxy: PoolProxiedConnection
-    ) -> None:
+    def _checkout(self, connection: ServerConnection, record: Any, proxy: Any) -> None:  # noqa: ANN401 (SQLAlchemy's own)
         if connection.pid != os.getpid():
             # Not closed: that would end the session of the parent process. The pool opens another one.
-            cast("Any", record).dbapi_connection = cast("Any", proxy).dbapi_connection = None
+            record.dbapi_connection = proxy.dbapi_connection = None
             raise DisconnectionError("a connection of the parent process")
 
     def _begin(self, connection: Connection) -> None:
         options = connection.get_execution_options()
         if options.get(ONE_STATEMENT):
             return
-        driver = driver_connection(connection)
         try:
-            driver.begin(
-                write=not options[READ_ONLY],
-                migrating=bool(options.get(MIGRATING)),
-                scratch=bool(options.get(catalog.SCRATCH)),
-            )
+            driver_connection(connection).begin(options)
         except psycopg.Error as error:
             refused = storage_error(self, error) or BufferStorageError(f"{self}: {error}. Nothing was stored.")
             if isinstance(refused, ConnectionLostError):
@@ -182,19 +173,16 @@ class Server(Backend):
             raise refused from error
 
     def _handle_error(self, context: ExceptionContext) -> BaseException | None:
-        is_connecting = context.connection is None
-        refused = storage_error(self, context.original_exception, is_connecting=is_connecting)
+        refused = storage_error(self, context.original_exception, is_connecting=context.connection is None)
         if isinstance(refused, ConnectionLostError):
             cast("Any", context).is_disconnect = True  # SQLAlchemy 2.0 declares it as fixed
         return refused
 
     def refuse_others(self, connection: Connection) -> None:
         """Raise unless this is a server that keeps what it promises, and a schema that exists."""
-        version, encoding, schema, citus = connection.execute(
-            text(
-                "SELECT version(), current_setting('server_encoding'), current_schema(),"
-                " EXISTS (SELECT 1 FROM pg_extension WHERE extname = 'citus')"
-            )
+        has_citus = "EXISTS (SELECT 1 FROM pg_extension WHERE extname = 'citus')"
+        version, encoding, schema, citus = connection.exec_driver_sql(
+            f"SELECT version(), current_setting('server_encoding'), current_schema(), {has_citus}"
         ).one()
         others = [name for sign, name in _OTHERS.items() if sign in version] + ["Citus"] * citus
         if others:
