@@ -72,6 +72,7 @@ OPERATIONS = {
     "log_event": Operation(lambda buffer, _: buffer.log_event("circuit_opened"), writes=True),
     "mark_synced": Operation(lambda buffer, known: buffer.mark_synced(known.pending, NOON), writes=True),
     "move_to_dlq": Operation(lambda buffer, known: buffer.move_to_dlq(known.pending, "a reason"), writes=True),
+    "why_refused": Operation(lambda buffer, _: buffer.why_refused()),
     "seconds_until_due": Operation(lambda buffer, _: buffer.seconds_until_due()),
     "prune": Operation(lambda buffer, _: buffer.prune(), writes=True),
     "reading": Operation(lambda buffer, _: _entered(buffer.reading())),

@@ -111,10 +111,6 @@ class Backend(ABC):
         """The checks of this backend for `check_integrity`: for each subject, a function that lists problems."""
 
     @abstractmethod
-    def backup(self, engine: Engine, path: str | os.PathLike[str]) -> None:
-        """Copy a consistent snapshot of the buffer to the file `path`."""
-
-    @abstractmethod
     def objects(self, connection: Connection, made_by: Callable[[str], list[str]]) -> tuple[Objects, Objects]:
         """
         The objects of the schema: those that this release expects, and those of the database.
@@ -145,11 +141,19 @@ class Backend(ABC):
         del connection
         return nullcontext()
 
+    def unsafe(self, connection: Connection) -> str | None:
+        """What makes commits unsafe, so that they are refused, in words; None if they are safe."""
+        del connection
+        return None
+
     def pruned(self, connection: Connection) -> None:
         """Called after receipts were deleted, in the same transaction."""
 
     def refuse_backup(self) -> None:
         """Raise `BufferStorageError` if `backup` cannot copy this buffer."""
+
+    def backup(self, engine: Engine, path: str | os.PathLike[str]) -> None:
+        """Copy a consistent snapshot of the buffer to the file `path`. Not called where `refuse_backup` raises."""
 
     def violations(self, connection: Connection) -> set[tuple[object, ...]]:
         """The rows that violate a foreign key, if a migration can leave such rows."""

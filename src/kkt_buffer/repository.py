@@ -550,6 +550,15 @@ class ReceiptRepository:
         """
         return self._read(status.get_buffer_status)
 
+    def why_refused(self) -> str | None:
+        """
+        Why the buffer takes no receipts at all, in words: it was moved, or its server would lose them. Else None.
+
+        >>> repository.why_refused() is None
+        True
+        """
+        return self._read(status.why_refused)
+
     def get_receipts_due(self, before: int, *, limit: int = 100) -> list[Receipt]:
         """
         The receipts with a deadline before `before` (Unix seconds), most urgent first.

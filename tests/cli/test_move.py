@@ -26,7 +26,9 @@ class TestMove:
         )
         assert f"Keep {used}: it is closed, and has every row." in second
         there, here = done("status", server_buffer), done("status", used)
-        assert there.splitlines()[1:] == here.splitlines()[1:]
+        refused = [line for line in here.splitlines() if line.startswith("takes receipts ")]
+        assert there.splitlines()[1:] == [line for line in here.splitlines()[1:] if line not in refused]
+        assert ["NO: it was moved to"] == [line.partition("| ")[2][:19] for line in refused]
 
     def test_again(self, used, server_buffer, done):
         done("move", used, server_buffer)
@@ -41,6 +43,13 @@ class TestMove:
         told = f"error: this buffer was moved to {there}. Nothing was changed here; the file can only be read."
         assert refused("config", "buffer_capacity", "5", "--db", used).startswith(told)
         assert "no need to restore" not in done("verify", used)
+
+    def test_monitored(self, used, server_buffer, run):
+        """A monitor that still looks at the file is told so, and not of receipts that are delivered elsewhere."""
+        run("move", used, server_buffer)
+        checked = run("check", "--db", used)
+        assert 2 == checked.status
+        assert checked.out.startswith("KKT CRITICAL - TAKES NO RECEIPTS: it was moved to ")
 
     def test_progress(self, used, server_buffer):
         """A person sees how far it is."""

@@ -32,6 +32,10 @@ class TestClosed:
         moved(path, server_buffer)
         return name_of(server_buffer)
 
+    def test_told(self, target, file_repository):
+        """Who looks at the file is told that it is only a copy: its receipts are delivered elsewhere."""
+        assert f"it was moved to {target}, and is only a copy" == file_repository.why_refused()
+
     @pytest.mark.parametrize("name", WRITES)
     def test_operations(self, path, file_engine, file_repository, moved, server_buffer, name):
         """Every operation that writes is refused, also in a program that had the file open; nothing is changed."""

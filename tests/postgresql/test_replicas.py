@@ -83,7 +83,10 @@ def change(server, change):
 class TestSettings:
     @pytest.mark.parametrize(("name", "value"), UNSAFE.items(), ids=UNSAFE)
     def test_unsafe(self, lone_server, lone_buffer, open_repository, name, value):
-        """Changed while connections of the pool are open: what is stored next is refused; changed back, it is taken."""
+        """
+        Changed while connections of the pool are open: what is stored next is refused, and who looks is told why;
+        changed back, it is taken.
+        """
         repository = open_repository(lone_buffer)
         repository.insert_receipt(new_receipt())
         change(lone_server, f"SET {name} = {value}")
@@ -94,6 +97,7 @@ class TestSettings:
         with pytest.raises(BufferStorageError, match=name):
             with repository.transaction():
                 repository.insert_receipt(new_receipt())
+        assert name in str(repository.why_refused())
         assert 1 == repository.get_buffer_status().pending
         change(lone_server, f"RESET {name}")
         repository.insert_receipt(new_receipt())

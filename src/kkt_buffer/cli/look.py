@@ -107,6 +107,8 @@ def _status_lines(repository: ReceiptRepository, path: str, schema: str | None) 
         if status.circuit_opened_at is not None
         else "closed",
     }
+    if (refused := repository.why_refused()) is not None:
+        table["takes receipts"] = text.styled(f"NO: {refused}", "red")
     if status.deadline_at is not None and status.deadline_at - time() < 10 * SECONDS_PER_DAY:
         table["deliver before"] = text.styled(table["deliver before"], "red")
     alarm = []

@@ -25,8 +25,9 @@ def add(commands: "Commands") -> None:
         "check",
         _check,
         "one line and an exit status for Nagios and the like\n\n"
-        "CRITICAL (2): the buffer is missing, damaged or cannot be read, is full to -c percent, or its oldest receipt "
-        "must be delivered within --days days.\n\n"
+        "CRITICAL (2): the buffer is missing, damaged or cannot be read; it takes no receipts, because it was moved or "
+        "its server would lose them; it is full to -c percent; its oldest receipt must be delivered within --days "
+        "days.\n\n"
         "WARNING (1): it is full to -w percent, or there are dead letters, which somebody must decide about.\n\n"
         "UNKNOWN (3): wrong usage, another schema, an invalid setting.\n\nOK (0): everything else.",
     )
@@ -48,12 +49,14 @@ def add(commands: "Commands") -> None:
 def _check(arguments: argparse.Namespace) -> int:
     try:
         with repository_for(arguments) as repository:
-            status = repository.get_buffer_status()
+            status, refused = repository.get_buffer_status(), repository.why_refused()
     except (ReceiptBufferError, ValueError, RuntimeError) as error:
         state = CRITICAL if isinstance(error, BufferStorageError) else UNKNOWN
         line = " ".join(str(error).replace("|", "/").split())
     else:
         state, line = _judge(status, arguments.w, arguments.c, arguments.days)
+        if refused is not None:
+            state, line = CRITICAL, f"TAKES NO RECEIPTS: {refused}, {line}"
     print(f"KKT {NAMES[state]} - {line}")
     return state
 

@@ -74,6 +74,7 @@ def _status(json_array: str) -> tuple[tuple[str, ...], str]:
     return (*_VIEW, *_figures), f"SELECT {json_array.format(values)} FROM v_buffer_status"
 
 
+MOVED_TO = text("SELECT value FROM config WHERE key = 'moved_to'")
 DUE = (
     select(Receipt)
     .where(text(f"id IN (SELECT id FROM ({_undelivered(' AND created_at < :created', ':limit')}) AS due)"))
@@ -131,6 +132,14 @@ def get_buffer_status(tx: Transaction) -> BufferStatus:
     if not isinstance(oldest, int | None):
         raise BufferDamagedError.found(tx.backend, f"the oldest receipt was made at {oldest!r}")
     return BufferStatus(**found, deadline_at=None if oldest is None else oldest + days * SECONDS_PER_DAY)
+
+
+def why_refused(tx: Transaction) -> str | None:
+    """Why the buffer takes no receipts at all, in words; None if it takes them."""
+    moved_to = tx.connection.scalar(MOVED_TO)
+    if moved_to is not None:
+        return f"it was moved to {moved_to}, and is only a copy"
+    return tx.backend.unsafe(tx.connection)
 
 
 def get_receipts_due(tx: Transaction, before: int, limit: int) -> list[Receipt]:

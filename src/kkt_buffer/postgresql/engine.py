@@ -39,16 +39,15 @@ JOIN pg_attribute AS target ON target.attrelid = confrelid AND target.attnum = c
 WHERE contype = 'f' AND confrelid = 'receipts'::regclass"""
 )
 
+_OURS = "IN ('receipts'::regclass, 'dlq'::regclass, 'buffer_events'::regclass, 'buffer_changes'::regclass)"
 OFF = text(
-    """\
-SELECT 'the trigger ' || tgname || ' is disabled' FROM pg_trigger WHERE tgrelid IN (
-    'receipts'::regclass, 'dlq'::regclass, 'buffer_events'::regclass, 'buffer_changes'::regclass) AND tgenabled <> 'O'
+    f"""\
+SELECT 'the trigger ' || tgname || ' is disabled' FROM pg_trigger WHERE tgenabled <> 'O' AND tgrelid {_OURS}
 UNION ALL
-SELECT 'the index ' || indexrelid::regclass || ' is not valid' FROM pg_index WHERE indrelid IN (
-    'receipts'::regclass, 'dlq'::regclass, 'buffer_events'::regclass, 'buffer_changes'::regclass) AND NOT indisvalid
+SELECT 'the index ' || indexrelid::regclass || ' is not valid' FROM pg_index WHERE NOT indisvalid AND indrelid {_OURS}
 UNION ALL
-SELECT 'the constraint ' || conname || ' is not validated' FROM pg_constraint WHERE conrelid IN (
-    'receipts'::regclass, 'dlq'::regclass) AND NOT convalidated"""
+SELECT 'the constraint ' || conname || ' is not validated' FROM pg_constraint
+WHERE NOT convalidated AND conrelid {_OURS}"""
 )
 
 # Databases that speak the same protocol, and keep other promises.
@@ -273,11 +272,15 @@ class Server(Backend):
 
     def checks(self) -> Mapping[str, Callable[[Connection], list[str]]]:
         """The check of the settings, and of what may be switched off: triggers, indexes, constraints."""
-        return {"safety of commits": self._unsafe, "schema": lambda connection: list(connection.scalars(OFF))}
+        return {
+            "safety of commits": lambda connection: [problem] if (problem := self.unsafe(connection)) else [],
+            "schema": lambda connection: list(connection.scalars(OFF)),
+        }
 
-    def _unsafe(self, connection: Connection) -> list[str]:
-        found = connection.scalar(text("SELECT kkt_unsafe_commit(:replicas)"), {"replicas": self._replicas})
-        return [] if found is None or found.startswith("the isolation level") else [str(found)]
+    def unsafe(self, connection: Connection) -> str | None:
+        """What makes commits unsafe; the isolation level of a transaction that only reads does not."""
+        found: str | None = connection.scalar(text(f"SELECT kkt_unsafe_commit({self._replicas})"))
+        return None if found is None or found.startswith("the isolation level") else found
 
     def refuse_backup(self) -> NoReturn:
         """Raise: a server has its own tools, which can restore a moment."""
@@ -285,11 +288,6 @@ class Server(Backend):
             f"{self}: a buffer on a server is backed up by the server's own tools: pg_basebackup with an archive of "
             "the WAL, or pg_dump. Nothing was copied."
         )
-
-    def backup(self, engine: Engine, path: str | os.PathLike[str]) -> None:
-        """Raise, see `refuse_backup`."""
-        del engine, path
-        self.refuse_backup()
 
     def objects(self, connection: Connection, made_by: Callable[[str], list[str]]) -> tuple[Objects, Objects]:
         """The objects of the schema, as the server describes them."""
