@@ -99,6 +99,9 @@ def reason():
     return f"there are no server programs of version {OLDEST} or newer, and they cannot be installed"
 
 
+ENOUGH = 4 << 30  # bytes, for all servers of a run
+
+
 def a_free_port():
     """A port of loopback that nobody listens on."""
     while True:
@@ -108,21 +111,30 @@ def a_free_port():
             return port
 
 
+def memory():
+    """A folder in memory, else on disk."""
+    with contextlib.suppress(OSError):
+        if shutil.disk_usage("/dev/shm").free > ENOUGH:
+            return "/dev/shm"
+    return "/var/tmp"
+
+
 class Server:
     """
     One server on a free port of loopback: `create`, `start`, `kill`, `start` again, …, `stop`.
 
-    With `standby_of`, it is made as a copy of that server, which it follows. Other options are settings of PostgreSQL.
-    Everybody is let in, as `postgres`, whatever the password.
+    In memory, if there is enough: no test cuts the power of a server, and a slow disk would take most of the
+    time. With `standby_of`, it is made as a copy of that server, which it follows. Other options are settings of
+    PostgreSQL. Everybody is let in, as `postgres`, whatever the password.
     """
 
-    def __init__(self, *, standby_of=None, **settings):
+    def __init__(self, *, standby_of=None, on_disk=False, **settings):
         self.port = a_free_port()
         self.settings = SETTINGS | settings | {"port": self.port}
         self.standby_of = standby_of
         self.process = None
-        # It must be one that PostgreSQL's own user can reach, and on a disk: root's servers belong to that user.
-        self.folder = Path(tempfile.mkdtemp(prefix="kkt-buffer-server-", dir="/var/tmp"))
+        # One that PostgreSQL's own user can reach, whose servers root starts.
+        self.folder = Path(tempfile.mkdtemp(prefix="kkt-buffer-server-", dir="/var/tmp" if on_disk else memory()))
         self.data = self.folder / "data"
         self.log = self.folder / "log"
         self.account = {}

@@ -109,7 +109,7 @@ def rows(folder, scale):
     del folder  # the server has its own
     if servers.programs() is None:
         raise LeftOutError(f"PostgreSQL: {servers.reason()}")
-    with servers.Server(**MEMORY) as server:
+    with servers.Server(on_disk=True, **MEMORY) as server:
         yield from side_by_side(server, scale)
         few, many = filled(server, "few", flat.SMALL), filled(server, "many", scale.many)
         yield from flat.compared(f"{scale.many:,} synced", many, few, scale)

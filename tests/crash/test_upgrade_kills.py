@@ -25,7 +25,7 @@ import signal, sys
 from alembic import command
 from sqlalchemy import event
 from kkt_buffer import create_buffer_engine, migrate
-from kkt_buffer.sqlite import engine
+from kkt_buffer.sqlite import connection as layer
 
 path, direction, target, last, delay, fault = sys.argv[1:7]
 last, delay, seen = int(last), float(delay), 0
@@ -39,7 +39,7 @@ def count(statement):
 if fault == "every statement by itself":
     def begin(self, *, write):
         self.in_write = write
-    engine.GuardedConnection.begin = begin
+    layer.GuardedConnection.begin = begin
 
 database = create_buffer_engine(path)
 event.listen(database, "checkout", lambda connection, *_: connection.set_trace_callback(count))

@@ -16,7 +16,7 @@ import uuid
 from crash.facts import Story, digest
 
 from kkt_buffer import DeliveryRejected, ReceiptRepository, buffer, migrate
-from kkt_buffer.sqlite import engine, file
+from kkt_buffer.sqlite import database, file
 
 TILLS = 3
 ROUNDS = 2
@@ -29,7 +29,7 @@ EARLY = "acknowledged before the commit"
 def normal_synchronous():
     """A commit is in the kernel's hands, not on disk."""
     relaxed = {"synchronous": {"value": "NORMAL", "reads": 1}}
-    engine.DURABLE = tuple(pragma._replace(**relaxed.get(pragma.name, {})) for pragma in engine.DURABLE)
+    database.DURABLE = tuple(pragma._replace(**relaxed.get(pragma.name, {})) for pragma in database.DURABLE)
 
 
 def unsynced_folders():

@@ -12,8 +12,12 @@ from builders import PROOF, STATUSES, a_receipt, another_program, everything, fi
 from operations_table import OPERATIONS, Known
 from schema.helpers import HEAD, alembic
 from sqlalchemy import event, make_url, text
+from sqlalchemy.schema import CreateIndex, CreateTable
 
 from kkt_buffer import ReceiptRepository, SchemaError, check, current, migrate, upgrade
+from kkt_buffer.columns import MORE_COLUMNS, ONLY_ON, WHERE
+from kkt_buffer.models import VERSION_TABLE, metadata
+from kkt_buffer.postgresql import catalog
 
 KILLS = 100 if PROOF else 5
 
@@ -53,6 +57,30 @@ def names(engine):
                 " SELECT proname FROM pg_proc WHERE pronamespace = current_schema()::regnamespace ORDER BY 1"
             )
         ).all()
+
+
+class TestModels:
+    def test_same_tables(self, server_engine):
+        """The migrations make the tables and the indexes of the models."""
+
+        def made_by_models(_schema):
+            dialect = server_engine.dialect
+            for table in metadata.sorted_tables:
+                if table.name == VERSION_TABLE or table.info.get(ONLY_ON) == "sqlite":
+                    continue
+                yield str(CreateTable(table).compile(dialect=dialect))
+                for index in table.indexes:
+                    sql = str(CreateIndex(index).compile(dialect=dialect))
+                    more = "".join(f", {name}" for name in index.info.get(MORE_COLUMNS, ()))
+                    where = f" WHERE {index.info[WHERE]}" if WHERE in index.info else ""
+                    yield f"{sql[: sql.rindex(')')]}{more}){where}"
+            yield "ALTER TABLE receipts SET (toast_tuple_target = 256)"
+
+        with server_engine.connect() as connection:
+            modelled, made = catalog.objects(connection, made_by_models)
+        assert {key: sql for key, sql in modelled.items() if key[0] in {"table", "index"}} == {
+            key: sql for key, sql in made.items() if key[0] in {"table", "index"}
+        }
 
 
 class TestUpgrade:

@@ -16,7 +16,13 @@ from kkt_buffer.transaction import Transaction
 ALL = (
     select(DeadLetter)
     .join(receipts, receipts.c.id == DeadLetter.original_receipt_id, isouter=True)
-    .order_by(DeadLetter.failed_at, receipts.c.hlc_local_time, receipts.c.hlc_logical_counter)
+    .order_by(
+        DeadLetter.failed_at,
+        receipts.c.hlc_local_time,
+        receipts.c.hlc_logical_counter,
+        DeadLetter.resolved_at.is_(None),  # the later one of a receipt is the one that is open
+        DeadLetter.resolved_at,
+    )
     .limit(bindparam("limit"))
 )
 OPEN = ALL.where(text(OPEN_ONLY))

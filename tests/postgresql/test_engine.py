@@ -1,0 +1,154 @@
+"""`create_buffer_engine` with the URL of a server: what is refused before anything is stored, and how."""
+
+import sys
+
+import pytest
+from builders import new_receipt
+from sqlalchemy import event, make_url
+
+from kkt_buffer import (
+    BufferFullError,
+    BufferStorageError,
+    ConnectionLostError,
+    ReceiptRepository,
+    SchemaError,
+    create_buffer_engine,
+)
+from kkt_buffer.postgresql.connection import ServerConnection
+from kkt_buffer.postgresql.engine import Server
+
+
+class TestOptions:
+    @pytest.mark.parametrize("given", ["abc", "-1", "", "1.5"])
+    def test_replicas(self, server_buffer, given):
+        """A demand that cannot be read is refused, not taken for none."""
+        url = make_url(server_buffer).update_query_dict({"require_replicas": given})
+        with pytest.raises(ValueError, match="require_replicas="):
+            create_buffer_engine(url)
+
+    def test_replicas_in_the_url(self, server_buffer):
+        """For commands, which have no other way to ask for it."""
+        url = make_url(server_buffer).update_query_dict({"require_replicas": "1"})
+        with pytest.raises(BufferStorageError, match="synchronous_standby_names is ''"):
+            create_buffer_engine(url)
+
+    def test_replicas_of_a_file(self, tmp_path):
+        with pytest.raises(ValueError, match="a file has no replicas"):
+            create_buffer_engine(tmp_path / "buffer.db", require_replicas=1)
+
+    def test_other_database(self):
+        with pytest.raises(ValueError, match=r"postgresql\+psycopg://USER@HOST/DATABASE"):
+            create_buffer_engine("mysql://localhost/shop")
+
+    def test_isolation_level(self, server_buffer):
+        with pytest.raises(ValueError, match="READ COMMITTED"):
+            create_buffer_engine(server_buffer, isolation_level="SERIALIZABLE")
+
+    def test_one_slash(self, tmp_path, monkeypatch):
+        """A URL that lost a slash does not become a file with the password in its name."""
+        monkeypatch.chdir(tmp_path)
+        with pytest.raises(ValueError, match="two slashes"):
+            create_buffer_engine("postgresql+psycopg:/shop:SECRET@db1/shop")
+        assert [] == list(tmp_path.iterdir())
+
+    def test_no_driver(self, server_buffer, monkeypatch):
+        """Without the extra it says what to install."""
+        monkeypatch.delitem(sys.modules, "kkt_buffer.postgresql.engine")
+        monkeypatch.setitem(sys.modules, "psycopg", None)
+        with pytest.raises(BufferStorageError, match="pip install"):
+            create_buffer_engine(server_buffer)
+
+
+class TestServers:
+    @pytest.mark.parametrize(
+        ("answer", "told"),
+        [
+            (("CockroachDB CCL v25.1", "UTF8", "public", False), "this is CockroachDB"),
+            (("PostgreSQL 11.2-YB-2.25.0.0-b0", "UTF8", "public", False), "this is YugabyteDB"),
+            (("PostgreSQL 15.1", "UTF8", "public", True), "this is Citus"),
+            (("PostgreSQL 15.1", "LATIN1", "public", False), "its encoding is LATIN1"),
+        ],
+        ids=lambda value: value if isinstance(value, str) else "",
+    )
+    def test_refused(self, server_buffer, monkeypatch, answer, told):
+        """What was never tested is refused by its name. (Their answers are made up: no such server can be had.)"""
+
+        class Answer:
+            def one(self):
+                return answer
+
+        real = Server.refuse_others
+
+        def refuse_others(self, connection):
+            monkeypatch.setattr(connection, "exec_driver_sql", lambda _sql: Answer())
+            real(self, connection)
+
+        monkeypatch.setattr(Server, "refuse_others", refuse_others)
+        with pytest.raises(BufferStorageError, match=told):
+            create_buffer_engine(server_buffer)
+
+    def test_too_old(self, server_buffer, monkeypatch):
+        monkeypatch.setattr("kkt_buffer.postgresql.engine.OLDEST", 99)
+        with pytest.raises(BufferStorageError, match="PostgreSQL 99 or newer is needed"):
+            create_buffer_engine(server_buffer)
+
+    def test_down(self, server_buffer):
+        """A server that is not there is not told as a connection that was lost."""
+        with pytest.raises(ConnectionLostError, match="it cannot be reached"):
+            create_buffer_engine(make_url(server_buffer).set(port=1))
+
+    def test_stands_still_after_a_commit(self, server_engine, monkeypatch):
+        """The look at the replicas after a commit is cut off: the outcome is not told as stored, nor as not stored."""
+        repository = ReceiptRepository(server_engine)
+        repository.insert_receipt(new_receipt())
+        with server_engine.connect() as connection:
+            driver = connection.connection.dbapi_connection
+            driver.replicas = 1
+            driver.pgconn.finish()
+            with pytest.raises(ConnectionLostError, match="after a commit"):
+                ServerConnection.refuse_unconfirmed(driver)
+            connection.invalidate()
+
+
+class TestStatements:
+    def test_function_dropped(self, server_engine):
+        """A function that is gone is a schema that was changed by hand."""
+        repository = ReceiptRepository(server_engine)
+        repository.get_buffer_status()
+        with server_engine.begin() as connection:
+            connection.exec_driver_sql("ALTER FUNCTION kkt_insert_receipts RENAME TO kkt_other")
+        with pytest.raises(SchemaError, match="was changed by hand"):
+            repository.insert_receipt(new_receipt())
+
+    def test_capacity_lowered(self, server_engine):
+        """Lowered while a transaction is open that has read it: the batch is refused, and its block goes on."""
+        repository = ReceiptRepository(server_engine)
+        repository.insert_receipt(new_receipt())
+        with repository.transaction():
+            repository.claim_pending(1)
+            with server_engine.begin() as another:
+                another.exec_driver_sql("UPDATE config SET value = '1' WHERE key = 'buffer_capacity'")
+            with pytest.raises(BufferFullError):
+                repository.insert_receipts([new_receipt(), new_receipt()])
+            with pytest.raises(BufferFullError):
+                repository.insert_receipt(new_receipt())
+        assert 1 == repository.get_buffer_status().syncing
+
+    def test_lost_while_checking(self, server_engine, server):
+        """A connection that is lost tells nothing about the rows: the check does not call them damaged."""
+        repository = ReceiptRepository(server_engine)
+        repository.get_buffer_status()
+
+        def end(connection, *_):
+            server.execute(f"SELECT pg_terminate_backend({connection.connection.dbapi_connection.info.backend_pid})")
+
+        event.listen(server_engine, "before_cursor_execute", end)
+        try:
+            with pytest.raises(ConnectionLostError):
+                repository.check_integrity()
+        finally:
+            event.remove(server_engine, "before_cursor_execute", end)
+
+    def test_no_backup(self, server_engine, tmp_path):
+        with pytest.raises(BufferStorageError, match="pg_basebackup"):
+            ReceiptRepository(server_engine).backup(tmp_path / "copy.db")
