@@ -62,3 +62,8 @@ class TestPassword:
         assert (1, "") == (ended.status, ended.out)
         assert ended.err.startswith("error: ")
         assert "geheim" not in ended.err
+
+
+def test_url_of_a_file(used, done):
+    """A file may be named by its URL too."""
+    assert done("status", used).splitlines()[1:] == done("status", f"sqlite:///{used}").splitlines()[1:]

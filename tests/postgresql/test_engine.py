@@ -1,12 +1,15 @@
 """`create_buffer_engine` with the URL of a server: what is refused before anything is stored, and how."""
 
+import contextlib
 import sys
 
 import pytest
 from builders import new_receipt
 from sqlalchemy import event, make_url
+from sqlalchemy.exc import DBAPIError
 
 from kkt_buffer import (
+    BufferDamagedError,
     BufferFullError,
     BufferStorageError,
     ConnectionLostError,
@@ -39,6 +42,10 @@ class TestOptions:
     def test_other_database(self):
         with pytest.raises(ValueError, match=r"postgresql\+psycopg://USER@HOST/DATABASE"):
             create_buffer_engine("mysql://localhost/shop")
+
+    def test_unknown_option(self, server_buffer):
+        with pytest.raises(BufferStorageError, match='invalid connection option "require_replica"'):
+            create_buffer_engine(make_url(server_buffer).update_query_dict({"require_replica": "1"}))
 
     def test_isolation_level(self, server_buffer):
         with pytest.raises(ValueError, match="READ COMMITTED"):
@@ -148,6 +155,24 @@ class TestStatements:
                 repository.check_integrity()
         finally:
             event.remove(server_engine, "before_cursor_execute", end)
+
+    def test_swallowed_error(self, server_engine):
+        """After an error that a block has swallowed, the server answers COMMIT with success, and stores nothing."""
+        repository = ReceiptRepository(server_engine)
+        with pytest.raises(BufferStorageError, match="rolled all of it back"):
+            with repository.transaction() as session:
+                receipt_id = repository.insert_receipt(new_receipt())
+                with contextlib.suppress(DBAPIError):
+                    session.connection().exec_driver_sql("SELECT 1 / 0")
+        assert repository.get_receipt_by_id(receipt_id) is None
+
+    def test_state_deleted(self, server_engine):
+        """Without the counts there is no timestamp: the receipt is refused, and the buffer told as damaged."""
+        repository = ReceiptRepository(server_engine)
+        with server_engine.begin() as connection:
+            connection.exec_driver_sql("DELETE FROM buffer_changes")
+        with pytest.raises(BufferDamagedError, match="contradict each other"):
+            repository.insert_receipt(new_receipt())
 
     def test_no_backup(self, server_engine, tmp_path):
         with pytest.raises(BufferStorageError, match="pg_basebackup"):

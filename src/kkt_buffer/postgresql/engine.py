@@ -90,7 +90,7 @@ def create(
             server.refuse_others(connection)
     except DBAPIError as error:
         engine.dispose()
-        raise server.explain(error) or error from error
+        raise BufferStorageError(f"{server}: {error.orig}. Nothing was opened. Check the URL.") from error
     except BaseException:
         engine.dispose()
         raise
@@ -166,7 +166,7 @@ class Server(Backend):
             driver_connection(connection).begin(options)
         except psycopg.Error as error:
             refused = storage_error(self, error) or BufferStorageError(f"{self}: {error}. Nothing was stored.")
-            if isinstance(refused, ConnectionLostError):
+            if isinstance(refused, ConnectionLostError):  # pragma: no branch (BEGIN knows no other errors)
                 connection.invalidate()
                 connection.engine.dispose()  # the idle connections are those of the same server
             raise refused from error
