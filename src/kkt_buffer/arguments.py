@@ -80,8 +80,8 @@ def new_receipt(data: Mapping[str, Any], *, exist_ok: bool = False, hold: bool =
         pos_id=name("pos_id", data["pos_id"]),
         fiscal_doc=fiscal_doc,
         digest=digest_of(fiscal_doc),  # here, not behind the write lock: it lets other threads run meanwhile
-        exist_ok=exist_ok,
-        hold=hold,
+        exist_ok=bool(exist_ok),
+        hold=bool(hold),  # any value may be given, as for any flag of Python
     )
 
 

@@ -242,3 +242,13 @@ class TestInsertReceipts:
         ids = repository.insert_receipts(batch)
         repository.set_config("buffer_capacity", 1)
         assert ids == repository.insert_receipts(batch, exist_ok=True)
+
+
+@pytest.mark.parametrize("flag", [None, 0, "", [1], "no"])
+def test_flags(repository, flag):
+    """A flag may be any value, as everywhere in Python."""
+    receipt = new_receipt(id=an_id())
+    repository.insert_receipt(receipt, hold=flag)
+    assert bool(flag) is bool(repository.list_held())
+    repository.insert_receipts([receipt | {"id": an_id()}], hold=flag, exist_ok=flag)
+    assert 2 * bool(flag) == len(repository.list_held())
