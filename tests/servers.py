@@ -36,6 +36,7 @@ SETTINGS = {
     "max_connections": 200,
     "track_commit_timestamp": "on",
     "shared_buffers": "32MB",
+    "dynamic_shared_memory_type": "mmap",  # in the server's folder: a killed server leaves nothing elsewhere
     "timezone": "Asia/Kamchatka",  # what depends on the server's time zone is found
 }
 

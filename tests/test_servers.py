@@ -41,7 +41,9 @@ class TestServer:
         """A URL leads to a schema of its own, empty, where names without a schema are looked for."""
         with psycopg.connect(postgresql_url.replace("+psycopg", "")) as connection:
             connection.execute("CREATE TABLE notes (id integer)")
-            [(schema,)] = connection.execute("SELECT schemaname FROM pg_tables WHERE tablename = 'notes'").fetchall()
+            [(schema,)] = connection.execute(
+                "SELECT relnamespace::regnamespace::text FROM pg_class WHERE oid = 'notes'::regclass"
+            )
         assert postgresql_url.endswith(f"search_path%3D{schema}")
 
     def test_kill(self, server):
