@@ -42,7 +42,7 @@ def _is_here(item: Any, _name: str | None, kind: str, *_: object) -> bool:  # no
 
 
 def _none(*_: object) -> bool:
-    """Nothing: Alembic misreads types and partial indexes of PostgreSQL, which `drift` compares too."""
+    """False for everything: Alembic misreads types and partial indexes of PostgreSQL. `drift` compares them."""
     return False
 
 

@@ -33,6 +33,8 @@ class ConfigRule:
         return None
 
 
+MOVED_TO = "moved_to"  # key in `config`: the server to which a file was moved
+
 # For type checkers; a test compares it with the rules below.
 NumberKey = Literal[
     "buffer_capacity",

@@ -19,10 +19,12 @@ from sqlalchemy import Connection, Engine, Integer, text
 from sqlalchemy.exc import DBAPIError
 
 from kkt_buffer.backend import READ_ONLY, backend_of
+from kkt_buffer.config import MOVED_TO
 from kkt_buffer.engine import public_url
 from kkt_buffer.errors import BufferDamagedError, BufferMovedError, BufferStorageError
 from kkt_buffer.migrate import RELEASE_KEY, require, upgrade
 from kkt_buffer.models import metadata
+from kkt_buffer.operations.settings import VALUE
 from kkt_buffer.progress import progress
 from kkt_buffer.repository import ReceiptRepository
 from kkt_buffer.sqlite.schema import moved_triggers
@@ -31,7 +33,7 @@ if TYPE_CHECKING:
     import sqlite3
 
 _MOVING = "trg_moving"
-MOVED_TO, MOVE_ID = "moved_to", "move_id"  # keys in `config`
+MOVE_ID = "move_id"  # key in `config`
 ROWS_AT_ONCE = 100
 
 Row = tuple[Any, ...]
@@ -136,8 +138,8 @@ def move(source: Engine, target: Engine) -> Moved:
     """
     Move an SQLite buffer into a PostgreSQL buffer, which is empty or not made yet.
 
-    From the moment at which the copying begins, every change of the source is refused. A move that was
-    interrupted has left nothing on the server: repeat it with the same target.
+    From the moment at which the copying begins, every change of the source is refused. A move that was interrupted has
+    left nothing on the server: repeat it with the same target.
 
     Raises `BufferMovedError` if the source was moved to another target, `BufferStorageError` if it cannot be moved to
     this one, `BufferDamagedError` if it is damaged, `SchemaError` if it has not the schema of this release.
@@ -209,7 +211,7 @@ def _text_or_bytes(raw: bytes) -> str | bytes:
 
 
 def _setting(connection: Connection, key: str) -> str | None:
-    value: str | None = connection.scalar(text("SELECT value FROM config WHERE key = :key"), {"key": key})
+    value: str | None = connection.scalar(VALUE, {"name": key})
     return value
 
 
@@ -245,7 +247,7 @@ def _close(source: Engine, name: str) -> None:
 
 
 def _refuse_inserts(target: Engine) -> None:
-    """Until the move is complete, so that no service takes an empty buffer for the one that was moved."""
+    """Refuse every insert until the move is complete: a service could take the empty buffer for the moved one."""
     guard = "kkt_guard('a move into this buffer has begun', '55K02')"
     with target.begin() as there:
         there.execute(_LOCK)
@@ -256,7 +258,7 @@ def _refuse_inserts(target: Engine) -> None:
 
 
 def _switch_triggers(there: Connection, enable_or_disable: str) -> None:
-    """Those of the target, also of other programs: they would write new events, and count the rows once more."""
+    """Disable or enable all triggers of the target: they would write new events, and count the rows once more."""
     for table in ("receipts", "dlq", "buffer_events"):
         there.execute(text(f"ALTER TABLE {table} {enable_or_disable} TRIGGER USER"))
 

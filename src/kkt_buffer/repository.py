@@ -10,7 +10,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
-from typing import Any, Concatenate, overload
+from typing import Any, overload
 
 from sqlalchemy import Engine
 from sqlalchemy.orm import Session
@@ -39,7 +39,7 @@ from kkt_buffer.operations.integrity import IntegrityReport
 from kkt_buffer.operations.pruning import PruneReport
 from kkt_buffer.operations.status import BufferStatus
 from kkt_buffer.streak import Streak
-from kkt_buffer.transaction import NotTogetherError, P, Transaction, Transactions
+from kkt_buffer.transaction import NotTogetherError, Operation, P, Transactions
 
 __all__ = ["BufferStatus", "IntegrityReport", "PruneReport", "ReceiptData", "ReceiptRepository"]
 
@@ -630,17 +630,15 @@ class ReceiptRepository:
 
     # The transaction of an operation.
 
-    def _write(self, operation: Callable[Concatenate[Transaction, P], R], *args: P.args, **options: P.kwargs) -> R:
+    def _write(self, operation: Operation[P, R], *args: P.args, **options: P.kwargs) -> R:
         self._require_schema()
         return self._transactions.write(operation, *args, **options)
 
-    def _write_idempotent(
-        self, operation: Callable[Concatenate[Transaction, P], R], *args: P.args, **options: P.kwargs
-    ) -> R:
+    def _write_idempotent(self, operation: Operation[P, R], *args: P.args, **options: P.kwargs) -> R:
         self._require_schema()
         return self._transactions.write_idempotent(None, operation, *args, **options)
 
-    def _read(self, operation: Callable[Concatenate[Transaction, P], R], *args: P.args, **options: P.kwargs) -> R:
+    def _read(self, operation: Operation[P, R], *args: P.args, **options: P.kwargs) -> R:
         self._require_schema()
         return self._transactions.read(operation, *args, **options)
 

@@ -6,7 +6,7 @@ from functools import cache
 
 from sqlalchemy import bindparam, select, text
 
-from kkt_buffer.config import number_of
+from kkt_buffer.config import MOVED_TO, number_of
 from kkt_buffer.errors import BufferDamagedError
 from kkt_buffer.models import HELD_ONLY, OPEN_ONLY, PENDING_ONLY, RARE_EVENTS, SYNCING_ONLY, UNDELIVERED_REST, Receipt
 from kkt_buffer.transaction import Transaction
@@ -74,7 +74,7 @@ def _status(json_array: str) -> tuple[tuple[str, ...], str]:
     return (*_VIEW, *_figures), f"SELECT {json_array.format(values)} FROM v_buffer_status"
 
 
-MOVED_TO = text("SELECT value FROM config WHERE key = 'moved_to'")
+MOVED = text(f"SELECT value FROM config WHERE key = '{MOVED_TO}'")
 DUE = (
     select(Receipt)
     .where(text(f"id IN (SELECT id FROM ({_undelivered(' AND created_at < :created', ':limit')}) AS due)"))
@@ -136,7 +136,7 @@ def get_buffer_status(tx: Transaction) -> BufferStatus:
 
 def why_refused(tx: Transaction) -> str | None:
     """Why the buffer takes no receipts at all, in words; None if it takes them."""
-    moved_to = tx.connection.scalar(MOVED_TO)
+    moved_to = tx.connection.scalar(MOVED)
     if moved_to is not None:
         return f"it was moved to {moved_to}, and is only a copy"
     return tx.backend.unsafe(tx.connection)

@@ -227,7 +227,6 @@ class Server(Backend):
             "replicas": self._replicas,
             "lock_timeout": f"{round(self._lock_timeout * 1000)}ms",
         }
-        is_alone = connection.get_execution_options().get(ONE_STATEMENT)
         try:
             is_stored = connection.exec_driver_sql(INSERT, parameters).scalar_one()
         except IntegrityError as error:
@@ -236,7 +235,7 @@ class Server(Backend):
             raise RefusedError(error) from error
         if not is_stored:
             raise RefusedError
-        if is_alone:
+        if connection.get_execution_options().get(ONE_STATEMENT):
             driver_connection(connection).refuse_unconfirmed()
 
     def lock(self, connection: Connection) -> None:
