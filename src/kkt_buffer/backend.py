@@ -16,7 +16,7 @@ from sqlalchemy.exc import DBAPIError
 
 from kkt_buffer.arguments import NewReceipt
 from kkt_buffer.bell import Bell  # noqa: TC001 (the annotation of an attribute may be evaluated)
-from kkt_buffer.errors import ReceiptBufferError
+from kkt_buffer.errors import BufferStorageError, ReceiptBufferError
 
 OPTION = "kkt_buffer_backend"
 
@@ -37,6 +37,18 @@ class Reference(NamedTuple):
     table: str
     column: str
     target: str
+
+
+class Fault(NamedTuple):
+    """What an error code of the database means: the error of this package, the problem, and what to do."""
+
+    error: type[BufferStorageError]
+    problem: str
+    advice: str
+
+    def told(self, buffer: object, cause: object) -> BufferStorageError:
+        """The error for a buffer; `cause` is what the database said."""
+        return self.error(f"{buffer}: {self.problem} ({cause}). {self.advice}")
 
 
 class RefusedError(Exception):

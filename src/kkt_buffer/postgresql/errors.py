@@ -4,11 +4,10 @@ Convert errors of PostgreSQL into the errors of this package, by SQLSTATE.
 https://www.postgresql.org/docs/current/errcodes-appendix.html
 """
 
-from typing import NamedTuple
-
 import psycopg
 from sqlalchemy.exc import DBAPIError
 
+from kkt_buffer.backend import Fault
 from kkt_buffer.errors import (
     AcknowledgedReceiptError,
     BufferBusyError,
@@ -28,48 +27,42 @@ _SAFE = "This operation was not stored; what was acknowledged before is safe."
 _MAYBE = "What was acknowledged before is safe."
 
 
-class _Fault(NamedTuple):
-    error: type[BufferStorageError]
-    problem: str
-    advice: str
+_LOST = Fault(ConnectionLostError, "the connection to the server was lost", f"{_MAYBE} Try again.")
 
-
-_LOST = _Fault(ConnectionLostError, "the connection to the server was lost", f"{_MAYBE} Try again.")
-
-_UNREACHABLE = _Fault(
+_UNREACHABLE = Fault(
     ConnectionLostError,
     "it cannot be reached",
     "Nothing was done here. Does the server run? Check host, port, database, user and password.",
 )
-_DAMAGED = _Fault(
+_DAMAGED = Fault(
     BufferDamagedError, "the server found it damaged", "Stop, keep a copy of the server's files, restore a backup."
 )
 
 # By SQLSTATE, or by its class.
 _FAULTS = {
     "08": _LOST,
-    "25006": _Fault(
+    "25006": Fault(
         ConnectionLostError, "this server takes no writes: it is a replica, or set to read only", f"{_SAFE} Try again."
     ),
-    "25P03": _Fault(
+    "25P03": Fault(
         ConnectionLostError, "the transaction was open and idle for too long", f"{_SAFE} Do no other work inside it."
     ),
-    "28": _Fault(BufferStorageError, "the server refused this user", "Nothing was done. Check user and password."),
-    "3D000": _Fault(BufferStorageError, "there is no such database", "Nothing was done. Check the URL."),
-    "40": _Fault(TransactionConflictError, "another transaction was in the way", f"{_SAFE} Try again, all of it."),
-    "42501": _Fault(BufferStorageError, "this user may not do that", f"{_SAFE} Grant it what the README lists."),
-    "53": _Fault(BufferStorageError, "the server is out of room or connections", f"{_SAFE} Make room; try again."),
-    "55P03": _Fault(BufferBusyError, "another transaction has kept it locked", f"{_SAFE} Try again."),
-    "57014": _Fault(BufferStorageError, "the statement was cancelled", f"{_SAFE} Try again."),
+    "28": Fault(BufferStorageError, "the server refused this user", "Nothing was done. Check user and password."),
+    "3D000": Fault(BufferStorageError, "there is no such database", "Nothing was done. Check the URL."),
+    "40": Fault(TransactionConflictError, "another transaction was in the way", f"{_SAFE} Try again, all of it."),
+    "42501": Fault(BufferStorageError, "this user may not do that", f"{_SAFE} Grant it what the README lists."),
+    "53": Fault(BufferStorageError, "the server is out of room or connections", f"{_SAFE} Make room; try again."),
+    "55P03": Fault(BufferBusyError, "another transaction has kept it locked", f"{_SAFE} Try again."),
+    "57014": Fault(BufferStorageError, "the statement was cancelled", f"{_SAFE} Try again."),
     "57P": _LOST,
-    "58": _Fault(BufferStorageError, "the server's system reported an error", f"{_SAFE} Look into the server's log."),
-    "XX": _Fault(BufferStorageError, "the server reported an internal error", f"{_SAFE} Look into the server's log."),
+    "58": Fault(BufferStorageError, "the server's system reported an error", f"{_SAFE} Look into the server's log."),
+    "XX": Fault(BufferStorageError, "the server reported an internal error", f"{_SAFE} Look into the server's log."),
     "XX001": _DAMAGED,
     "XX002": _DAMAGED,
-    MOVING: _Fault(
+    MOVING: Fault(
         BufferStorageError, "a move into this buffer has begun", "Nothing was stored. Let it end, or run it again."
     ),
-    UNSAFE: _Fault(
+    UNSAFE: Fault(
         BufferStorageError,
         "a commit would not be safe here",
         f"{_SAFE} Correct this setting of the server, the role or the session, and try again.",
@@ -79,8 +72,7 @@ _FAULTS = {
 
 def unsafe_settings(buffer: object, problem: str) -> BufferStorageError:
     """The error for settings with which a commit would not be safe."""
-    fault = _FAULTS[UNSAFE]
-    return fault.error(f"{buffer}: {fault.problem} ({problem}). {fault.advice}")
+    return _FAULTS[UNSAFE].told(buffer, problem)
 
 
 def storage_error(
@@ -95,7 +87,7 @@ def storage_error(
     fault = next((_FAULTS[state[:n]] for n in (5, 3, 2) if state[:n] in _FAULTS), None)
     if fault is None and not state and isinstance(error, psycopg.OperationalError):
         fault = _UNREACHABLE if is_connecting else _LOST
-    found = fault and fault.error(f"{buffer}: {fault.problem} ({_text(error)}). {fault.advice}")
+    found = fault and fault.told(buffer, _text(error))
     if isinstance(found, ConnectionLostError):
         found.is_outcome_known = state in {"25006", "25P03"}  # refused before the commit
     return found

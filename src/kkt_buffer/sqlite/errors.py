@@ -10,10 +10,10 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import ModuleType
-from typing import NamedTuple
 
 from sqlalchemy.exc import DBAPIError, IntegrityError, OperationalError
 
+from kkt_buffer.backend import Fault
 from kkt_buffer.errors import (
     AcknowledgedReceiptError,
     BufferBusyError,
@@ -25,33 +25,26 @@ from kkt_buffer.errors import (
 )
 from kkt_buffer.sqlite.schema import MOVED, SQLITE_TRIGGERS
 
-
-class _Fault(NamedTuple):
-    error: type[BufferStorageError]
-    problem: str
-    advice: str
-
-
 _SAFE = "This operation was not stored; what was acknowledged before is safe."
 _KEPT = "The file was not changed."
 
 # By primary result code, https://www.sqlite.org/rescode.html
 _FAULTS = {
-    3: _Fault(BufferStorageError, "access to the file was denied", f"{_SAFE} Check its owner and permissions."),
-    5: _Fault(BufferBusyError, "another program has kept it locked", f"{_SAFE} Try again; close that program."),
-    6: _Fault(BufferBusyError, "another connection has kept it locked", f"{_SAFE} Try again."),
-    8: _Fault(BufferStorageError, "it is read-only here", f"{_SAFE} Check folder, file and mount."),
-    10: _Fault(
+    3: Fault(BufferStorageError, "access to the file was denied", f"{_SAFE} Check its owner and permissions."),
+    5: Fault(BufferBusyError, "another program has kept it locked", f"{_SAFE} Try again; close that program."),
+    6: Fault(BufferBusyError, "another connection has kept it locked", f"{_SAFE} Try again."),
+    8: Fault(BufferStorageError, "it is read-only here", f"{_SAFE} Check folder, file and mount."),
+    10: Fault(
         BufferStorageError, "the disk reported an error", f"{_SAFE} Check the disk and its free space; try again."
     ),
-    11: _Fault(
+    11: Fault(
         BufferDamagedError, "SQLite found it damaged", f"{_KEPT} Stop, keep a copy of all its files, restore a backup."
     ),
-    13: _Fault(BufferStorageError, "the disk is full", f"{_SAFE} Make room and try again; no restart is needed."),
-    14: _Fault(
+    13: Fault(BufferStorageError, "the disk is full", f"{_SAFE} Make room and try again; no restart is needed."),
+    14: Fault(
         BufferStorageError, "the file cannot be opened", f"{_SAFE} Folder and file must exist and be accessible."
     ),
-    26: _Fault(BufferDamagedError, "the file is not an SQLite database", f"{_KEPT} Check the path."),
+    26: Fault(BufferDamagedError, "the file is not an SQLite database", f"{_KEPT} Check the path."),
 }
 _DAMAGED = _FAULTS[11]
 _SQLITE_ERROR = 1
@@ -76,7 +69,7 @@ def storage_error(buffer: object, error: BaseException | None) -> ReceiptBufferE
     if message.startswith(MOVED):
         return BufferMovedError(message.removeprefix(MOVED))
     fault = _FAULTS.get(getattr(error, "sqlite_errorcode", 0) & 0xFF)
-    return fault and fault.error(f"{buffer}: {fault.problem} ({error}). {fault.advice}")
+    return fault and fault.told(buffer, error)
 
 
 @contextmanager
