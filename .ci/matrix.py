@@ -37,6 +37,7 @@ class Run(NamedTuple):
     extras: str
     constraints: str
     commands: tuple[tuple[str, ...], ...]
+    failures: list[str]  # pytest's summary of each, to be told again at the end
     has_server: bool = False
 
     @property
@@ -78,6 +79,8 @@ def succeeds(run: Run, *command: str) -> bool:
     ) as process:
         for line in process.stdout or ():
             say(run.name, line.rstrip())
+            if line.startswith(("FAILED ", "ERROR ")):
+                run.failures.append(line.rstrip())
     return process.returncode == 0
 
 
@@ -102,8 +105,10 @@ def play(run: Run) -> str:
 
 def main(names: list[str]) -> int:
     runs = {
-        "oldest": Run("oldest", sys.executable, "dev", ".ci/constraints-oldest.txt", (MYPY, PYTEST), has_server=True),
-        "sqlite": Run("sqlite", sys.executable, "test,sqlite", CONSTRAINTS, (PYTEST,)),
+        "oldest": Run(
+            "oldest", sys.executable, "dev", ".ci/constraints-oldest.txt", (MYPY, PYTEST), [], has_server=True
+        ),
+        "sqlite": Run("sqlite", sys.executable, "test,sqlite", CONSTRAINTS, (PYTEST,), []),
     }
     missing = []
     for version in PYTHONS:
@@ -111,7 +116,7 @@ def main(names: list[str]) -> int:
             say(version, "runs `make test`; not repeated")
         elif (python := find(version)) is not None:
             # Only what the extra `test` brings: a test that needs more fails here.
-            runs[version] = Run(version, python, "test", CONSTRAINTS, (PYTEST,))
+            runs[version] = Run(version, python, "test", CONSTRAINTS, (PYTEST,), [])
         else:
             missing.append(version)
     if unknown := set(names) - {*runs, *missing}:
@@ -125,6 +130,8 @@ def main(names: list[str]) -> int:
         outcomes = list(executor.map(play, chosen))
     print()
     for run, outcome in zip(chosen, outcomes, strict=True):
+        for failure in run.failures:
+            say(run.name, failure)
         say(run.name, outcome)
     for version in absent:
         say(version, f"NOT TESTED: there is no Python {version} on PATH or under pyenv")

@@ -1,5 +1,5 @@
 """
-The end of a run says what this machine could not show, in a section of its own.
+The end of a run says what was skipped, each reason once, and what this machine could not show, in a section of its own.
 
 Where there is no PostgreSQL server, the files that only run on one are left out of the coverage, the others are not
 held to its goal, because they have branches that only run there, and that is said too.
@@ -12,17 +12,18 @@ import pytest
 ONLY_ON_POSTGRESQL = ["*/kkt_buffer/postgresql/*", "*/kkt_buffer/move.py", "*/kkt_buffer/cli/move.py"]
 
 
-def _not_proven(config):
+NOT_PROVEN = "NOT PROVEN: "
+
+
+def _skipped(config):
     """The reasons for which tests were skipped, with their number."""
     reporter = config.pluginmanager.get_plugin("terminalreporter")
-    reasons = (report.longrepr[2] for report in reporter.stats.get("skipped", []) if isinstance(report.longrepr, tuple))
-    return Counter(
-        reason.removeprefix("Skipped: NOT PROVEN: ") for reason in reasons if reason.startswith("Skipped: NOT PROVEN: ")
-    )
+    reports = reporter.stats.get("skipped", [])
+    return Counter(report.longrepr[2].removeprefix("Skipped: ") for report in reports)
 
 
 def _without_server(config):
-    return any(reason.startswith("PostgreSQL: ") for reason in _not_proven(config))
+    return any(reason.startswith(f"{NOT_PROVEN}PostgreSQL: ") for reason in _skipped(config))
 
 
 def _coverage(config):
@@ -43,12 +44,16 @@ def pytest_runtestloop(session):
 
 
 def pytest_terminal_summary(terminalreporter, config):
-    """Say what was not proven."""
-    if not (reasons := _not_proven(config)):
+    """Say what was skipped, and what was not proven."""
+    skipped = _skipped(config)
+    not_proven = {reason: number for reason, number in skipped.items() if reason.startswith(NOT_PROVEN)}
+    for reason in skipped.keys() - not_proven:
+        terminalreporter.line(f"SKIPPED, {skipped[reason]} tests: {reason}")
+    if not not_proven:
         return
     terminalreporter.section("NOT PROVEN", sep="!", red=True, bold=True)
-    for reason, number in reasons.items():
-        terminalreporter.line(f"NOT PROVEN, {number} tests: {reason}", red=True)
+    for reason, number in not_proven.items():
+        terminalreporter.line(f"NOT PROVEN, {number} tests: {reason.removeprefix(NOT_PROVEN)}", red=True)
     if _without_server(config) and _coverage(config):
         left_out = ", ".join(ONLY_ON_POSTGRESQL)
         terminalreporter.line(f"LEFT OUT of the coverage, because it only runs on PostgreSQL: {left_out}", red=True)

@@ -1,6 +1,7 @@
 """The throwaway servers: none is left behind, and where there is none, the run says so."""
 
 import contextlib
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -154,6 +155,11 @@ class TestNoServer:
         assert 0 == done.returncode, done.stdout
         assert "NOT PROVEN, 1 tests: PostgreSQL: KKT_BUFFER_NO_SERVER hides its" in done.stdout
         assert "LEFT OUT" not in done.stdout
+
+    def test_reasons(self, tmp_path):
+        """Any other reason is told once, with the number of its tests."""
+        done = pytest_without_server("tests/postgresql/test_patroni.py", folder=tmp_path)
+        assert re.search(r"^SKIPPED, [1-9]\d* tests: make proof runs it$", done.stdout, re.MULTILINE), done.stdout
 
     @pytest.mark.parametrize("parallel", [(), ("-n", "1")], ids=["alone", "xdist"])
     def test_coverage(self, tmp_path, parallel):
