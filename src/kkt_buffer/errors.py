@@ -26,6 +26,11 @@ def _restore(cls: type[ReceiptBufferError], args: tuple[Any, ...], facts: dict[s
     return cls._restored(args, facts)
 
 
+def with_traceback(error: Exception) -> Exception | None:
+    """The error, if a log needs its traceback. The message of an error of this package says what to do."""
+    return None if isinstance(error, ReceiptBufferError) else error
+
+
 class BufferFullError(ReceiptBufferError, ValueError):
     """The buffer holds as many undelivered receipts as `buffer_capacity` allows; nothing was changed."""
 

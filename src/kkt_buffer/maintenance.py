@@ -8,7 +8,7 @@ from datetime import datetime, time, timedelta
 from pathlib import Path
 
 from kkt_buffer.backend import backend_of
-from kkt_buffer.errors import BufferDamagedError
+from kkt_buffer.errors import BufferDamagedError, with_traceback
 from kkt_buffer.models import EventType
 from kkt_buffer.repository import ReceiptRepository
 from kkt_buffer.rotation import back_up
@@ -104,6 +104,10 @@ def _failure_of(step: Callable[[], None]) -> str | None:
     try:
         step()
     except Exception as error:
-        logger.exception("maintenance has failed; delivery goes on, and it is tried again after an hour")
+        logger.error(  # noqa: TRY400 (not every error needs a traceback)
+            "maintenance has failed (%s); delivery goes on, and it is tried again after an hour",
+            error,
+            exc_info=with_traceback(error),
+        )
         return f"{type(error).__name__}: {error}"
     return None

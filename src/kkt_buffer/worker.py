@@ -19,6 +19,7 @@ from kkt_buffer import arguments
 from kkt_buffer.backend import backend_of
 from kkt_buffer.bell import Bell, own_bell
 from kkt_buffer.delivery import DeliveryReport, Send, check_sender, deliver_pending
+from kkt_buffer.errors import with_traceback
 from kkt_buffer.maintenance import Maintenance, alone
 from kkt_buffer.models import EventType
 from kkt_buffer.repository import ReceiptRepository
@@ -281,7 +282,11 @@ class DeliveryWorker:
         except Exception as error:
             message = f"{type(error).__name__}: {error}"
             if message != self._status.error:
-                logger.exception("the worker cannot deliver; the receipts are safe, and it tries again")
+                logger.error(  # noqa: TRY400 (not every error needs a traceback)
+                    "the worker cannot deliver (%s); the receipts are safe, and it tries again",
+                    error,
+                    exc_info=with_traceback(error),
+                )
                 self._status = replace(self._status, error=message, error_since=self._repository.now())
             return self._poll_seconds
         if self._status.error is not None:

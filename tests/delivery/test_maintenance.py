@@ -165,7 +165,10 @@ class TestFailure:
         worker.tick()
         assert 1 == repository.get_buffer_status().synced
         assert worker.status.maintenance_error.startswith("BufferStorageError: ")
-        assert "maintenance has failed; delivery goes on, and it is tried again after an hour" in caplog.messages
+        [told] = [record for record in caplog.records if record.levelname == "ERROR"]
+        assert told.message.startswith("maintenance has failed (")
+        assert told.message.endswith("); delivery goes on, and it is tried again after an hour")
+        assert not told.exc_info  # it says what to do
         folder.unlink()
         for seconds, expected in ((HOUR - 1, 0), (1, 1)):
             clock.advance(seconds)

@@ -7,7 +7,7 @@ import pytest
 from builders import NOON, a_receipt, another_program, commits, new_receipt
 from delivery.ofd import Ofd
 
-from kkt_buffer import BufferBusyError, DeliveryWorker, Outcome, ReceiptRepository
+from kkt_buffer import BufferBusyError, BufferStorageError, DeliveryWorker, Outcome, ReceiptRepository
 from kkt_buffer.backend import backend_of
 
 
@@ -243,15 +243,22 @@ class TestThread:
         assert worker.stop()
         thread.join()
 
-    def test_errors(self, repository, caplog):
-        """An error is logged once for as long as it lasts; the worker goes on, and says so when it is over."""
+    @pytest.mark.parametrize(
+        ("error", "has_traceback"), [(OSError("no route"), True), (BufferStorageError("the disk is full"), False)]
+    )
+    def test_errors(self, repository, caplog, error, has_traceback):
+        """
+        An error is logged once for as long as it lasts; the worker goes on, and says so when it is over.
+
+        Our own errors say what to do, and are no reason for a traceback.
+        """
         repository.insert_receipts(new_receipt() for _ in range(4))
         seen = []
 
         def get_config(key):
             seen.append(worker.status.error)
             if len(seen) <= 2:
-                raise OSError("the disk is full")
+                raise error
             if len(seen) == 4:
                 worker.stop()
             return original(key)
@@ -260,13 +267,14 @@ class TestThread:
         worker = DeliveryWorker(repository, Ofd(ValueError("500")), batch=1, poll_seconds=0.01)
         caplog.set_level("INFO", logger="kkt_buffer.worker")
         worker.run()
-        error = "OSError: the disk is full"
-        assert [None, error, error, None] == seen
-        told = [record.message for record in caplog.records if record.name == "kkt_buffer.worker"]
+        message = f"{type(error).__name__}: {error}"
+        assert [None, message, message, None] == seen
+        told = [record for record in caplog.records if record.name == "kkt_buffer.worker"]
         assert [
-            "the worker cannot deliver; the receipts are safe, and it tries again",
+            f"the worker cannot deliver ({error}); the receipts are safe, and it tries again",
             "the worker delivers again",
-        ] == told
+        ] == [record.message for record in told]
+        assert has_traceback == bool(told[0].exc_info)
 
     def test_observer_fails(self, repository, caplog):
         """An error of `on_report` is told as such, and is no error of the delivery."""
