@@ -323,4 +323,6 @@ class Template:
         return self.connection.execute(CATALOGUE.format(schema=name)).fetchall()
 
     def close(self):
+        for name, _ in self.unused:
+            self.connection.execute(f"DROP SCHEMA {name} CASCADE")
         self.connection.close()

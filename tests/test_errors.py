@@ -75,7 +75,11 @@ ERRORS = [
     (BufferBusyError("locked"), BufferStorageError, {}),
     (ConnectionLostError("lost"), BufferStorageError, {}),
     (TransactionConflictError("deadlock"), BufferStorageError, {}),
-    (OutcomeUnknownError("the buffer", [UUID_TEXT, UUID_TEXT]), BufferStorageError, {"receipt_ids": (UUID_TEXT,)}),
+    (
+        OutcomeUnknownError("the buffer", [UUID_TEXT, UUID_TEXT], "the connection was lost"),
+        BufferStorageError,
+        {"receipt_ids": (UUID_TEXT,), "problem": "the connection was lost"},
+    ),
     (BufferDamagedError("not a database"), BufferStorageError, {}),
     (DeliveryRejected("unknown tax rate"), ReceiptBufferError, {}),
     (DeliveryUnavailable("HTTP 429", retry_after=60), ReceiptBufferError, {"retry_after": 60}),

@@ -151,9 +151,7 @@ COALESCE(CASE
 END,
         (SELECT 'the table ' || relname || ' is not logged' FROM pg_class
         WHERE oid IN ('receipts'::regclass, 'dlq'::regclass, 'buffer_events'::regclass,
-        'buffer_changes'::regclass) AND relpersistence <> 'p' LIMIT 1),
-        CASE WHEN current_setting('transaction_isolation') <> 'read committed'
-        THEN 'the isolation level is not read committed' END)"""
+        'buffer_changes'::regclass) AND relpersistence <> 'p' LIMIT 1))"""
 
 CAPACITY = """\
 COALESCE((SELECT CASE WHEN value ~ '^\\d{1,10}$' THEN value::bigint ELSE 0 END FROM config
@@ -181,9 +179,10 @@ BEGIN
     PERFORM pg_advisory_xact_lock('receipts'::regclass::oid::bigint);
 END $$""",
     f"""\
-CREATE FUNCTION kkt_unsafe_commit(replicas integer) RETURNS text LANGUAGE plpgsql STABLE AS $$
+CREATE FUNCTION kkt_why_refused(replicas integer) RETURNS text LANGUAGE plpgsql STABLE AS $$
 BEGIN
-    RETURN {UNSAFE};
+    RETURN COALESCE({UNSAFE}, (SELECT 'a move into this buffer has begun' FROM pg_trigger
+        WHERE tgname = 'trg_moving' AND tgrelid = 'receipts'::regclass));
 END $$""",
     f"""\
 CREATE FUNCTION kkt_buffer_capacity() RETURNS bigint LANGUAGE plpgsql STABLE AS $$
@@ -203,9 +202,11 @@ DECLARE
     moment bigint;
     problem text;
 BEGIN
-    PERFORM set_config('lock_timeout', patience, true);
+    -- A cancelled wait for a replica is a warning.
+    PERFORM set_config('lock_timeout', patience, true), set_config('client_min_messages', 'warning', true);
     PERFORM pg_advisory_xact_lock('receipts'::regclass::oid::bigint);
-    problem := {UNSAFE};
+    problem := COALESCE(CASE WHEN current_setting('transaction_isolation') <> 'read committed'
+        THEN 'the isolation level is not read committed' END, {UNSAFE});
     IF problem IS NOT NULL THEN
         RAISE EXCEPTION '%', problem USING ERRCODE = '55K01';
     END IF;

@@ -11,7 +11,7 @@ from contextlib import AbstractContextManager, nullcontext
 from types import ModuleType
 from typing import Any, NamedTuple
 
-from sqlalchemy import Connection, CursorResult, Engine
+from sqlalchemy import URL, Connection, CursorResult, Engine
 from sqlalchemy.exc import DBAPIError
 
 from kkt_buffer.arguments import NewReceipt
@@ -22,6 +22,9 @@ OPTION = "kkt_buffer_backend"
 
 # Execution option: with True, transactions take no write lock, and the database refuses writes in them.
 READ_ONLY = "kkt_buffer_read_only"
+
+# What the query of a URL may tell about where the buffer is.
+PLACE = frozenset({"host", "hostaddr", "port", "dbname", "service", "options"})
 
 AT_MOST = 100  # reported problems of one kind
 
@@ -46,16 +49,20 @@ class Fault(NamedTuple):
     problem: str
     advice: str
 
-    def told(self, buffer: object, cause: object) -> BufferStorageError:
+    def as_error(self, buffer: object, cause: object) -> BufferStorageError:
         """The error for a buffer; `cause` is what the database said."""
-        return self.error(f"{buffer}: {self.problem} ({cause}). {self.advice}")
+        problem = f"{self.problem} ({cause})"
+        error = self.error(f"{buffer}: {problem}. {self.advice}")
+        error.problem = problem
+        return error
 
 
 class RefusedError(Exception):
     """
     Receipts were not stored, because an id is known or there is no room. The transaction can go on.
 
-    `error`: of the statement that was refused; None if it was not even tried, so that a second look may find room.
+    `error`: of the statement that was refused; None if it was not even tried: then the caller looks again for the
+    reason.
     """
 
     def __init__(self, error: DBAPIError | None = None) -> None:
@@ -140,7 +147,12 @@ class Backend(ABC):
         """Keep out every transaction that inserts receipts or takes this lock, until the end of the transaction."""
 
     def confirm(self, connection: Connection) -> None:
-        """Return only when everything that this transaction has read is durable, as after a commit."""
+        """Make the commit wait until everything that this transaction has read is durable; outside of one, wait now."""
+
+    def patience(self, connection: Connection) -> AbstractContextManager[None]:
+        """For statements that read whole tables: wait for their answers, however long they take."""
+        del connection
+        return nullcontext()
 
     def end(self) -> None:
         """Roll back a transaction that this thread left open because an exception interrupted SQLAlchemy."""
@@ -174,6 +186,16 @@ class Backend(ABC):
 
     def upgraded(self, engine: Engine) -> None:
         """Called after each upgrade of the schema."""
+
+
+def with_query(url: URL, keys: frozenset[str]) -> URL:
+    """The URL with these parts of its query; others may be secrets."""
+    return url.set(query={key: value for key, value in url.query.items() if key in keys})
+
+
+def place_of(url: URL) -> str:
+    """Where the buffer is: the URL without its user."""
+    return with_query(url, PLACE)._replace(username=None, password=None).render_as_string()
 
 
 def backend_of(engine: Engine) -> Backend:

@@ -8,6 +8,7 @@ from typing import Any
 
 from sqlalchemy import URL, Engine, make_url
 
+from kkt_buffer.backend import PLACE, with_query
 from kkt_buffer.errors import BufferStorageError
 from kkt_buffer.sqlite.driver import Driver
 
@@ -39,13 +40,14 @@ def create_buffer_engine(  # noqa: PLR0913 (all but one are keywords)
     default the standard library's, or pysqlite3 if it is installed and only the standard one has the WAL-reset bug. A
     process must open one file through one library alone. Other options go to `sqlalchemy.create_engine`.
 
-    The engine may be used after a fork, unless a connection was in use at that moment: then every use of it in the
+    The engine may be used after a fork. If a connection to a file was in use at that moment, every use of it in the
     child raises `BufferStorageError`.
 
     On PostgreSQL (`postgresql+psycopg://…`, with the extra `postgresql`) the buffer is the first schema of
     `search_path`. A commit is refused if the settings of the server do not make it durable, and, with
-    `require_replicas`, if not as many replicas have confirmed it. A server that does not answer for `answer_timeout`
-    seconds is left.
+    `require_replicas`, if not as many replicas have confirmed it. After `answer_timeout` seconds, a connection whose
+    server does not answer is closed, and so is one whose write transaction is idle; it must be more than
+    `busy_timeout`.
 
     Raises `BufferStorageError` if the path cannot be used, SQLite is too old or the server refuses,
     `BufferDamagedError` if the file is not an SQLite database, `ValueError` for a URL or a driver of another kind.
@@ -71,15 +73,9 @@ def create_buffer_engine(  # noqa: PLR0913 (all but one are keywords)
     return sqlite.create(url, read_only=read_only, busy_timeout=busy_timeout, driver=driver, **engine_options)
 
 
-# What a URL may show: where the buffer is. Everything else in its query may be a secret.
-_SHOWN = frozenset(
-    {"host", "hostaddr", "port", "dbname", "service", "options", "require_replicas", "target_session_attrs"}
-)
-
-
 def public_url(url: URL) -> URL:
     """The URL without what may be a secret, but for its password, which SQLAlchemy hides when the URL is printed."""
-    return url.set(query={key: value for key, value in url.query.items() if key in _SHOWN})
+    return with_query(url, PLACE | {"require_replicas", "target_session_attrs"})
 
 
 def _postgresql() -> ModuleType:

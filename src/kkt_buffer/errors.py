@@ -160,12 +160,15 @@ class BufferStorageError(ReceiptBufferError):
     """
     The database cannot be opened, read or written; the current transaction was not committed.
 
-    Receipts that were acknowledged before are not affected.
+    Receipts that were acknowledged before are not affected. `problem` is the message without the name of the buffer
+    and the advice; empty if the database was not the cause.
     """
+
+    problem = ""
 
 
 class BufferBusyError(BufferStorageError):
-    """Another thread or process kept the write lock for longer than the timeout; try again."""
+    """Others kept the write lock, or all connections of the pool, for longer than the timeout; try again."""
 
 
 class ConnectionLostError(BufferStorageError):
@@ -180,18 +183,19 @@ class TransactionConflictError(BufferStorageError):
 
 class OutcomeUnknownError(BufferStorageError):
     """
-    The connection was lost after a commit was sent and before its answer came: it is stored, or it is not.
+    A commit was sent, and it was not confirmed: it is stored, or it is not.
 
-    `receipt_ids`: the receipts that this transaction has added or changed, as far as it is known.
+    `receipt_ids`: the receipts that this operation or transaction has added or changed, as far as it is known.
     """
 
-    def __init__(self, buffer: object, receipt_ids: Iterable[str]) -> None:
+    def __init__(self, buffer: object, receipt_ids: Iterable[str], problem: str) -> None:
         self.receipt_ids = tuple(dict.fromkeys(receipt_ids))
+        self.problem = problem
         about = f" Receipts: {', '.join(self.receipt_ids)}." if self.receipt_ids else ""
         super().__init__(
-            f"{buffer}: the connection was lost before the answer to a commit came, so this operation may be stored or "
-            "not. What was acknowledged before is safe. Try again: a receipt with the same id and exist_ok=True is "
-            f"stored once; otherwise look first.{about}"
+            f"{buffer}: a commit was sent, and then {problem}: this operation may be stored or not. What was "
+            "acknowledged before is safe. Try again: a receipt with the same id and exist_ok=True is stored once; "
+            f"otherwise look first.{about}"
         )
 
 

@@ -14,7 +14,6 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from itertools import groupby
 from typing import Any, Generic, TypeVar
 
@@ -55,6 +54,7 @@ class _Member:
         self.argument = argument
         self.result: Any = None
         self.error: Exception | None = None
+        self.unknown: OutcomeUnknownError | None = None  # it was tried, and may be stored
         self.is_committing = False
         self.is_done = False
         self.bell = Bell()
@@ -125,8 +125,10 @@ class GroupCommit:
                 self._commit_one_by_one(tx, members, error)
         except (ReceiptBufferError, SQLAlchemyError) as error:
             for member in members[1:]:
-                member.error = _copy_for_thread(tx.explain(error))
+                member.error = member.unknown or _copy_for_thread(tx.explain(error))
                 member.finish()
+            if leader.unknown is not None:
+                raise leader.unknown from error
             raise
         finally:
             with contextlib.suppress(IndexError):
@@ -141,18 +143,17 @@ class GroupCommit:
         self._commit(tx, members, self._all_together)
 
     def _commit_one_by_one(self, tx: Transaction, members: list[_Member], error: Exception) -> None:
-        unknown: OutcomeUnknownError | None = None
         for pause in PAUSES_SECONDS:
+            _note_unknown(tx, members, error)
             time.sleep(pause)
-            if isinstance(error, OutcomeUnknownError):
-                unknown = error
             try:
-                self._commit(tx, members, partial(_one_by_one, unknown=unknown))
+                self._commit(tx, members, _one_by_one)
             except _REPEAT as repeat:
                 error = repeat
             else:
                 return
-        raise unknown or error
+        _note_unknown(tx, members, error)
+        raise error
 
     def _commit(
         self,
@@ -167,7 +168,8 @@ class GroupCommit:
             with self._transactions.begun(tx, one_statement=one_statement):
                 is_begun = True
                 for member in members:
-                    member.is_committing = one_statement  # it commits inside of `run`
+                    # One statement commits inside of `run`.
+                    member.is_committing = one_statement or member.unknown is not None
                 run(tx, members)
                 for member in members:
                     member.is_committing = True
@@ -212,16 +214,24 @@ def _in_one_statement(tx: Transaction, members: list[_Member]) -> None:
         member.result = result
 
 
-def _one_by_one(tx: Transaction, members: list[_Member], unknown: OutcomeUnknownError | None) -> None:
+def _note_unknown(tx: Transaction, members: list[_Member], error: Exception) -> None:
+    """Note for each operation that was to be committed, and not refused before, that it may be stored."""
+    if isinstance(error, OutcomeUnknownError):
+        for member in members:
+            if member.is_committing and member.error is None:
+                member.unknown = OutcomeUnknownError(tx.backend, [str(member.argument[0])], error.problem)
+
+
+def _one_by_one(tx: Transaction, members: list[_Member]) -> None:
     """
     Run each operation in its own savepoint, so that a refused one does not affect the others.
 
-    `unknown`: they were tried before, and may be stored. A failure now says nothing about that, unless the id is taken.
+    A failure says nothing about an earlier try whose outcome is unknown, unless the id is taken.
     """
     for member in members:
         argument = member.argument
-        if unknown is not None:
-            member.error = OutcomeUnknownError(tx.backend, [str(argument[0])])
+        if member.unknown is not None:
+            member.error = member.unknown
             if member.work.again is None:
                 continue
             argument = member.work.again(argument)
@@ -232,7 +242,7 @@ def _one_by_one(tx: Transaction, members: list[_Member], unknown: OutcomeUnknown
         except (ReceiptBufferError, SQLAlchemyError) as error:
             if tx.connection.invalidated or isinstance(error, _REPEAT):
                 raise
-            if member.error is None or isinstance(error, DuplicateReceiptError):
+            if member.unknown is None or isinstance(error, DuplicateReceiptError):
                 member.error = tx.explain(error)
 
 

@@ -20,7 +20,6 @@ from sqlalchemy.exc import DBAPIError
 
 from kkt_buffer.backend import READ_ONLY, backend_of
 from kkt_buffer.config import MOVED_TO
-from kkt_buffer.engine import public_url
 from kkt_buffer.errors import BufferDamagedError, BufferMovedError, BufferStorageError
 from kkt_buffer.migrate import RELEASE_KEY, require, upgrade
 from kkt_buffer.models import metadata
@@ -32,7 +31,7 @@ from kkt_buffer.sqlite.schema import moved_triggers
 if TYPE_CHECKING:
     import sqlite3
 
-_MOVING = "trg_moving"
+_MOVING = "trg_moving"  # known to kkt_why_refused() too
 MOVE_ID = "move_id"  # key in `config`
 ROWS_AT_ONCE = 100
 
@@ -145,7 +144,7 @@ def move(source: Engine, target: Engine) -> Moved:
     this one, `BufferDamagedError` if it is damaged, `SchemaError` if it has not the schema of this release.
     """
     began = time.monotonic()
-    name = _name(target)
+    name = str(backend_of(target))
     require(source)
     with _reading(source) as here, _bytes_if_invalid(here):
         move_id = _move_of(here, name)
@@ -181,11 +180,6 @@ def move(source: Engine, target: Engine) -> Moved:
             "same command again."
         ) from error
     return Moved(rows, time.monotonic() - began)
-
-
-def _name(target: Engine) -> str:
-    """The URL of the target, without what only tells who uses it, and secrets."""
-    return public_url(target.url)._replace(username=None, password=None).render_as_string()
 
 
 def _reading(source: Engine) -> Connection:
@@ -248,13 +242,11 @@ def _close(source: Engine, name: str) -> None:
 
 def _refuse_inserts(target: Engine) -> None:
     """Refuse every insert until the move is complete: a service could take the empty buffer for the moved one."""
-    guard = "kkt_guard('a move into this buffer has begun', '55K02')"
+    guard = "EXECUTE FUNCTION kkt_guard('a move into this buffer has begun', '55K02')"
     with target.begin() as there:
         there.execute(_LOCK)
         if there.scalar(_IS_EMPTY) and not there.scalar(_IS_MOVING):
-            there.execute(
-                text(f"CREATE TRIGGER {_MOVING} BEFORE INSERT ON receipts FOR EACH STATEMENT EXECUTE FUNCTION {guard}")
-            )
+            there.execute(text(f"CREATE TRIGGER {_MOVING} BEFORE INSERT ON receipts FOR EACH STATEMENT {guard}"))
 
 
 def _switch_triggers(there: Connection, enable_or_disable: str) -> None:

@@ -15,6 +15,7 @@ from typing import Any, Concatenate, ParamSpec, TypeAlias, TypeVar
 
 from sqlalchemy import Connection, CursorResult, Engine, Select, select
 from sqlalchemy.exc import DBAPIError, InvalidRequestError
+from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.orm import Session, scoped_session, sessionmaker
 
 from kkt_buffer import arguments
@@ -22,6 +23,7 @@ from kkt_buffer.backend import Backend, Parameters, backend_of
 from kkt_buffer.bell import own_bell
 from kkt_buffer.config import number_of
 from kkt_buffer.errors import (
+    BufferBusyError,
     BufferDamagedError,
     BufferStorageError,
     ConnectionLostError,
@@ -55,6 +57,7 @@ class Transaction:
         self.backend = backend
         self.write = write
         self.receipt_ids: list[str] = []  # added or changed here, for an outcome that is not known
+        self.is_to_confirm = False  # the caller is told of what others have stored
         self.connection: Connection
         self.session: Session  # set in the caller's `transaction()` or `reading()`
         self._clock = now
@@ -89,12 +92,18 @@ class Transaction:
         """Use this connection from now on, and forget the time and the settings."""
         self.connection = connection
         self.receipt_ids.clear()
+        self.is_to_confirm = False
         self.is_begun = True
         self._now = self._settings = None
 
     def changed(self, *receipt_ids: str) -> None:
         """Note that receipts are added or changed here."""
         self.receipt_ids += receipt_ids
+
+    def confirm(self) -> None:
+        """Note that the caller will be told of what others have stored: it must be durable by then."""
+        self.is_to_confirm = True
+        self.backend.confirm(self.connection)
 
     def forget_settings(self) -> None:
         """Read the settings again at their next use."""
@@ -286,7 +295,7 @@ class Transactions:
         one_statement = one_statement and self.backend.is_server
         may_be_stored = False
         try:
-            with self.backend.connect(self._engine, write=tx.write, one_statement=one_statement) as connection:
+            with self._connection(write=tx.write, one_statement=one_statement) as connection:
                 transaction = connection.begin()
                 tx.start_on(connection)
                 may_be_stored = one_statement
@@ -299,7 +308,7 @@ class Transactions:
                             bell.ring()
                 except ConnectionLostError as error:
                     if may_be_stored and not error.is_outcome_known:
-                        raise OutcomeUnknownError(self.backend, tx.receipt_ids) from error
+                        raise OutcomeUnknownError(self.backend, tx.receipt_ids, error.problem) from error
                     raise
                 except (DBAPIError, InvalidRequestError) as error:
                     if not connection.invalidated:
@@ -308,10 +317,25 @@ class Transactions:
                         f"{self.backend}: the database had to roll the transaction back (see the error before this "
                         "one). Nothing in it was stored; what was acknowledged before is safe. Try again."
                     ) from error
+        except Exception as error:
+            if tx.is_to_confirm and not one_statement and not isinstance(error, BufferStorageError):
+                # The transaction was rolled back, so nothing has waited for the replicas.
+                with self._connection(write=True, one_statement=True) as connection:
+                    self.backend.confirm(connection)
+            raise
         finally:
             tx.is_begun = False
             if tx.write:
                 self.backend.end()
+
+    def _connection(self, *, write: bool, one_statement: bool) -> Connection:
+        try:
+            return self.backend.connect(self._engine, write=write, one_statement=one_statement)
+        except PoolTimeoutError as error:
+            raise BufferBusyError(
+                f"{self.backend}: all connections of the pool are in use ({error}). Nothing was done; what was "
+                "acknowledged before is safe. Try again, or give the engine a larger pool_size."
+            ) from error
 
     @contextmanager
     def block(self, *, write: bool) -> Iterator[Session]:

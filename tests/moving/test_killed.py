@@ -9,7 +9,7 @@ import pytest
 from builders import PROOF, STATUSES, a_receipt, everything, start_python
 from moving.rows import rows_of
 
-from kkt_buffer import check, create_buffer_engine
+from kkt_buffer import ReceiptRepository, check, create_buffer_engine
 
 KILLS = 200 if PROOF else 8
 
@@ -70,12 +70,16 @@ def test_killed(heavy, server, migrated_schema, tmp_path, moved):
             found = everything(url)
             is_whole = found != empty
             assert is_closed or not is_whole
+            engine = create_buffer_engine(url)
+            if is_closed:
+                expected_refusal = None if is_whole else "a move into this buffer has begun"
+                assert expected_refusal == ReceiptRepository(engine).why_refused()
             assert is_whole is moved(path, url).is_repeated
             arrived = rows_of(url)
             assert rows_of(path) == arrived
             assert not is_whole or found == everything(url)
             assert expected | {"config": arrived["config"]} == arrived
-            engine = create_buffer_engine(url)
+            assert ReceiptRepository(engine).why_refused() is None
             check(engine)
             engine.dispose()
             return int(printed or 0), (is_closed, is_whole)

@@ -9,6 +9,7 @@ from sqlalchemy import event, make_url
 from sqlalchemy.exc import DBAPIError
 
 from kkt_buffer import (
+    BufferBusyError,
     BufferDamagedError,
     BufferFullError,
     BufferStorageError,
@@ -17,6 +18,7 @@ from kkt_buffer import (
     SchemaError,
     create_buffer_engine,
 )
+from kkt_buffer.backend import backend_of
 from kkt_buffer.postgresql.connection import ServerConnection
 from kkt_buffer.postgresql.engine import Server
 
@@ -46,6 +48,11 @@ class TestOptions:
     def test_unknown_option(self, server_buffer):
         with pytest.raises(BufferStorageError, match='invalid connection option "require_replica"'):
             create_buffer_engine(make_url(server_buffer).update_query_dict({"require_replica": "1"}))
+
+    def test_timeouts(self, server_buffer):
+        """A wait for a lock must not be taken for a server that does not answer."""
+        with pytest.raises(ValueError, match=r"answer_timeout=10: expected more than busy_timeout \(10\)"):
+            create_buffer_engine(server_buffer, busy_timeout=10, answer_timeout=10)
 
     def test_isolation_level(self, server_buffer):
         with pytest.raises(ValueError, match="READ COMMITTED"):
@@ -101,8 +108,22 @@ class TestServers:
 
     def test_down(self, server_buffer):
         """A server that is not there is not told as a connection that was lost."""
-        with pytest.raises(ConnectionLostError, match="it cannot be reached"):
+        with pytest.raises(ConnectionLostError, match="no connection can be opened"):
             create_buffer_engine(make_url(server_buffer).set(port=1))
+
+    def test_no_database(self, server_buffer):
+        with pytest.raises(ConnectionLostError, match='"nowhere" does not exist.+Check host, port, database'):
+            create_buffer_engine(make_url(server_buffer).set(database="nowhere"))
+
+    def test_name(self, server_buffer):
+        """Messages name the hosts and the schema, and neither user nor password."""
+        url = make_url(server_buffer)
+        hosts = {"host": [f"127.0.0.1:{url.port}", "127.0.0.1:1"], "target_session_attrs": "read-write"}
+        engine = create_buffer_engine(url.set(host=None, port=None).update_query_dict(hosts))
+        named = make_url(str(backend_of(engine)))
+        engine.dispose()
+        assert {"host": tuple(hosts["host"]), "options": url.query["options"]} == named.query
+        assert (None, None) == (named.username, named.password)
 
     def test_stands_still_after_a_commit(self, server_engine, monkeypatch):
         """The look at the replicas after a commit is cut off: the outcome is not told as stored, nor as not stored."""
@@ -112,7 +133,7 @@ class TestServers:
             driver = connection.connection.dbapi_connection
             driver.replicas = 1
             driver.pgconn.finish()
-            with pytest.raises(ConnectionLostError, match="after a commit"):
+            with pytest.raises(ConnectionLostError, match="no replica has confirmed a commit"):
                 ServerConnection.refuse_unconfirmed(driver)
             connection.invalidate()
 
@@ -126,6 +147,35 @@ class TestStatements:
             connection.exec_driver_sql("ALTER FUNCTION kkt_insert_receipts RENAME TO kkt_other")
         with pytest.raises(SchemaError, match="was changed by hand"):
             repository.insert_receipt(new_receipt())
+
+    def test_no_patience(self, server_engine, server_buffer, open_engine):
+        """With `busy_timeout=0`, who would have to wait is refused at once."""
+        hasty = ReceiptRepository(open_engine(server_buffer, busy_timeout=0))
+        with ReceiptRepository(server_engine).transaction() as session:
+            backend_of(server_engine).lock(session.connection())
+            with pytest.raises(BufferBusyError):
+                hasty.insert_receipt(new_receipt())
+            with pytest.raises(BufferBusyError):
+                hasty.insert_receipts([new_receipt(), new_receipt()])
+
+    def test_no_connection(self, server_buffer, open_engine):
+        """All connections of the pool are in use: that is an error of ours, as any other."""
+        repository = ReceiptRepository(open_engine(server_buffer, pool_size=1, max_overflow=0, pool_timeout=0.05))
+        repository.get_buffer_status()
+        with repository.engine.connect(), pytest.raises(BufferBusyError, match="larger pool_size"):
+            repository.insert_receipt(new_receipt())
+
+    def test_slow_check(self, server_engine, server_buffer, open_engine):
+        """A check of a large buffer may take longer than any other answer."""
+        with server_engine.begin() as connection:
+            slow = "CROSS JOIN (SELECT pg_sleep(1.5)) AS slow"
+            connection.exec_driver_sql(
+                f"CREATE OR REPLACE VIEW buffer_state AS SELECT s.* FROM kkt_state() AS s {slow}"
+            )
+        repository = ReceiptRepository(open_engine(server_buffer, busy_timeout=0.5, answer_timeout=1))
+        assert {} == {what: found for what, found in repository.check_integrity().findings.items() if found}
+        with pytest.raises(ConnectionLostError):
+            repository.get_buffer_status()
 
     def test_capacity_lowered(self, server_engine):
         """Lowered while a transaction is open that has read it: the batch is refused, and its block goes on."""

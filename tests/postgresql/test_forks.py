@@ -21,6 +21,27 @@ def in_child(engine, answer):
     answer.send((backend_pid(engine), repository.insert_receipt(new_receipt())))
 
 
+def ends_in_child(engine):
+    engine.dispose()
+
+
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded")
+def test_end_of_child(server_engine):
+    """A child that closes its buffer ends no session of its parent."""
+    repository = ReceiptRepository(server_engine)
+    repository.insert_receipt(new_receipt())
+    before = backend_pid(server_engine)
+    with repository.transaction():  # one connection in use, none idle
+        child = FORK.Process(target=ends_in_child, args=(server_engine,))
+        child.start()
+        child.join()
+        repository.insert_receipt(new_receipt())
+    child = FORK.Process(target=ends_in_child, args=(server_engine,))
+    child.start()
+    child.join()
+    assert before == backend_pid(server_engine)
+
+
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded")
 def test_fork(server_engine):
     """The child does not use the parent's connection, and does not end it."""

@@ -14,7 +14,7 @@ from postgresql.proxy import Proxy
 from servers import Server
 from sqlalchemy import make_url, text
 
-from kkt_buffer import BufferStorageError, OutcomeUnknownError
+from kkt_buffer import BufferStorageError, DuplicateReceiptError, OutcomeUnknownError
 
 WAITING = "SELECT pid FROM pg_stat_activity WHERE wait_event = 'SyncRep'"
 NO_ACKNOWLEDGEMENT = (BufferStorageError, OutcomeUnknownError)
@@ -189,6 +189,18 @@ class TestWait:
         future = begin(getattr(self, call), repository, new_receipt())
         self.cancel(cluster, future)
         assert isinstance(future.exception(), NO_ACKNOWLEDGEMENT)
+        assert "canceling wait for synchronous replication" in str(future.exception())
+
+    @pytest.mark.parametrize("call", ["single", "batch", "transaction", "replay"])
+    def test_cancelled_silently(self, cluster, repository, begin, call):
+        """Where the session hides warnings, the wait is noticed all the same."""
+        change(cluster.primary, "SET client_min_messages = error")
+        receipt = new_receipt(id=an_id())
+        if call == "replay":
+            self.cancel(cluster, begin(repository.insert_receipt, receipt))
+        future = begin(getattr(self, call), repository, receipt)
+        self.cancel(cluster, future)
+        assert isinstance(future.exception(), NO_ACKNOWLEDGEMENT)
 
     @pytest.mark.parametrize("exist_ok", [True, False])
     @pytest.mark.parametrize("call", ["single", "batch", "transaction"])
@@ -219,6 +231,10 @@ class TestWait:
         repository.insert_receipt(receipt, **options)
 
     @staticmethod
+    def replay(repository, receipt):
+        repository.insert_receipt(receipt, exist_ok=True)
+
+    @staticmethod
     def batch(repository, receipt, **options):
         repository.insert_receipts([receipt], **options)
 
@@ -239,7 +255,7 @@ class TestWait:
         call = begin(repository.insert_receipt, new_receipt())
         [(process,)] = cluster.primary.execute(WAITING)
         cluster.primary.execute(f"SELECT pg_terminate_backend({process})")
-        wait_until(lambda: [(process,)] != cluster.primary.execute(WAITING))
+        wait_until(lambda: call.done() or cluster.primary.execute(WAITING) not in ([], [(process,)]))
         assert not call.done() or isinstance(call.exception(), NO_ACKNOWLEDGEMENT)
 
     def test_deadline(self, cluster, open_repository):
@@ -249,6 +265,34 @@ class TestWait:
         with frozen(*cluster.standbys):
             with pytest.raises(NO_ACKNOWLEDGEMENT):
                 repository.insert_receipt(new_receipt())
+
+
+class TestTransaction:
+    """What others have stored is confirmed inside a transaction too, on its own connection: there may be no other."""
+
+    @pytest.fixture
+    def repository(self, cluster, open_repository):
+        return open_repository(cluster.url(), require_replicas=1, pool_size=1, max_overflow=0, pool_timeout=0.1)
+
+    def test_replay(self, repository):
+        receipt = new_receipt(id=an_id())
+        repository.insert_receipt(receipt)
+        with repository.transaction():
+            assert receipt["id"] == repository.insert_receipt(receipt, exist_ok=True)
+
+    def test_known(self, repository):
+        receipt = new_receipt(id=an_id())
+        repository.insert_receipt(receipt)
+        with pytest.raises(DuplicateReceiptError), repository.transaction():
+            repository.insert_receipt(receipt)
+
+    def test_isolation(self, cluster, repository):
+        """Of the role, it does not matter in a transaction, which has its own; a single insert is refused."""
+        change(cluster.primary, "SET default_transaction_isolation = 'repeatable read'")
+        with repository.transaction():
+            repository.insert_receipt(new_receipt())
+        with pytest.raises(BufferStorageError, match="the isolation level is not read committed"):
+            repository.insert_receipt(new_receipt())
 
 
 class TestLeader:

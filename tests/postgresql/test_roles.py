@@ -32,7 +32,7 @@ def service(server, server_engine, open_engine):
 
 class TestOwner:
     def test_alone(self, server, open_engine):
-        """Who owns a database, and is no superuser, needs nobody else: for the schema, its check, and a move."""
+        """Who owns a database, and is no superuser, needs nobody else: for the schema, its check, all operations."""
         server.execute("CREATE ROLE shop LOGIN")
         server.execute("CREATE DATABASE shop OWNER shop")
         try:
@@ -72,7 +72,7 @@ def test_stranger(server, server_engine, open_engine):
     with server_engine.begin() as connection:
         connection.exec_driver_sql("CREATE ROLE stranger LOGIN")
     try:
-        with pytest.raises(BufferStorageError):
+        with pytest.raises(BufferStorageError, match="GRANT USAGE ON SCHEMA"):
             ReceiptRepository(open_engine(server_engine.url.set(username="stranger"))).get_buffer_status()
     finally:
         server.execute("DROP ROLE stranger")

@@ -111,7 +111,7 @@ class TestTold:
 
     def test_sleeps(self, repository, server_buffer, open_repository):
         """Who sleeps inside a transaction is ended after `answer_timeout`, so that the others go on."""
-        sleeper = open_repository(server_buffer, answer_timeout=1)
+        sleeper = open_repository(server_buffer, busy_timeout=0.5, answer_timeout=1)
         patient = open_repository(server_buffer)
         with pytest.raises(BufferStorageError, match="idle"):
             with sleeper.transaction():
@@ -123,7 +123,7 @@ class TestTold:
 
     def test_sleeps_before_commit(self, repository, server_buffer, open_repository):
         """One that wakes up and commits is not told stored."""
-        sleeper = open_repository(server_buffer, answer_timeout=1)
+        sleeper = open_repository(server_buffer, busy_timeout=0.5, answer_timeout=1)
         patient = open_repository(server_buffer)
         with pytest.raises(BufferStorageError):
             with sleeper.transaction():

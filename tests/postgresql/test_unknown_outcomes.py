@@ -6,12 +6,24 @@ names the receipts.
 """
 
 import itertools
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from builders import an_id, new_receipt, together
+from postgresql.cluster import wait_until
 from postgresql.proxy import Cut
+from servers import a_free_port
+from sqlalchemy import event
 
-from kkt_buffer import BufferFullError, BufferStorageError, DuplicateReceiptError, OutcomeUnknownError
+from kkt_buffer import (
+    BufferFullError,
+    BufferStorageError,
+    ConnectionLostError,
+    DuplicateReceiptError,
+    OutcomeUnknownError,
+)
+from kkt_buffer.backend import backend_of
 
 EVERYWHERE = pytest.mark.parametrize("cut", Cut, ids=[cut.name.lower() for cut in Cut])
 CUTS = 51
@@ -61,6 +73,87 @@ class TestInsert:
         assert own == repository.insert_receipt(new_receipt(id=own))
         assert 1 == proxy.cuts
         assert [own] == stored(undisturbed)
+
+    @pytest.fixture
+    def commit_together(self, repository, undisturbed, proxy):
+        """
+        Insert these receipts in one commit, whose answer is cut off; the server is out of reach then. Meanwhile,
+        `meanwhile` is submitted. Returns the futures; the caller lets the server be reached again.
+        """
+        with ThreadPoolExecutor(8) as pool:
+
+            def commit_together(receipts, *meanwhile):
+                later = []
+
+                def lose_the_server():
+                    proxy.server_port = a_free_port()
+                    later.extend(pool.submit(call) for call in meanwhile)
+
+                proxy.cut(receipts[0]["id"], Cut.AFTER, lose_the_server)
+                with undisturbed.transaction() as session:  # keeps the first one waiting, so that the others queue
+                    backend_of(undisturbed.engine).lock(session.connection())
+                    first = pool.submit(repository.insert_receipt, new_receipt())
+                    waiting = "SELECT COUNT(*) FROM pg_locks WHERE locktype = 'advisory' AND NOT granted"
+                    wait_until(lambda: session.connection().exec_driver_sql(waiting).scalar_one())
+                    futures = [pool.submit(repository.insert_receipt, receipt) for receipt in receipts]
+                    time.sleep(0.2)
+                first.result()
+                wait_until(lambda: proxy.cuts)
+                return futures, later
+
+            yield commit_together
+
+    def test_group(self, repository, proxy, undisturbed, commit_together):
+        """
+        The server does not come back: each thread is told of its own receipt, and one that came later, of which nothing
+        was sent, is told so.
+        """
+        receipts = [new_receipt(id=an_id()) for _ in range(3)]
+        futures, [later] = commit_together(receipts, lambda: repository.insert_receipt(new_receipt()))
+        for receipt, future in zip(receipts, futures, strict=True):
+            assert isinstance(future.exception(), OutcomeUnknownError)
+            assert (receipt["id"],) == future.exception().receipt_ids
+        assert isinstance(later.exception(), ConnectionLostError)
+        assert 4 == len(stored(undisturbed))
+
+    def test_group_with_later(self, repository, proxy, undisturbed, commit_together):
+        """The server comes back: what came later is told of its own outcome, not of that of the others."""
+        receipts = [new_receipt(id=an_id()) for _ in range(3)]
+        known = new_receipt(id=an_id())
+        undisturbed.insert_receipt(known)
+        claimed = undisturbed.claim_pending()[0]
+        port = proxy.server_port
+        futures, [duplicate, failure] = commit_together(
+            receipts,
+            lambda: repository.insert_receipt(known),
+            lambda: repository.record_failure(claimed.id, "HTTP 500", claimed.lease_token),
+        )
+        time.sleep(0.1)
+        proxy.server_port = port
+        assert [receipt["id"] for receipt in receipts] == [future.result() for future in futures]
+        assert isinstance(duplicate.exception(), DuplicateReceiptError)
+        failure.result()
+        assert 1 == undisturbed.get_receipt_by_id(claimed.id).retry_count
+
+    def test_leader_interrupted(self, repository, proxy, undisturbed, commit_together):
+        """Who repeats the commit is interrupted: the others do not take their own receipts for those of somebody."""
+        inserts = []
+
+        def interrupt(_connection, _cursor, statement, *_):
+            if "kkt_insert_receipts" in statement:
+                inserts.append(1)
+                if len(inserts) == 3:
+                    raise KeyboardInterrupt
+
+        event.listen(repository.engine, "before_cursor_execute", interrupt)
+        receipts = [new_receipt(id=an_id()) for _ in range(2)]
+        port = proxy.server_port
+        futures, _ = commit_together(receipts)
+        proxy.server_port = port
+        interrupted, other = (future.exception() for future in futures)
+        assert isinstance(interrupted, KeyboardInterrupt)
+        assert isinstance(other, BufferStorageError)
+        assert "may be stored or not" in str(other)
 
     @EVERYWHERE
     def test_batch(self, repository, proxy, undisturbed, cut):

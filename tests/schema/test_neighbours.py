@@ -34,7 +34,8 @@ OPTIONS = {
     # The recipe of Alembic's documentation, with which a list of metadata proposed to create and drop our tables.
     "include_name": "include_object=include_object, include_name=include_name",
     "all else": """include_object=include_object,
-        include_schemas=True, render_as_batch=True, compare_server_default=True""",
+        include_schemas=True, include_name=lambda name, type_, _: type_ != "schema" or name in {None, "public"},
+        render_as_batch=True, compare_server_default=True""",
 }
 
 

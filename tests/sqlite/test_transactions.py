@@ -125,8 +125,13 @@ class TestTransactions:
     def test_limited_pool(self, path, open_engine):
         """Who wants to wait for a connection, waits."""
         own = open_engine(path, pool_size=1, max_overflow=0, pool_timeout=0.05)
-        with own.connect(), pytest.raises(exc.TimeoutError, match="QueuePool limit"):
-            own.connect()
+        repository = ReceiptRepository(own)
+        repository.get_buffer_status()
+        with own.connect():
+            with pytest.raises(exc.TimeoutError, match="QueuePool limit"):
+                own.connect()
+            with pytest.raises(BufferBusyError, match="larger pool_size"):
+                repository.insert_receipt(new_receipt())
 
     def test_execution_options(self, path, open_engine):
         """Those of the caller stand beside the package's own."""

@@ -22,8 +22,8 @@ def add(commands: "Commands") -> None:
         "Receipts with their ids, timestamps and statuses, dead letters, events and settings. Stop the programs that "
         "use the file first. From the moment at which the copying begins, the file refuses every change, whichever "
         "program asks for it; it can be read, and keeps every row.\n\n"
-        "The database or schema must be empty, or not upgraded yet. A move that was interrupted has left nothing there: "
-        "run it again.",
+        "The database or schema must be empty, or not upgraded yet. A move that was interrupted has left nothing "
+        "there: run it again.",
         path=False,
     )
     command.usage = "kkt-buffer move SRC DST"

@@ -134,7 +134,7 @@ def check(transactions: Transactions) -> IntegrityReport:
 def _found(transactions: Transactions, check: Callable[[Connection], list[str]]) -> tuple[str, ...]:
     problems: list[str] = []
     try:
-        with transactions.reading() as tx:
+        with transactions.reading() as tx, transactions.backend.patience(tx.connection):
             problems += check(tx.connection)
     except (BufferBusyError, ConnectionLostError, TransactionConflictError):
         raise  # it tells nothing about the rows

@@ -4,6 +4,7 @@
 It is in autocommit mode: a statement outside of `begin` and `commit` is a transaction by itself, in one round trip.
 """
 
+import os
 import struct
 from collections.abc import Mapping
 from typing import Any, TypeVar
@@ -14,8 +15,8 @@ from psycopg.adapt import Dumper
 from psycopg.pq import Format, TransactionStatus
 
 from kkt_buffer.backend import READ_ONLY
-from kkt_buffer.errors import BufferStorageError, ConnectionLostError
-from kkt_buffer.postgresql.errors import UNSAFE, unsafe_settings
+from kkt_buffer.errors import BufferStorageError
+from kkt_buffer.postgresql.errors import UNCONFIRMED, UNSAFE, unsafe_settings
 
 R = TypeVar("R")
 
@@ -33,7 +34,6 @@ CASE
     WHEN replicas > CASE WHEN current_setting('synchronous_standby_names') = '' THEN 0 ELSE COALESCE((regexp_match(
         current_setting('synchronous_standby_names'), '^\\s*(?:ANY|FIRST)?\\s*(\\d+)\\s*\\(', 'i'))[1]::integer, 1) END
         THEN format('synchronous_standby_names is %L', current_setting('synchronous_standby_names'))
-    WHEN current_setting('transaction_isolation') <> 'read committed' THEN 'the isolation level is not read committed'
 END"""
 
 
@@ -83,18 +83,18 @@ class ServerConnection(psycopg.Connection[Any]):
     """
     One connection to the server; `buffer` is named in messages.
 
-    `lock_timeout` and `answer_timeout` are in seconds. `replicas`: how many must confirm a commit.
+    `answer_timeout` is in seconds. `replicas`: how many must confirm a commit.
     """
 
     buffer: object = None
-    lock_timeout = 0.0
+    lock_milliseconds = 0
     answer_timeout = 0.0
     replicas = 0
     moment = 0.0  # the server's clock at the beginning of the transaction
     pid = 0
     is_write = False
     is_limited = True
-    is_unconfirmed = False
+    not_confirmed: str | None = None  # why no replica has confirmed the last commit
 
     def wait(self, gen: PQGen[R], interval: float = 0.1, timeout: float | None = None) -> R:
         """Wait for the server's answer, for a limited time: the server may stand still, or wait for a replica."""
@@ -112,18 +112,19 @@ class ServerConnection(psycopg.Connection[Any]):
         Begin, with one round trip. A write transaction is refused if its commit would not be safe.
 
         SET LOCAL, and each time: behind pgbouncer, other clients use the same session. JIT takes longer than our
-        statements. A writer that does nothing for `answer_timeout` is ended, because others wait for its locks.
+        statements; a cancelled wait for a replica is a warning. A writer that does nothing for `answer_timeout` is
+        ended, because others wait for its locks.
         """
         self.is_write = write = not options[READ_ONLY]
         migrating = MIGRATING in options
-        self.is_limited = not migrating
         # Without READ WRITE, which a replica refuses as it would any statement that it does not know.
         mode = "READ COMMITTED" if write else "REPEATABLE READ, READ ONLY"
-        timeout = 0 if migrating else round(self.lock_timeout * 1000)
+        timeout = 0 if migrating else self.lock_milliseconds
         idle = round(self.answer_timeout * 1000) if write and not migrating else 0
         unsafe = unsafe_commit(self.replicas) if write and SCRATCH not in options else "NULL"
         cursor = self.execute(
-            f"BEGIN ISOLATION LEVEL {mode}; SET LOCAL jit = off; SET LOCAL lock_timeout = {timeout};"
+            f"BEGIN ISOLATION LEVEL {mode}; SET LOCAL jit = off; SET LOCAL client_min_messages = warning;"
+            f"SET LOCAL lock_timeout = {timeout};"
             f"SET LOCAL idle_in_transaction_session_timeout = {idle};"
             f"{_MIGRATING if migrating else ''}"
             f"SELECT extract(epoch FROM clock_timestamp())::float8, pg_is_in_recovery(), {unsafe}".encode()
@@ -166,23 +167,22 @@ class ServerConnection(psycopg.Connection[Any]):
 
     def refuse_unconfirmed(self) -> None:
         """Raise `ConnectionLostError` if the replicas that must confirm did not confirm the last commit."""
-        is_unconfirmed, self.is_unconfirmed = self.is_unconfirmed, False
+        cause, self.not_confirmed = self.not_confirmed, None
         # If the replicas were taken out of the settings during the wait, it ended as if they had confirmed.
-        if self.replicas and not is_unconfirmed:
+        if self.replicas and cause is None:
             try:
-                row = self.execute(f"SELECT {unsafe_commit(self.replicas)}".encode()).fetchone()
-            except psycopg.Error as error:  # the commit was before it
-                raise ConnectionLostError(
-                    f"{self.buffer}: the connection was lost after a commit. Try again."
-                ) from error
-            is_unconfirmed = row is None or row[0] is not None
-        if is_unconfirmed:
-            raise ConnectionLostError(
-                f"{self.buffer}: the wait for a replica was ended before it had confirmed the commit. It is stored on "
-                "the primary alone, and is lost if that fails now. Try again."
-            )
+                [cause] = self.execute(f"SELECT {unsafe_commit(self.replicas)}".encode()).fetchone() or [None]
+            except psycopg.Error as error:
+                cause = str(error).split("\n", 1)[0]
+        if cause is not None:
+            raise UNCONFIRMED.as_error(self.buffer, cause)
 
     def notice(self, diagnostic: psycopg.errors.Diagnostic) -> None:
         """Note that a wait for a replica was cancelled: the commit reports success all the same."""
         if (diagnostic.source_function or "").startswith("SyncRep"):
-            self.is_unconfirmed = True
+            self.not_confirmed = diagnostic.message_primary or ""
+
+    def close(self) -> None:
+        """Close; but in a forked child do nothing, because that would end the session of the parent process."""
+        if self.pid in {0, os.getpid()}:
+            super().close()

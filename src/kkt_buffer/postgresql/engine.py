@@ -16,7 +16,7 @@ from sqlalchemy import URL, Connection, CursorResult, Dialect, Engine, Exception
 from sqlalchemy.exc import DBAPIError, DisconnectionError, IntegrityError
 
 from kkt_buffer.arguments import NewReceipt, whole_number
-from kkt_buffer.backend import OPTION, READ_ONLY, Backend, Objects, Parameters, Reference, RefusedError
+from kkt_buffer.backend import OPTION, READ_ONLY, Backend, Objects, Parameters, Reference, RefusedError, place_of
 from kkt_buffer.errors import BufferStorageError, ConnectionLostError, ReceiptBufferError
 from kkt_buffer.postgresql import catalog
 from kkt_buffer.postgresql.connection import MIGRATING, ServerConnection, Texts, TextsDumper
@@ -29,6 +29,9 @@ INSERT = """\
 SELECT kkt_insert_receipts(
     %(ids)s, %(pos_ids)s, %(documents)s, %(digests)s, %(held)s::boolean[],
     %(now)s::bigint, %(replicas)s::integer, %(lock_timeout)s::text)"""
+
+# The warning by which a cancelled wait for a replica is known, then what makes the commit wait.
+CONFIRM = "SELECT set_config('client_min_messages', 'warning', true), pg_logical_emit_message(true, 'kkt_buffer', '')"
 
 REFERENCES = text(
     """\
@@ -73,12 +76,9 @@ def create(
         require_replicas = max(require_replicas, int(given))
         url = url.difference_update_query(["require_replicas"])
     whole_number("require_replicas", require_replicas, 0)
-    server = Server(
-        url,
-        lock_timeout=busy_timeout,
-        answer_timeout=answer_timeout,
-        replicas=require_replicas,
-    )
+    if busy_timeout >= answer_timeout:
+        raise ValueError(f"answer_timeout={answer_timeout:g}: expected more than busy_timeout ({busy_timeout:g})")
+    server = Server(url, lock_timeout=busy_timeout, answer_timeout=answer_timeout, replicas=require_replicas)
     engine = create_engine(
         url.set(drivername="postgresql+psycopg"),
         execution_options={**options.pop("execution_options", {}), OPTION: server, READ_ONLY: read_only},
@@ -117,8 +117,8 @@ class Server(Backend):
 
     def __init__(self, url: URL, *, lock_timeout: float, answer_timeout: float, replicas: int) -> None:
         super().__init__()
-        self._name = url.set(query={})._replace(username=None, password=None).render_as_string()
-        self._lock_timeout = lock_timeout
+        self._name = place_of(url)
+        self._lock_milliseconds = max(1, round(lock_timeout * 1000))  # 0 is for ever
         self._answer_timeout = answer_timeout
         self._replicas = replicas
 
@@ -140,12 +140,14 @@ class Server(Backend):
             "connect_timeout": 10,
             "tcp_user_timeout": round(self._answer_timeout * 1000),
             "keepalives_idle": 10,
+            "keepalives_interval": 10,
+            "keepalives_count": 3,
             "prepare_threshold": None,  # behind pgbouncer another session would not know a prepared statement
         }
         connection = ServerConnection.connect(*cargs, **{**defaults, **cparams, "autocommit": True})
         connection.buffer = self
         connection.replicas = self._replicas
-        connection.lock_timeout = self._lock_timeout
+        connection.lock_milliseconds = self._lock_milliseconds
         connection.answer_timeout = self._answer_timeout
         connection.adapters.register_dumper(Texts, TextsDumper)
         connection.add_notice_handler(connection.notice)
@@ -225,7 +227,7 @@ class Server(Backend):
             "held": Texts(map(str, held)),
             "now": now,
             "replicas": self._replicas,
-            "lock_timeout": f"{round(self._lock_timeout * 1000)}ms",
+            "lock_timeout": f"{self._lock_milliseconds}ms",
         }
         try:
             is_stored = connection.exec_driver_sql(INSERT, parameters).scalar_one()
@@ -243,19 +245,12 @@ class Server(Backend):
         connection.execute(text("SELECT kkt_lock_buffer()"))
 
     def confirm(self, connection: Connection) -> None:
-        """
-        Write something and commit it, which waits for the replicas: what was read may not be on them yet.
-
-        On a connection of its own if a transaction is open, which may end with a rollback and waits for nothing then.
-        """
+        """Write something, so that the commit waits for the replicas: what was read may not be on them yet."""
         if not self._replicas:
             return
+        connection.exec_driver_sql(CONFIRM)
         if connection.get_execution_options().get(ONE_STATEMENT):
-            connection.exec_driver_sql("SELECT pg_logical_emit_message(true, 'kkt_buffer', '')")
             driver_connection(connection).refuse_unconfirmed()
-        else:
-            with self.connect(connection.engine, write=True, one_statement=True) as another:
-                self.confirm(another)
 
     def run(self, connection: Connection, sql: str, parameters: Parameters) -> CursorResult[Any]:
         """Run the text with the driver's own marks for parameters."""
@@ -277,9 +272,9 @@ class Server(Backend):
         }
 
     def unsafe(self, connection: Connection) -> str | None:
-        """What makes commits unsafe; the isolation level of a transaction that only reads does not."""
-        found: str | None = connection.scalar(text(f"SELECT kkt_unsafe_commit({self._replicas})"))
-        return None if found is None or found.startswith("the isolation level") else found
+        """What makes commits unsafe; or that a move into this buffer has begun."""
+        found: str | None = connection.scalar(text(f"SELECT kkt_why_refused({self._replicas})"))
+        return found
 
     def refuse_backup(self) -> NoReturn:
         """Raise: a server has its own tools, which can restore a moment."""
@@ -295,9 +290,18 @@ class Server(Backend):
     @contextlib.contextmanager
     def migrating(self, engine: Engine) -> Iterator[Connection]:
         """A connection whose transaction waits for that of another migration, however long that takes."""
-        with engine.connect().execution_options(**{READ_ONLY: False, MIGRATING: True}) as connection:
-            driver = driver_connection(connection)
-            try:
-                yield connection
-            finally:
-                driver.is_limited = True
+        with (
+            engine.connect().execution_options(**{READ_ONLY: False, MIGRATING: True}) as connection,
+            self.patience(connection),
+        ):
+            yield connection
+
+    @contextlib.contextmanager
+    def patience(self, connection: Connection) -> Iterator[None]:
+        """Wait for answers without a limit."""
+        driver = driver_connection(connection)
+        driver.is_limited = False
+        try:
+            yield
+        finally:
+            driver.is_limited = True

@@ -29,10 +29,16 @@ _MAYBE = "What was acknowledged before is safe."
 
 _LOST = Fault(ConnectionLostError, "the connection to the server was lost", f"{_MAYBE} Try again.")
 
+# psycopg gives no SQLSTATE for any of these.
 _UNREACHABLE = Fault(
     ConnectionLostError,
-    "it cannot be reached",
-    "Nothing was done here. Does the server run? Check host, port, database, user and password.",
+    "no connection can be opened",
+    "Nothing was done here. Does the server run? Check host, port, database, user, password and its max_connections.",
+)
+UNCONFIRMED = Fault(
+    ConnectionLostError,
+    "no replica has confirmed a commit",
+    "It may be on the primary alone, and is lost if that fails now. Try again.",
 )
 _DAMAGED = Fault(
     BufferDamagedError, "the server found it damaged", "Stop, keep a copy of the server's files, restore a backup."
@@ -47,8 +53,6 @@ _FAULTS = {
     "25P03": Fault(
         ConnectionLostError, "the transaction was open and idle for too long", f"{_SAFE} Do no other work inside it."
     ),
-    "28": Fault(BufferStorageError, "the server refused this user", "Nothing was done. Check user and password."),
-    "3D000": Fault(BufferStorageError, "there is no such database", "Nothing was done. Check the URL."),
     "40": Fault(TransactionConflictError, "another transaction was in the way", f"{_SAFE} Try again, all of it."),
     "42501": Fault(BufferStorageError, "this user may not do that", f"{_SAFE} Grant it what the README lists."),
     "53": Fault(BufferStorageError, "the server is out of room or connections", f"{_SAFE} Make room; try again."),
@@ -72,7 +76,7 @@ _FAULTS = {
 
 def unsafe_settings(buffer: object, problem: str) -> BufferStorageError:
     """The error for settings with which a commit would not be safe."""
-    return _FAULTS[UNSAFE].told(buffer, problem)
+    return _FAULTS[UNSAFE].as_error(buffer, problem)
 
 
 def storage_error(
@@ -87,7 +91,7 @@ def storage_error(
     fault = next((_FAULTS[state[:n]] for n in (5, 3, 2) if state[:n] in _FAULTS), None)
     if fault is None and not state and isinstance(error, psycopg.OperationalError):
         fault = _UNREACHABLE if is_connecting else _LOST
-    found = fault and fault.told(buffer, _text(error))
+    found = fault and fault.as_error(buffer, _text(error))
     if isinstance(found, ConnectionLostError):
         found.is_outcome_known = state in {"25006", "25P03"}  # refused before the commit
     return found

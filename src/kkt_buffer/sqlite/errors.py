@@ -69,7 +69,7 @@ def storage_error(buffer: object, error: BaseException | None) -> ReceiptBufferE
     if message.startswith(MOVED):
         return BufferMovedError(message.removeprefix(MOVED))
     fault = _FAULTS.get(getattr(error, "sqlite_errorcode", 0) & 0xFF)
-    return fault and fault.told(buffer, error)
+    return fault and fault.as_error(buffer, error)
 
 
 @contextmanager
