@@ -157,12 +157,16 @@ def run_python(program: str, *arguments: object, **options: Any) -> subprocess.C
 
 
 def start_python(program: str, *arguments: object, before: Iterable[str] = (), **options: Any) -> subprocess.Popen[str]:
-    """Start a program in a fresh interpreter, under the command `before`; what it prints is read from `stdout`."""
+    """
+    Start a program in a fresh interpreter, under the command `before`; what it prints is read from `stdout`.
+
+    Its coverage is not measured: most of these are killed, or run many times.
+    """
     return subprocess.Popen(
         [*before, sys.executable, "-c", textwrap.dedent(program), *map(str, arguments)],
         stdout=subprocess.PIPE,
         text=True,
-        **options,
+        **{"env": unmeasured(), **options},
     )
 
 

@@ -147,7 +147,8 @@ COALESCE(CASE
     WHEN replicas > 0 AND current_setting('synchronous_commit') = 'local' THEN 'synchronous_commit is local'
     WHEN replicas > CASE WHEN current_setting('synchronous_standby_names') = '' THEN 0 ELSE COALESCE((regexp_match(
         current_setting('synchronous_standby_names'), '^\\s*(?:ANY|FIRST)?\\s*(\\d+)\\s*\\(', 'i'))[1]::integer, 1) END
-        THEN format('synchronous_standby_names is %L', current_setting('synchronous_standby_names'))
+        THEN format('synchronous_standby_names is %L, and require_replicas is %s',
+            current_setting('synchronous_standby_names'), replicas)
 END,
         (SELECT 'the table ' || relname || ' is not logged' FROM pg_class
         WHERE oid IN ('receipts'::regclass, 'dlq'::regclass, 'buffer_events'::regclass,
@@ -181,7 +182,14 @@ END $$""",
     f"""\
 CREATE FUNCTION kkt_why_refused(replicas integer) RETURNS text LANGUAGE plpgsql STABLE AS $$
 BEGIN
-    RETURN COALESCE({UNSAFE}, (SELECT 'a move into this buffer has begun' FROM pg_trigger
+    RETURN COALESCE(
+        {UNSAFE},
+        CASE WHEN current_setting('default_transaction_read_only') = 'on'
+            THEN 'default_transaction_read_only is on' END,
+        -- Who may not see the state of a replica sees NULL.
+        (SELECT format('%s of %s replicas are connected', COUNT(*), replicas) FROM pg_stat_replication
+        WHERE COALESCE(sync_state, 'sync') IN ('sync', 'quorum') HAVING COUNT(*) < replicas),
+        (SELECT 'a move into this buffer has begun' FROM pg_trigger
         WHERE tgname = 'trg_moving' AND tgrelid = 'receipts'::regclass));
 END $$""",
     f"""\

@@ -33,7 +33,8 @@ class ConfigRule:
         return None
 
 
-MOVED_TO = "moved_to"  # key in `config`: the server to which a file was moved
+# Keys in `config` of a file: the server to which a move of it has begun, and when it was complete.
+MOVED_TO, MOVED_AT = "moved_to", "moved_at"
 
 # For type checkers; a test compares it with the rules below.
 NumberKey = Literal[

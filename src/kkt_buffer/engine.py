@@ -17,6 +17,7 @@ if sys.platform != "win32":  # pragma: no branch (no test runs there); Windows h
 
 LOCK_TIMEOUT_SECONDS = 10.0
 ANSWER_TIMEOUT_SECONDS = 30.0
+MAX_SECONDS = 1_000_000
 
 
 def create_buffer_engine(  # noqa: PLR0913 (all but one are keywords)
@@ -57,20 +58,53 @@ def create_buffer_engine(  # noqa: PLR0913 (all but one are keywords)
     """
     if sys.platform == "win32":
         raise BufferStorageError("kkt-buffer runs on Linux and macOS; Windows has no flock. Nothing was opened.")
-    url = make_url(path_or_url) if isinstance(path_or_url, str) and "://" in path_or_url else path_or_url
+    url = url_of(path_or_url) if isinstance(path_or_url, str) and "://" in path_or_url else path_or_url
     if isinstance(url, URL) and url.get_backend_name() == "postgresql":
+        options = {"busy_timeout": busy_timeout, "answer_timeout": answer_timeout, "require_replicas": require_replicas}
         engine: Engine = _postgresql().create(
-            url,
+            url.difference_update_query(_IN_QUERY),
             read_only=read_only,
-            busy_timeout=busy_timeout,
-            answer_timeout=answer_timeout,
-            require_replicas=require_replicas,
+            **(options | _options_in(url, require_replicas)),
             **engine_options,
         )
         return engine
     if require_replicas:
         raise ValueError("require_replicas: a file has no replicas; give the URL of a PostgreSQL server")
     return sqlite.create(url, read_only=read_only, busy_timeout=busy_timeout, driver=driver, **engine_options)
+
+
+# Options that the URL of a server may have too, for commands.
+_IN_QUERY = {"busy_timeout": float, "answer_timeout": float, "require_replicas": int}
+
+
+def _options_in(url: URL, require_replicas: int) -> dict[str, float]:
+    found: dict[str, float] = {}
+    for key in url.query.keys() & _IN_QUERY:
+        try:
+            found[key] = _IN_QUERY[key](url.query[key])
+        except (TypeError, ValueError):
+            found[key] = -1
+        if not 0 <= found[key] < MAX_SECONDS:
+            raise ValueError(f"{key}={url.query[key]} in the URL: expected a number that is not negative")
+    if "require_replicas" in found:
+        found["require_replicas"] = max(require_replicas, found["require_replicas"])
+    return found
+
+
+def url_of(text: str) -> URL:
+    """The URL in a text. Raises `ValueError` if it cannot be read."""
+    try:
+        url = make_url(text)
+    except ValueError as error:  # SQLAlchemy takes what follows the colon for a number
+        raise ValueError(
+            "path_or_url: this URL has no single port. Write several hosts as "
+            "postgresql+psycopg://USER@/DATABASE?host=HOST1:5432&host=HOST2:5432"
+        ) from error
+    if "@" in (url.host or ""):
+        raise ValueError(
+            "path_or_url: the host of this URL has an @. In a password, write it as %40. Nothing was opened."
+        )
+    return url
 
 
 def public_url(url: URL) -> URL:

@@ -99,12 +99,12 @@ class AcknowledgedReceiptError(ReceiptBufferError):
 
 
 class BufferMovedError(ReceiptBufferError):
-    """The buffer was moved to a server. This file keeps every row, and takes no more changes."""
+    """A move of the buffer to a server has begun. This file keeps every row, and takes no more changes."""
 
     def __init__(self, target: str) -> None:
         super().__init__(
-            f"this buffer was moved to {target}. Nothing was changed here; the file can only be read. Use the buffer "
-            "there; if the move was interrupted, run it again first."
+            f"this buffer was moved to {target}. Nothing was changed here; the file can only be read. Keep it, and use "
+            "the buffer there; if the move was interrupted (see `kkt-buffer status`), run it again first."
         )
         self.target = target
 

@@ -128,12 +128,12 @@ def require(engine: Engine) -> None:
     """Raise `SchemaError` unless the database has the schema of this release."""
     found = current(engine)
     if found != revisions()[-1]:
-        what = "no schema" if found is None else f"the old schema {found}"
+        what = "no tables of a buffer" if found is None else f"the old schema {found}"
         if found is None and stage(engine) != "none":
             what = f"the schema of {stage(engine)}"
         raise SchemaError(
-            f"the database has {what} where this release needs {revisions()[-1]}. Nothing was changed. "
-            "Run `kkt-buffer upgrade PATH`, or `upgrade(engine)`."
+            f"{backend_of(engine)} has {what} where this release needs schema {revisions()[-1]}. Nothing was changed. "
+            "Run `kkt-buffer upgrade PATH` (PATH may be a URL), or `upgrade(engine)`."
         )
 
 

@@ -3,7 +3,7 @@
 
 Everything on the server is done in one transaction: a move that was interrupted has left nothing there, and begins anew
 when it is run again. The mark of the move, `move_id`, is a setting of both buffers: it tells an unfinished move from a
-finished one.
+finished one. Of a finished one the source has `moved_at` too: it is a copy from then on, and not moved again.
 """
 
 import hashlib
@@ -19,7 +19,7 @@ from sqlalchemy import Connection, Engine, Integer, text
 from sqlalchemy.exc import DBAPIError
 
 from kkt_buffer.backend import READ_ONLY, backend_of
-from kkt_buffer.config import MOVED_TO
+from kkt_buffer.config import MOVED_AT, MOVED_TO
 from kkt_buffer.errors import BufferDamagedError, BufferMovedError, BufferStorageError
 from kkt_buffer.migrate import RELEASE_KEY, require, upgrade
 from kkt_buffer.models import metadata
@@ -92,7 +92,7 @@ _PARTS = (
     _Part("receipts"),
     _Part("dlq"),
     _Part("buffer_events"),
-    _Part("config", where=f" WHERE key NOT IN ('{RELEASE_KEY}', 'adopted_rows', '{MOVED_TO}')"),
+    _Part("config", where=f" WHERE key NOT IN ('{RELEASE_KEY}', 'adopted_rows', '{MOVED_TO}', '{MOVED_AT}')"),
     # The counts; and the greatest timestamp, also that of a receipt which was pruned.
     _Part(
         "buffer_state",
@@ -159,27 +159,37 @@ def move(source: Engine, target: Engine) -> Moved:
             there.execute(_LOCK)
             with _reading(source) as here:
                 move_id = _move_of(here, name)  # another run may have begun meanwhile
-            if move_id is not None and move_id == _setting(there, MOVE_ID):
+                is_complete = _setting(here, MOVED_AT) is not None
+            is_repeated = move_id is not None and move_id == _setting(there, MOVE_ID)
+            if is_repeated:
                 backend_of(target).confirm(there)
-                return Moved({part.name: part.count(there) for part in _PARTS}, is_repeated=True)
-            if not there.scalar(_IS_EMPTY):
+                rows = {part.name: part.count(there) for part in _PARTS}
+            elif is_complete:
+                raise BufferStorageError(
+                    f"{backend_of(source)} was moved to {name}, all of it, and is not there any more. Nothing was "
+                    "changed. Restore the server: what it has delivered since is not in the file, and would be sent "
+                    "again."
+                )
+            elif not there.scalar(_IS_EMPTY):
                 raise BufferStorageError(
                     f"{name} is not empty: it holds another buffer than {backend_of(source)}, or did so. Nothing was "
                     "changed. Give an empty database or schema."
                 )
-            _switch_triggers(there, "DISABLE")
-            _close(source, name)  # not before everything is known that could refuse the move
-            with _reading(source) as here:
-                rows = _copy(here, there)
-            _switch_triggers(there, "ENABLE")
-            there.execute(text(f"DROP TRIGGER {_MOVING} ON receipts"))
+            else:
+                _switch_triggers(there, "DISABLE")
+                _close(source, name)  # not before everything is known that could refuse the move
+                with _reading(source) as here:
+                    rows = _copy(here, there)
+                _switch_triggers(there, "ENABLE")
+                there.execute(text(f"DROP TRIGGER {_MOVING} ON receipts"))
     except (DBAPIError, backend_of(target).driver.Error) as error:
         what = str(getattr(error, "orig", None) or error).split("\n", 1)[0]
         raise BufferStorageError(
             f"{name}: the server refused to go on ({what}). Nothing was moved, and the file keeps every row. Run the "
             "same command again."
         ) from error
-    return Moved(rows, time.monotonic() - began)
+    _note_complete(source)
+    return Moved(rows, time.monotonic() - began, is_repeated=is_repeated)
 
 
 def _reading(source: Engine) -> Connection:
@@ -238,6 +248,14 @@ def _close(source: Engine, name: str) -> None:
             )
         for trigger in moved_triggers(name).values():
             here.exec_driver_sql(trigger)
+
+
+def _note_complete(source: Engine) -> None:
+    with source.begin() as here:
+        here.execute(
+            text("INSERT OR IGNORE INTO config (key, value, updated_at) VALUES (:key, unixepoch(), unixepoch())"),
+            {"key": MOVED_AT},
+        )
 
 
 def _refuse_inserts(target: Engine) -> None:

@@ -44,7 +44,7 @@ SECTIONS = (
     "memory",
     "postgresql",
 )
-QUICK = Scale(rounds=2, many=20_000, backlog=2_000, starts=2, memory=1_000, before_pruning=0.5, snapshot=5)
+QUICK = Scale(rounds=2, many=5_000, backlog=1_000, starts=2, memory=500, before_pruning=0.5, snapshot=2)
 
 
 def main():

@@ -93,7 +93,7 @@ class TestErrors:
     def test_missing(self, tmp_path, refused):
         """Looking at a buffer that is not there does not make it."""
         path = tmp_path / "shop" / "buffer.db"
-        expected = f"error: there is no buffer at {path}; give --db PATH or set BUFFER_DB_PATH"
+        expected = f"error: there is no buffer at {path}; check the path, which --db PATH or BUFFER_DB_PATH may give"
         assert expected == refused("status", path)
         assert [] == list(tmp_path.iterdir())
 
@@ -121,11 +121,11 @@ class TestErrors:
 
     def test_no_schema(self, without_schema, refused):
         """The message says how to get one."""
-        assert f"no schema where this release needs {HEAD}" in refused("status", without_schema)
+        assert f"no tables of a buffer where this release needs schema {HEAD}" in refused("status", without_schema)
         assert [] == stored_tables(without_schema)
 
     def test_no_schema_on_a_server(self, postgresql_url, refused):
-        assert f"no schema where this release needs {HEAD}" in refused("status", postgresql_url)
+        assert f"no tables of a buffer where this release needs schema {HEAD}" in refused("status", postgresql_url)
         assert [] == everything(postgresql_url)
 
     @pytest.mark.parametrize("command", ["status", "upgrade"])

@@ -100,6 +100,16 @@ class TestRefused:
 
     def test_named_twice(self, used, server_buffer, run):
         """SRC is the file, and nothing else is."""
-        ended = run("move", used, server_buffer, "--db", used)
+        ended = run("--db", used, "move", used, server_buffer)
         assert 2 == ended.status
         assert "expected SRC and DST without --db; see `kkt-buffer move --help`" in ended.err
+        assert "--db" not in run("move", "--help").out
+
+    def test_interrupted(self, used, server_buffer, server_engine, run):
+        """Who ends a move half-way, or meets an error, is told that the file takes nothing until it is complete."""
+        with server_engine.begin() as connection:
+            connection.exec_driver_sql("ALTER TABLE receipts ADD CONSTRAINT no_tills CHECK (pos_id <> 'till-1')")
+        ended = run("move", used, server_buffer)
+        assert 1 == ended.status
+        assert f"{used} takes no receipts: a move to " in ended.err
+        assert "is not complete: keep this file, and run the move again" in ended.err

@@ -68,9 +68,11 @@ circuit breaker    | closed
         assert expected == json.loads(done("status", filled, "--json"))
 
     def test_circuit(self, shared_engine, shared_repository, buffer, done, moscow):
-        shared_repository.log_event("circuit_opened")
+        shared_repository.log_event("circuit_opened", metadata={"error": "5 receipts have failed: HTTP 500"})
         shared_engine.dispose()
-        assert done("status", buffer).splitlines()[-1].startswith("circuit breaker    | OPEN since 2026-03-01 15:00:00")
+        since, error = done("status", buffer).splitlines()[-2:]
+        assert since.startswith("circuit breaker    | OPEN since 2026-03-01 15:00:00")
+        assert error == "opened by          | 5 receipts have failed: HTTP 500"
 
     @pytest.mark.parametrize("options", [[], ["--json"]])
     def test_changes_nothing(self, filled, options, done):

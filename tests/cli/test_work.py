@@ -5,7 +5,7 @@ import signal
 import sys
 
 import pytest
-from builders import a_receipt, is_server, start_python
+from builders import a_receipt, is_server, shown, start_python
 
 from kkt_buffer.rotation import backups
 
@@ -56,6 +56,7 @@ class TestWork:
         receipt = a_receipt(shared_repository)
         program = "import sys; from kkt_buffer.cli import main; sys.exit(main(sys.argv[1:]))"
         worker = start_python(program, "work", "shop:send", "--db", buffer, "--poll", "0.1", stderr=-1, cwd=shop)
+        assert any(line.endswith(f"INFO delivering from {shown(buffer)} by shop:send\n") for line in worker.stderr)
         assert any(line.endswith(f"INFO receipt {receipt.id}: synced\n") for line in worker.stderr)
         worker.send_signal(signal.SIGTERM)
         printed, told = worker.communicate(timeout=20)

@@ -29,7 +29,7 @@ from kkt_buffer import create_buffer_engine, migrate
 DEEP = bool(os.environ.get("KKT_BUFFER_PROOF"))
 WORKERS = 2
 DATABASE = {"first start": "shop/till/buffer.db", "upgrade": "buffer.db"}
-IMAGES = {"first start": 35_000, "upgrade": 15_000} if DEEP else {"first start": 600, "upgrade": 250}
+IMAGES = {"first start": 35_000, "upgrade": 15_000} if DEEP else {"first start": 350, "upgrade": 150}
 EACH = 15 if DEEP else 2  # at one moment
 ORDINARY = 13 if DEEP else 4  # there may be fewer: so many are counted on
 KINDS = {"wal", "database", "folder", "journal"}

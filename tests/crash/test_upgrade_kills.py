@@ -16,7 +16,7 @@ from builders import a_receipt, run_python, start_python
 from kkt_buffer import ReceiptRepository, check, create_buffer_engine, migrate, upgrade
 
 PROOF = bool(os.environ.get("KKT_BUFFER_PROOF"))
-KILLS = 100 if PROOF else 10
+KILLS = 100 if PROOF else 6
 
 # Migrates PATH to TARGET and prints how many statements that took; dies within the statement number LAST, or up to
 # DELAY seconds after it began. With the FAULT, each statement commits by itself.

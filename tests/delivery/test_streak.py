@@ -201,8 +201,7 @@ class Shop:
 @pytest.mark.slow
 @on_sqlite_alone
 class TestEightHours:
-    @pytest.mark.parametrize("batch", [4, 50])
-    @pytest.mark.parametrize("bad", [1, 5, 12, 40])
+    @pytest.mark.parametrize(("bad", "batch"), [(1, 4), (5, 50), (12, 4), (40, 50)])
     def test_afterwards(self, simulated, batch, bad):
         """Eight hours of 500 give nothing up; then the good ones go out, and the bad ones after their attempts."""
         simulated.sell(bad, 100 - bad)

@@ -5,7 +5,7 @@ from sqlalchemy import make_url
 
 from kkt_buffer.models import metadata
 
-_NOT_MOVED = {"release", "adopted_rows", "moved_to"}
+_NOT_MOVED = {"release", "adopted_rows", "moved_to", "moved_at"}
 
 
 def rows_of(buffer):

@@ -50,6 +50,14 @@ class TestRefused:
         assert before == everything(server_buffer)
         assert not [line for line in everything(other) if "trg_moved" in line]
 
+    def test_gone(self, server, server_buffer, used, moved):
+        """What was moved, all of it, and is not there any more is not moved once more: it may be delivered already."""
+        moved(used, server_buffer)
+        schema = make_url(server_buffer).query["options"].partition("=")[2]
+        server.execute(f"DROP SCHEMA {schema} CASCADE; CREATE SCHEMA {schema}")
+        with pytest.raises(BufferStorageError, match="is not there any more.+Restore the server"):
+            moved(used, server_buffer)
+
     def test_not_owner(self, server, server_buffer, used, moved):
         """Who may not switch off the triggers of the target is told so at once."""
         schema = make_url(server_buffer).query["options"].partition("=")[2]

@@ -104,6 +104,16 @@ class TestRequeueAll:
         assert repository.requeue_all(**BY_ANNA) == 1
 
 
+class TestClosed:
+    @pytest.mark.parametrize("verb", ["requeue", "resolve"])
+    def test_again(self, repository, verb):
+        """What was decided is final, and the operator who asks again is told so."""
+        receipt = a_receipt(repository, "failed")
+        repository.resolve(receipt.id, **BY_ANNA)
+        with pytest.raises(InvalidTransitionError, match=r"Its dead letter is closed already, and that is final\."):
+            getattr(repository, verb)(receipt.id, **BY_ANNA)
+
+
 class TestResolve:
     def test_final(self, repository, clock):
         """Failed for good, out of the 30-day rule, and on record."""

@@ -11,7 +11,7 @@ from collections import Counter
 from itertools import groupby, pairwise
 
 import pytest
-from builders import start_python, unmeasured
+from builders import start_python
 from postgresql.cluster import migrate
 from servers import Server
 from sqlalchemy import text
@@ -106,9 +106,7 @@ class Hosts:
     """One process for each clock."""
 
     def __init__(self, url, clock):
-        self._processes = [
-            start_python(HOST, url, hours, THREADS, clock, stdin=subprocess.PIPE, env=unmeasured()) for hours in HOURS
-        ]
+        self._processes = [start_python(HOST, url, hours, THREADS, clock, stdin=subprocess.PIPE) for hours in HOURS]
         self.lines = []
         self._readers = [threading.Thread(target=self._read, args=[process]) for process in self._processes]
         for reader in self._readers:

@@ -5,6 +5,7 @@ import sys
 
 import pytest
 from builders import new_receipt
+from postgresql.cluster import wait_until
 from sqlalchemy import event, make_url
 from sqlalchemy.exc import DBAPIError
 
@@ -36,6 +37,23 @@ class TestOptions:
         url = make_url(server_buffer).update_query_dict({"require_replicas": "1"})
         with pytest.raises(BufferStorageError, match="synchronous_standby_names is ''"):
             create_buffer_engine(url)
+
+    @pytest.mark.parametrize("query", ["busy_timeout=abc", "answer_timeout=-1", "answer_timeout=nan"])
+    def test_timeouts_in_the_url(self, server_buffer, query):
+        """They are read there too, and refused if they are no numbers."""
+        with pytest.raises(ValueError, match=f"{query.partition('=')[0]}=.* in the URL: expected a number"):
+            create_buffer_engine(f"{server_buffer}&{query}")
+        with pytest.raises(ValueError, match=r"answer_timeout=5: expected more than busy_timeout \(6\)"):
+            create_buffer_engine(f"{server_buffer}&answer_timeout=5&busy_timeout=6")
+
+    def test_at_in_the_password(self):
+        with pytest.raises(ValueError, match="write it as %40") as refused:
+            create_buffer_engine("postgresql+psycopg://shop:SE@CRET@db1/shop")
+        assert "CRET" not in str(refused.value)
+
+    def test_hosts_as_libpq_takes_them(self):
+        with pytest.raises(ValueError, match="Write several hosts as .*host=HOST1:5432&host=HOST2:5432"):
+            create_buffer_engine("postgresql+psycopg://shop@db1:5432,db2:5432/shop")
 
     def test_replicas_of_a_file(self, tmp_path):
         with pytest.raises(ValueError, match="a file has no replicas"):
@@ -165,7 +183,7 @@ class TestStatements:
         with repository.engine.connect(), pytest.raises(BufferBusyError, match="larger pool_size"):
             repository.insert_receipt(new_receipt())
 
-    def test_slow_check(self, server_engine, server_buffer, open_engine):
+    def test_slow_check(self, server, server_engine, server_buffer, open_engine):
         """A check of a large buffer may take longer than any other answer."""
         with server_engine.begin() as connection:
             slow = "CROSS JOIN (SELECT pg_sleep(1.5)) AS slow"
@@ -176,6 +194,7 @@ class TestStatements:
         assert {} == {what: found for what, found in repository.check_integrity().findings.items() if found}
         with pytest.raises(ConnectionLostError):
             repository.get_buffer_status()
+        wait_until(lambda: not server.execute("SELECT 1 FROM pg_stat_activity WHERE wait_event = 'PgSleep'"))
 
     def test_capacity_lowered(self, server_engine):
         """Lowered while a transaction is open that has read it: the batch is refused, and its block goes on."""

@@ -128,6 +128,25 @@ class TestSettings:
         with pytest.raises(BufferStorageError, match="synchronous_standby_names is ''"):
             open_repository(lone_buffer, require_replicas=1)
 
+    def test_nobody_there(self, lone_server, lone_buffer, open_repository):
+        """Required, and not connected: nothing would be acknowledged, and who looks is told."""
+        change(lone_server, "SET synchronous_standby_names = 'absent'")
+        repository = open_repository(lone_buffer, require_replicas=1)
+        assert "0 of 1 replicas are connected" == repository.why_refused()
+        assert open_repository(lone_buffer).why_refused() is None
+
+    def test_connected(self, repository):
+        assert repository.why_refused() is None
+
+    def test_read_only(self, lone_server, lone_buffer, open_repository):
+        """A server that takes no writes."""
+        repository = open_repository(lone_buffer)
+        repository.insert_receipt(new_receipt())
+        change(lone_server, "SET default_transaction_read_only = on")
+        assert "default_transaction_read_only is on" == repository.why_refused()
+        with pytest.raises(BufferStorageError, match="target_session_attrs=read-write"):
+            repository.insert_receipt(new_receipt())
+
     def test_too_few(self, cluster, open_repository):
         """One replica is not two."""
         with pytest.raises(BufferStorageError, match="synchronous_standby_names is 'ANY 1"):
@@ -263,7 +282,7 @@ class TestWait:
         repository = open_repository(cluster.url(), require_replicas=1, answer_timeout=1, busy_timeout=0.1)
         repository.insert_receipt(new_receipt())
         with frozen(*cluster.standbys):
-            with pytest.raises(NO_ACKNOWLEDGEMENT):
+            with pytest.raises(NO_ACKNOWLEDGEMENT, match="no answer for 1 s: it stands still, or waits for a replica"):
                 repository.insert_receipt(new_receipt())
 
 

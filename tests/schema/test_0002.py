@@ -93,7 +93,7 @@ class TestLeases:
 
     @pytest.mark.parametrize("entry", [check, migrate.require])
     def test_required(self, old, entry):
-        with pytest.raises(SchemaError, match=f"has the old schema 0001 where this release needs {HEAD}"):
+        with pytest.raises(SchemaError, match=f"has the old schema 0001 where this release needs schema {HEAD}"):
             entry(old)
 
     def test_down(self, file_engine, file_repository, clock):

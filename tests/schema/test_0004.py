@@ -270,7 +270,7 @@ class TestCheck:
         command.check(migrate.alembic_config(server_engine))
 
     def test_not_migrated(self, new_engine):
-        with pytest.raises(SchemaError, match="has no schema .*kkt-buffer upgrade"):
+        with pytest.raises(SchemaError, match="has no tables of a buffer .*kkt-buffer upgrade"):
             check(new_engine)
 
 
@@ -293,7 +293,7 @@ class TestOtherRelease:
             entry(open_engine(newer))
         assert before == everything(newer)
 
-    @pytest.mark.parametrize(("fixture", "told"), [("newer", NEWER), ("postgresql_url", "has no schema")])
+    @pytest.mark.parametrize(("fixture", "told"), [("newer", NEWER), ("postgresql_url", "has no tables of a buffer")])
     def test_operations(self, request, fixture, told, open_engine):
         """No operation works on the schema of another release."""
         url = request.getfixturevalue(fixture)

@@ -209,7 +209,7 @@ class TestRefused:
             [sys.executable, "-m", "kkt_buffer", "status", old], capture_output=True, text=True, check=False
         )
         assert done.returncode == 1
-        assert f"the schema of the sqlite3 version where this release needs {HEAD}" in done.stderr
+        assert f"the schema of the sqlite3 version where this release needs schema {HEAD}" in done.stderr
 
     def test_not_now(self, old):
         before = everything(old)

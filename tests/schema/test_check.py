@@ -111,10 +111,10 @@ class TestCheck:
         command.check(migrate.alembic_config(file_engine))
 
     def test_not_migrated(self, tmp_path, opened):
-        with pytest.raises(SchemaError, match="has no schema .*kkt-buffer upgrade PATH"):
+        with pytest.raises(SchemaError, match="has no tables of a buffer .*kkt-buffer upgrade PATH"):
             check(opened(tmp_path / "buffer.db"))
 
     def test_old(self, engine, monkeypatch):
         monkeypatch.setattr(migrate, "revisions", lambda: ("0001", HEAD, "9999"))
-        with pytest.raises(SchemaError, match=r"has the old schema \d+ where this release needs 9999"):
+        with pytest.raises(SchemaError, match=r"has the old schema \d+ where this release needs schema 9999"):
             check(engine)

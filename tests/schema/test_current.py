@@ -91,7 +91,7 @@ class TestCurrent:
             current(engine)
 
     OLDER = "has the old schema 0001 .* Run `kkt-buffer upgrade PATH`"
-    EMPTY = "has no schema .* Run `kkt-buffer upgrade PATH`"
+    EMPTY = "has no tables of a buffer .* Run `kkt-buffer upgrade PATH`"
 
     @pytest.mark.parametrize(("fixture", "told"), [("newer", NEWER), ("older", OLDER), ("empty", EMPTY)])
     def test_operations(self, request, fixture, told, opened):

@@ -190,7 +190,7 @@ class TestSignals:
         """A signal that ends the process in the middle of its inserts: what it has told of is there, and it ends."""
         chance = random.Random(number)
         for _ in range(4):
-            with start_python(PRELUDE + ENDED, path, stderr=-1, env=unmeasured()) as process:
+            with start_python(PRELUDE + ENDED, path, stderr=-1) as process:
                 acknowledged = [process.stdout.readline().strip()]
                 threading.Timer(chance.uniform(0.05, 0.2), process.send_signal, [number]).start()
                 out, _ = process.communicate(timeout=60)

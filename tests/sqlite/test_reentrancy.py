@@ -9,7 +9,7 @@ import math
 import time
 
 import pytest
-from builders import NOON, a_receipt, new_receipt, run_python, start_python, unmeasured
+from builders import NOON, a_receipt, new_receipt, run_python, start_python
 from sqlalchemy import event
 
 from kkt_buffer import ReceiptBufferError, ReceiptRepository, upgrade
@@ -230,7 +230,7 @@ class TestSignalHandler:
         No acknowledged insert is lost, none that was refused is stored, the HLC is in order, and while this process
         lives on, another one can write.
         """
-        with start_python(HANDLER, path, threads, stdin=-1, env=unmeasured()) as process:
+        with start_python(HANDLER, path, threads, stdin=-1) as process:
             told = json.loads(process.stdout.readline() or "{}")
             assert told, "the process has hung"
             rows = json.loads(run_python(LOOK, path).stdout)

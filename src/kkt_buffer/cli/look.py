@@ -12,7 +12,7 @@ from kkt_buffer.cli.events import event_lines, latest
 from kkt_buffer.cli.target import add_command, engine_for, path_of, repository_for, shown
 from kkt_buffer.errors import InvalidDocumentError, ReceiptNotFoundError
 from kkt_buffer.migrate import current
-from kkt_buffer.models import DeadLetter, Receipt, ReceiptStatus
+from kkt_buffer.models import DeadLetter, EventType, Receipt, ReceiptStatus
 from kkt_buffer.operations.status import SECONDS_PER_DAY, BufferStatus
 from kkt_buffer.repository import ReceiptRepository
 
@@ -103,10 +103,12 @@ def _status_lines(repository: ReceiptRepository, path: str, schema: str | None) 
         "deliver before": _when(status.deadline_at) or "nothing waits",
         "last delivery": _when(status.last_synced_at) or "none yet",
         "last outage": _when(status.last_outage_at) or "none on record",
-        "circuit breaker": text.styled(f"OPEN since {_when(status.circuit_opened_at)}", "yellow")
-        if status.circuit_opened_at is not None
-        else "closed",
+        "circuit breaker": "closed",
     }
+    if status.circuit_opened_at is not None:
+        table["circuit breaker"] = text.styled(f"OPEN since {_when(status.circuit_opened_at)}", "yellow")
+        for event in repository.get_events(1, event_type=EventType.CIRCUIT_OPENED):
+            table["opened by"] = text.printable(str(event.details.get("error")) if event.details else "not recorded")
     if (refused := repository.why_refused()) is not None:
         table["takes receipts"] = text.styled(f"NO: {refused}", "red")
     if status.deadline_at is not None and status.deadline_at - time() < 10 * SECONDS_PER_DAY:

@@ -1,12 +1,17 @@
 """The command that moves a file to a server."""
 
 import argparse
+import contextlib
+import logging
+import sys
 from typing import TYPE_CHECKING
 
 from kkt_buffer.cli import text
 from kkt_buffer.cli.target import add_command, engine_for, file_path, is_server, shown
 from kkt_buffer.engine import create_buffer_engine
+from kkt_buffer.errors import ReceiptBufferError
 from kkt_buffer.move import move
+from kkt_buffer.repository import ReceiptRepository
 
 if TYPE_CHECKING:
     from kkt_buffer.cli.target import Commands
@@ -25,6 +30,7 @@ def add(commands: "Commands") -> None:
         "The database or schema must be empty, or not upgraded yet. A move that was interrupted has left nothing "
         "there: run it again.",
         path=False,
+        db=False,
     )
     command.usage = "kkt-buffer move SRC DST"
     command.add_argument("source", metavar="SRC", help="the path of the file")
@@ -33,6 +39,7 @@ def add(commands: "Commands") -> None:
 
 def _move(arguments: argparse.Namespace) -> None:
     source, target = arguments.source, arguments.target
+    logging.getLogger("psycopg").setLevel(logging.CRITICAL)  # its warnings repeat what is told below
     if arguments.db is not None:
         arguments.parser.error("expected SRC and DST without --db")
     if not is_server(target):
@@ -41,6 +48,11 @@ def _move(arguments: argparse.Namespace) -> None:
         there = create_buffer_engine(target)
         try:
             moved = move(here, there)
+        except BaseException:  # Control-C too
+            with contextlib.suppress(ReceiptBufferError):
+                if (refused := ReceiptRepository(here).why_refused()) is not None:
+                    print(f"{source} takes no receipts: {refused}", file=sys.stderr)
+            raise
         finally:
             there.dispose()
     what = ", ".join(

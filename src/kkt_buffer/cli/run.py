@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from kkt_buffer import demo
 from kkt_buffer.cli.look import print_status
-from kkt_buffer.cli.target import add_command, file_path, path_of, repository_for
+from kkt_buffer.cli.target import add_command, file_path, path_of, repository_for, shown
 from kkt_buffer.worker import DeliveryWorker
 
 if TYPE_CHECKING:
@@ -87,6 +87,7 @@ def _work(arguments: argparse.Namespace) -> None:
             )
         except TypeError as error:  # one of the names is something else
             raise ValueError(str(error)) from error
+        logging.getLogger("kkt_buffer").info("delivering from %s by %s", shown(path_of(arguments)), arguments.send)
         worker.run()
 
 

@@ -6,10 +6,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from sqlalchemy import Engine, make_url
+from sqlalchemy import Engine
 
 from kkt_buffer.buffer import DEFAULT_PATH, PATH_VARIABLE
-from kkt_buffer.engine import create_buffer_engine, public_url
+from kkt_buffer.engine import create_buffer_engine, public_url, url_of
 from kkt_buffer.errors import BufferStorageError
 from kkt_buffer.migrate import require
 from kkt_buffer.repository import ReceiptRepository
@@ -47,16 +47,19 @@ class Parser(argparse.ArgumentParser):
         super().error(f"{message}; see `{self.prog} --help`")
 
 
-def add_command(commands: "Commands", name: str, run: Run, text: str, *, path: bool = True) -> Parser:
+def add_command(  # noqa: PLR0913 (two are switches)
+    commands: "Commands", name: str, run: Run, text: str, *, path: bool = True, db: bool = True
+) -> Parser:
     """Add a command with `--db`, and with PATH as an argument if it has no arguments of its own."""
     parser = commands.add_parser(name, help=text.split("\n", 1)[0], description=text)
-    # SUPPRESS: without --db here, a --db in front of the command counts.
-    parser.add_argument(
-        "--db",
-        metavar="PATH",
-        default=argparse.SUPPRESS,
-        help=f"the buffer, by its path or the URL of a server; else ${PATH_VARIABLE}, else {DEFAULT_PATH}",
-    )
+    if db:
+        # SUPPRESS: without --db here, a --db in front of the command counts.
+        parser.add_argument(
+            "--db",
+            metavar="PATH",
+            default=argparse.SUPPRESS,
+            help=f"the buffer, by its path or the URL of a server; else ${PATH_VARIABLE}, else {DEFAULT_PATH}",
+        )
     if path:
         parser.add_argument("path", nargs="?", metavar="PATH", help="the buffer, like --db PATH")
     parser.set_defaults(run=run, parser=parser)
@@ -76,12 +79,12 @@ def path_of(arguments: argparse.Namespace, default: str | None = None) -> str:
 
 def is_server(path: str) -> bool:
     """Is the buffer named by the URL of a server, not by its path?"""
-    return "://" in path and make_url(path).get_backend_name() != "sqlite"
+    return "://" in path and url_of(path).get_backend_name() != "sqlite"
 
 
 def shown(path: str) -> str:
     """The path or URL as it may be printed: without a password."""
-    return public_url(make_url(path)).render_as_string() if is_server(path) else path
+    return public_url(url_of(path)).render_as_string() if is_server(path) else path
 
 
 def file_path(path: str, advice: str) -> str:
@@ -99,7 +102,9 @@ def existing(path: str) -> str:
     try:
         is_empty = file.stat().st_size == 0 and file.is_file()
     except FileNotFoundError as error:
-        raise BufferStorageError(f"there is no buffer at {path}; give --db PATH or set {PATH_VARIABLE}") from error
+        raise BufferStorageError(
+            f"there is no buffer at {path}; check the path, which --db PATH or {PATH_VARIABLE} may give"
+        ) from error
     except OSError:  # whoever opens it gets this error too, and explains it
         return path
     if is_empty:

@@ -8,7 +8,7 @@ requeued receipt keeps its place in the order and its deadline.
 from sqlalchemy import bindparam, literal_column, null, select, text, update
 
 from kkt_buffer.errors import InvalidTransitionError, ReceiptNotFoundError
-from kkt_buffer.models import OPEN_ONLY, DeadLetter, Resolution
+from kkt_buffer.models import OPEN_ONLY, DeadLetter, ReceiptStatus, Resolution
 from kkt_buffer.operations.receipts import UNDELIVERED, close_dead_letter, receipts, refuse_if_full, status_of
 from kkt_buffer.transaction import Transaction
 
@@ -78,4 +78,8 @@ def _close(tx: Transaction, receipt_id: str, actor: str, reason: str, resolution
         status = status_of(tx, receipt_id)
         if status is None:
             raise ReceiptNotFoundError(receipt_id)
+        if status == ReceiptStatus.FAILED:
+            raise InvalidTransitionError(
+                receipt_id, status, resolution, "Its dead letter is closed already, and that is final."
+            )
         raise InvalidTransitionError(receipt_id, status, resolution)

@@ -6,7 +6,7 @@ from functools import cache
 
 from sqlalchemy import bindparam, select, text
 
-from kkt_buffer.config import MOVED_TO, number_of
+from kkt_buffer.config import MOVED_AT, MOVED_TO, number_of
 from kkt_buffer.errors import BufferDamagedError
 from kkt_buffer.models import HELD_ONLY, OPEN_ONLY, PENDING_ONLY, RARE_EVENTS, SYNCING_ONLY, UNDELIVERED_REST, Receipt
 from kkt_buffer.transaction import Transaction
@@ -74,7 +74,9 @@ def _status(json_array: str) -> tuple[tuple[str, ...], str]:
     return (*_VIEW, *_figures), f"SELECT {json_array.format(values)} FROM v_buffer_status"
 
 
-MOVED = text(f"SELECT value FROM config WHERE key = '{MOVED_TO}'")
+MOVED = text(
+    f"SELECT value, EXISTS (SELECT 1 FROM config WHERE key = '{MOVED_AT}') FROM config WHERE key = '{MOVED_TO}'"
+)
 DUE = (
     select(Receipt)
     .where(text(f"id IN (SELECT id FROM ({_undelivered(' AND created_at < :created', ':limit')}) AS due)"))
@@ -136,10 +138,13 @@ def get_buffer_status(tx: Transaction) -> BufferStatus:
 
 def why_refused(tx: Transaction) -> str | None:
     """Why the buffer takes no receipts at all, in words; None if it takes them."""
-    moved_to = tx.connection.scalar(MOVED)
-    if moved_to is not None:
-        return f"it was moved to {moved_to}, and is only a copy"
-    return tx.backend.unsafe(tx.connection)
+    moved = tx.connection.execute(MOVED).one_or_none()
+    if moved is None:
+        return tx.backend.unsafe(tx.connection)
+    target, is_complete = moved
+    if is_complete:
+        return f"it was moved to {target}, and is only a copy"
+    return f"a move to {target} has begun, and is not complete: keep this file, and run the move again"
 
 
 def get_receipts_due(tx: Transaction, before: int, limit: int) -> list[Receipt]:

@@ -33,13 +33,14 @@ CASE
     WHEN replicas > 0 AND current_setting('synchronous_commit') = 'local' THEN 'synchronous_commit is local'
     WHEN replicas > CASE WHEN current_setting('synchronous_standby_names') = '' THEN 0 ELSE COALESCE((regexp_match(
         current_setting('synchronous_standby_names'), '^\\s*(?:ANY|FIRST)?\\s*(\\d+)\\s*\\(', 'i'))[1]::integer, 1) END
-        THEN format('synchronous_standby_names is %L', current_setting('synchronous_standby_names'))
+        THEN format('synchronous_standby_names is %L, and require_replicas is %s',
+            current_setting('synchronous_standby_names'), replicas)
 END"""
 
 
 def unsafe_commit(replicas: int) -> str:
     """The SQL term that tells what makes a commit unsafe, with which `replicas` must confirm it."""
-    return _UNSAFE.replace("replicas >", f"{replicas} >")
+    return _UNSAFE.replace(" replicas", f" {replicas}")
 
 
 _COMMIT_IF_SAFE = f"""\
@@ -102,9 +103,12 @@ class ServerConnection(psycopg.Connection[Any]):
             timeout = self.answer_timeout
         try:
             return super().wait(gen, interval, timeout)
-        except psycopg.OperationalError:
+        except psycopg.OperationalError as error:
             if self.pgconn.transaction_status == TransactionStatus.ACTIVE:
                 self.pgconn.finish()  # an answer that comes later must not be taken for that of another statement
+                if "timeout" in str(error):
+                    waited = f"no answer for {timeout:g} s: it stands still, or waits for a replica"
+                    raise psycopg.OperationalError(waited) from error
             raise
 
     def begin(self, options: Mapping[str, Any]) -> None:

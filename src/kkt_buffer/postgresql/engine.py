@@ -20,7 +20,7 @@ from kkt_buffer.backend import OPTION, READ_ONLY, Backend, Objects, Parameters, 
 from kkt_buffer.errors import BufferStorageError, ConnectionLostError, ReceiptBufferError
 from kkt_buffer.postgresql import catalog
 from kkt_buffer.postgresql.connection import MIGRATING, ServerConnection, Texts, TextsDumper
-from kkt_buffer.postgresql.errors import statement_error, storage_error
+from kkt_buffer.postgresql.errors import first_line, statement_error, storage_error
 
 OLDEST = 15
 ONE_STATEMENT = "kkt_buffer_one_statement"
@@ -69,12 +69,6 @@ def create(
     """Create an engine on the first schema of `search_path`, and connect once to check that it can be used."""
     if "isolation_level" in options:
         raise ValueError("isolation_level: a buffer needs READ COMMITTED, and begins its transactions itself")
-    if "require_replicas" in url.query:  # for commands
-        given = str(url.query["require_replicas"])
-        if not given.isdecimal():
-            raise ValueError(f"require_replicas={given} in the URL: expected a whole number of 0 or more")
-        require_replicas = max(require_replicas, int(given))
-        url = url.difference_update_query(["require_replicas"])
     whole_number("require_replicas", require_replicas, 0)
     if busy_timeout >= answer_timeout:
         raise ValueError(f"answer_timeout={answer_timeout:g}: expected more than busy_timeout ({busy_timeout:g})")
@@ -90,7 +84,7 @@ def create(
             server.refuse_others(connection)
     except DBAPIError as error:
         engine.dispose()
-        raise BufferStorageError(f"{server}: {error.orig}. Nothing was opened. Check the URL.") from error
+        raise BufferStorageError(f"{server}: {first_line(error.orig)}. Nothing was opened. Check the URL.") from error
     except BaseException:
         engine.dispose()
         raise
@@ -137,6 +131,7 @@ class Server(Backend):
     def _open(self, _dialect: Dialect, _record: object, cargs: list[Any], cparams: dict[str, Any]) -> ServerConnection:
         """Open one connection. It is ended when the network has been silent for `answer_timeout`."""
         defaults = {
+            "fallback_application_name": "kkt-buffer",
             "connect_timeout": 10,
             "tcp_user_timeout": round(self._answer_timeout * 1000),
             "keepalives_idle": 10,
@@ -280,7 +275,7 @@ class Server(Backend):
         """Raise: a server has its own tools, which can restore a moment."""
         raise BufferStorageError(
             f"{self}: a buffer on a server is backed up by the server's own tools: pg_basebackup with an archive of "
-            "the WAL, or pg_dump. Nothing was copied."
+            "the WAL, or pg_dump. Nothing was copied; a worker needs no backup_to here."
         )
 
     def objects(self, connection: Connection, made_by: Callable[[str], list[str]]) -> tuple[Objects, Objects]:

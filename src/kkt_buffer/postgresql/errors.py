@@ -33,7 +33,7 @@ _LOST = Fault(ConnectionLostError, "the connection to the server was lost", f"{_
 _UNREACHABLE = Fault(
     ConnectionLostError,
     "no connection can be opened",
-    "Nothing was done here. Does the server run? Check host, port, database, user, password and its max_connections.",
+    "Nothing was done here. Does the server run? Check host, port, database, user, password, and its max_connections.",
 )
 UNCONFIRMED = Fault(
     ConnectionLostError,
@@ -48,7 +48,9 @@ _DAMAGED = Fault(
 _FAULTS = {
     "08": _LOST,
     "25006": Fault(
-        ConnectionLostError, "this server takes no writes: it is a replica, or set to read only", f"{_SAFE} Try again."
+        ConnectionLostError,
+        "this server takes no writes: it is a replica, or set to read only",
+        f"{_SAFE} Try again; a URL with several hosts needs target_session_attrs=read-write.",
     ),
     "25P03": Fault(
         ConnectionLostError, "the transaction was open and idle for too long", f"{_SAFE} Do no other work inside it."
@@ -64,7 +66,7 @@ _FAULTS = {
     "XX001": _DAMAGED,
     "XX002": _DAMAGED,
     MOVING: Fault(
-        BufferStorageError, "a move into this buffer has begun", "Nothing was stored. Let it end, or run it again."
+        BufferStorageError, "it takes no receipts yet", "Nothing was stored. Let the move end, or run it again."
     ),
     UNSAFE: Fault(
         BufferStorageError,
@@ -91,7 +93,7 @@ def storage_error(
     fault = next((_FAULTS[state[:n]] for n in (5, 3, 2) if state[:n] in _FAULTS), None)
     if fault is None and not state and isinstance(error, psycopg.OperationalError):
         fault = _UNREACHABLE if is_connecting else _LOST
-    found = fault and fault.as_error(buffer, _text(error))
+    found = fault and fault.as_error(buffer, first_line(error))
     if isinstance(found, ConnectionLostError):
         found.is_outcome_known = state in {"25006", "25P03"}  # refused before the commit
     return found
@@ -103,18 +105,19 @@ def statement_error(buffer: object, error: DBAPIError) -> ReceiptBufferError | N
     state = getattr(cause, "sqlstate", None) or ""
     if state in {"42P01", "42703", "42883", "3F000"}:
         return SchemaError(
-            f"{buffer}: the schema is not that of this release ({_text(cause)}). The operation changed nothing. A "
+            f"{buffer}: the schema is not that of this release ({first_line(cause)}). The operation changed nothing. A "
             "table, function or trigger was changed by hand, or search_path names another schema; run `kkt-buffer "
             "verify URL`."
         )
     table = cause.diag.table_name if isinstance(cause, psycopg.Error) else None
     if state == REFUSED or (state.startswith("23") and table in metadata.tables):
         return BufferDamagedError(
-            f"{buffer}: its rows contradict each other ({_text(cause)}). The operation changed nothing. Unless a "
+            f"{buffer}: its rows contradict each other ({first_line(cause)}). The operation changed nothing. Unless a "
             "trigger of your own did it, it is damaged: run `kkt-buffer verify URL`, and restore a backup."
         )
     return None
 
 
-def _text(error: BaseException | None) -> str:
+def first_line(error: BaseException | None) -> str:
+    """The message without the lines that quote a statement or the values of a row."""
     return str(error).split("\n", 1)[0]

@@ -13,7 +13,7 @@ from sqlalchemy.schema import CreateIndex, CreateTable
 
 from kkt_buffer.backend import Objects
 from kkt_buffer.columns import ONLY_ON
-from kkt_buffer.config import CONFIG_RULES
+from kkt_buffer.config import CONFIG_RULES, MOVED_AT
 from kkt_buffer.models import metadata
 
 # Used if the setting is not stored.
@@ -231,13 +231,15 @@ def moved_triggers(target: str) -> Mapping[str, str]:
     """
     The triggers that refuse every change of a buffer that was moved, by whichever program.
 
-    The release of the schema is still recorded: a later release upgrades the file too, to read it.
+    The release of the schema is still recorded: a later release upgrades the file too, to read it. So is the end of
+    the move.
     """
     message = f"{MOVED}{target}".replace("'", "''")
     row = {"INSERT": "NEW", "UPDATE": "NEW", "DELETE": "OLD"}
+    still_recorded = f"('release', '{MOVED_AT}')"
     return {
         (name := f"trg_moved_{table}_{verb.lower()}"): f"""\
-CREATE TRIGGER {name} BEFORE {verb} ON {table}{f" WHEN {row[verb]}.key <> 'release'" * (table == "config")}
+CREATE TRIGGER {name} BEFORE {verb} ON {table}{f" WHEN {row[verb]}.key NOT IN {still_recorded}" * (table == "config")}
 BEGIN
     SELECT RAISE(ABORT, '{message}');
 END"""
