@@ -19,9 +19,10 @@ def service(server, server_engine, open_engine):
     with server_engine.begin() as connection:
         schema = connection.exec_driver_sql("SELECT quote_ident(current_schema())").scalar_one()
         role = f"service_of_{schema}"
-        connection.exec_driver_sql(f"CREATE ROLE {role} LOGIN")
-        [grants] = re.findall(r"```sql\n(.*?)```", README, re.DOTALL)
-        for sql in grants.replace("service", role).replace("tills", schema).split(";\n"):
+        database = connection.exec_driver_sql("SELECT current_database()").scalar_one()
+        [made, granted] = re.findall(r"```sql\n(.*?)```", README, re.DOTALL)
+        statements = (made + granted).replace("service", role).replace("tills", schema).replace("shop", database)
+        for sql in statements.split(";\n"):
             if sql.strip():
                 connection.exec_driver_sql(sql)
     yield ReceiptRepository(open_engine(server_engine.url.set(username=role, query={})))
