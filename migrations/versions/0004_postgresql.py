@@ -286,30 +286,36 @@ BEGIN
     RETURN NULL;
 END $$""",
     """\
-CREATE FUNCTION kkt_receipts_changed() RETURNS trigger LANGUAGE plpgsql AS $$
+CREATE FUNCTION kkt_receipts_changed() RETURNS trigger LANGUAGE plpgsql SET jit = off SET enable_nestloop = off AS $$
 DECLARE
     own_xmin text;
 BEGIN
-    INSERT INTO buffer_events (event_type, receipt_id, timestamp, metadata)
-    SELECT fact, id, at, metadata
-    FROM new_rows AS later JOIN old_rows AS earlier USING (id) CROSS JOIN LATERAL (VALUES
-        ('receipt_attempt_failed', later.retry_count > earlier.retry_count, later.changed_at,
-            json_build_object('retry_count', later.retry_count, 'error', later.last_error)),
-        ('receipt_completed', earlier.held_at IS NOT NULL AND later.held_at IS NULL AND later.status <> 'synced',
-            later.changed_at, CASE WHEN later.digest IS NOT NULL THEN json_build_object('digest', later.digest) END),
-        ('receipt_synced', later.status = 'synced' AND earlier.status <> 'synced', later.synced_at,
-            json_build_object('server_time', later.hlc_server_time, 'retry_count', later.retry_count))
-    ) AS facts (fact, is_new, given, metadata), COALESCE(given, floor(extract(epoch FROM now()))::bigint) AS at
-    WHERE is_new ORDER BY later.hlc_local_time, later.hlc_logical_counter;
+    -- Without the setting, and MATERIALIZED, the plan of an update of one row takes the square of the rows of others.
+    WITH pairs AS MATERIALIZED (
+        SELECT later.*, earlier.status AS old_status, earlier.retry_count AS old_retry_count,
+            earlier.held_at AS old_held_at
+        FROM new_rows AS later JOIN old_rows AS earlier USING (id)
+    ), told AS (
+        INSERT INTO buffer_events (event_type, receipt_id, timestamp, metadata)
+        SELECT fact, id, at, metadata
+        FROM pairs CROSS JOIN LATERAL (VALUES
+            ('receipt_attempt_failed', retry_count > old_retry_count, changed_at,
+                json_build_object('retry_count', retry_count, 'error', last_error)),
+            ('receipt_completed', old_held_at IS NOT NULL AND held_at IS NULL AND status <> 'synced', changed_at,
+                CASE WHEN digest IS NOT NULL THEN json_build_object('digest', digest) END),
+            ('receipt_synced', status = 'synced' AND old_status <> 'synced', synced_at,
+                json_build_object('server_time', hlc_server_time, 'retry_count', retry_count))
+        ) AS facts (fact, is_new, given, metadata), COALESCE(given, floor(extract(epoch FROM now()))::bigint) AS at
+        WHERE is_new ORDER BY hlc_local_time, hlc_logical_counter
+    )
     INSERT INTO buffer_changes (pending, syncing, synced, failed, last_synced_at)
     SELECT
-        COUNT(*) FILTER (WHERE later.status = 'pending') - COUNT(*) FILTER (WHERE earlier.status = 'pending'),
-        COUNT(*) FILTER (WHERE later.status = 'syncing') - COUNT(*) FILTER (WHERE earlier.status = 'syncing'),
-        COUNT(*) FILTER (WHERE later.status = 'synced') - COUNT(*) FILTER (WHERE earlier.status = 'synced'),
-        COUNT(*) FILTER (WHERE later.status = 'failed') - COUNT(*) FILTER (WHERE earlier.status = 'failed'),
-        MAX(later.synced_at)
-    FROM new_rows AS later JOIN old_rows AS earlier USING (id)
-        WHERE later.status <> earlier.status HAVING COUNT(*) > 0 RETURNING xmin INTO own_xmin;
+        COUNT(*) FILTER (WHERE status = 'pending') - COUNT(*) FILTER (WHERE old_status = 'pending'),
+        COUNT(*) FILTER (WHERE status = 'syncing') - COUNT(*) FILTER (WHERE old_status = 'syncing'),
+        COUNT(*) FILTER (WHERE status = 'synced') - COUNT(*) FILTER (WHERE old_status = 'synced'),
+        COUNT(*) FILTER (WHERE status = 'failed') - COUNT(*) FILTER (WHERE old_status = 'failed'),
+        MAX(synced_at)
+    FROM pairs WHERE status <> old_status HAVING COUNT(*) > 0 RETURNING xmin INTO own_xmin;
     IF own_xmin IS NOT NULL AND random() < 0.05 THEN PERFORM kkt_fold_changes(own_xmin); END IF;
     RETURN NULL;
 END $$""",
