@@ -102,7 +102,7 @@ class Transaction:
 
     def confirm(self) -> None:
         """Note that the caller will be told of what others have stored: it must be durable by then."""
-        self.is_to_confirm = True
+        self.is_to_confirm = self.backend.is_server
         self.backend.confirm(self.connection)
 
     def forget_settings(self) -> None:
