@@ -180,12 +180,19 @@ BEGIN
     PERFORM pg_advisory_xact_lock('receipts'::regclass::oid::bigint);
 END $$""",
     f"""\
+CREATE FUNCTION kkt_unsafe_commit(replicas integer) RETURNS text LANGUAGE plpgsql STABLE AS $$
+BEGIN
+    RETURN {UNSAFE};
+END $$""",
+    """\
 CREATE FUNCTION kkt_why_refused(replicas integer) RETURNS text LANGUAGE plpgsql STABLE AS $$
 BEGIN
     RETURN COALESCE(
-        {UNSAFE},
+        kkt_unsafe_commit(replicas),
         CASE WHEN current_setting('default_transaction_read_only') = 'on'
-            THEN 'default_transaction_read_only is on' END,
+            THEN 'default_transaction_read_only is on'
+            WHEN current_setting('default_transaction_isolation') <> 'read committed'
+            THEN 'the isolation level is not read committed' END,
         -- Who may not see the state of a replica sees NULL.
         (SELECT format('%s of %s replicas are connected', COUNT(*), replicas) FROM pg_stat_replication
         WHERE COALESCE(sync_state, 'sync') IN ('sync', 'quorum') HAVING COUNT(*) < replicas),
@@ -290,10 +297,12 @@ CREATE FUNCTION kkt_receipts_changed() RETURNS trigger LANGUAGE plpgsql SET jit 
 DECLARE
     own_xmin text;
 BEGIN
-    -- Without the setting, and MATERIALIZED, the plan of an update of one row takes the square of the rows of others.
+    -- enable_nestloop and MATERIALIZED: else the plan, made for an update of one row, compares each new row with each
+    -- old one.
     WITH pairs AS MATERIALIZED (
-        SELECT later.*, earlier.status AS old_status, earlier.retry_count AS old_retry_count,
-            earlier.held_at AS old_held_at
+        SELECT id, later.status, later.retry_count, later.last_error, later.held_at, later.digest, later.changed_at,
+            later.synced_at, later.hlc_server_time, later.hlc_local_time, later.hlc_logical_counter,
+            earlier.status AS old_status, earlier.retry_count AS old_retry_count, earlier.held_at AS old_held_at
         FROM new_rows AS later JOIN old_rows AS earlier USING (id)
     ), told AS (
         INSERT INTO buffer_events (event_type, receipt_id, timestamp, metadata)

@@ -165,8 +165,8 @@ class Backend(ABC):
         del connection
         return nullcontext()
 
-    def unsafe(self, connection: Connection) -> str | None:
-        """What makes commits unsafe, so that they are refused, in words; None if they are safe."""
+    def why_refused(self, connection: Connection) -> str | None:
+        """Why every insert would be refused, in words; None if it would not."""
         del connection
         return None
 

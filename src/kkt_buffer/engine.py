@@ -7,6 +7,7 @@ from types import ModuleType
 from typing import Any
 
 from sqlalchemy import URL, Engine, make_url
+from sqlalchemy.exc import ArgumentError
 
 from kkt_buffer.backend import PLACE, with_query
 from kkt_buffer.errors import BufferStorageError
@@ -17,7 +18,7 @@ if sys.platform != "win32":  # pragma: no branch (no test runs there); Windows h
 
 LOCK_TIMEOUT_SECONDS = 10.0
 ANSWER_TIMEOUT_SECONDS = 30.0
-MAX_SECONDS = 1_000_000
+MAX_NUMBER = 1_000_000
 
 
 def create_buffer_engine(  # noqa: PLR0913 (all but one are keywords)
@@ -41,14 +42,13 @@ def create_buffer_engine(  # noqa: PLR0913 (all but one are keywords)
     default the standard library's, or pysqlite3 if it is installed and only the standard one has the WAL-reset bug. A
     process must open one file through one library alone. Other options go to `sqlalchemy.create_engine`.
 
-    The engine may be used after a fork. If a connection to a file was in use at that moment, every use of it in the
-    child raises `BufferStorageError`.
+    The engine may be used after a fork. If a transaction was open at that moment (on a file: if any connection was in
+    use), every use of it in the child raises `BufferStorageError`.
 
     On PostgreSQL (`postgresql+psycopg://…`, with the extra `postgresql`) the buffer is the first schema of
     `search_path`. A commit is refused if the settings of the server do not make it durable, and, with
-    `require_replicas`, if not as many replicas have confirmed it. After `answer_timeout` seconds, a connection whose
-    server does not answer is closed, and so is one whose write transaction is idle; it must be more than
-    `busy_timeout`.
+    `require_replicas`, if not as many replicas have confirmed it. A connection is closed if its server does not answer
+    for `answer_timeout` seconds, or if its write transaction is idle for so long; it must be more than `busy_timeout`.
 
     Raises `BufferStorageError` if the path cannot be used, SQLite is too old or the server refuses,
     `BufferDamagedError` if the file is not an SQLite database, `ValueError` for a URL or a driver of another kind.
@@ -84,27 +84,27 @@ def _options_in(url: URL, require_replicas: int) -> dict[str, float]:
             found[key] = _IN_QUERY[key](url.query[key])
         except (TypeError, ValueError):
             found[key] = -1
-        if not 0 <= found[key] < MAX_SECONDS:
-            raise ValueError(f"{key}={url.query[key]} in the URL: expected a number that is not negative")
+        if not 0 <= found[key] <= MAX_NUMBER:
+            whole = "whole " * (_IN_QUERY[key] is int)
+            raise ValueError(f"{key}={url.query[key]} in the URL: expected a {whole}number from 0 to {MAX_NUMBER}")
     if "require_replicas" in found:
         found["require_replicas"] = max(require_replicas, found["require_replicas"])
     return found
 
 
 def url_of(text: str) -> URL:
-    """The URL in a text. Raises `ValueError` if it cannot be read."""
-    try:
-        url = make_url(text)
-    except ValueError as error:  # SQLAlchemy takes what follows the colon for a number
+    """The URL in a text. Raises `ValueError`, which does not show the password, if it cannot be read."""
+    if text.partition("://")[2].partition("/")[0].count("@") > 1:
         raise ValueError(
-            "path_or_url: this URL has no single port. Write several hosts as "
-            "postgresql+psycopg://USER@/DATABASE?host=HOST1:5432&host=HOST2:5432"
-        ) from error
-    if "@" in (url.host or ""):
-        raise ValueError(
-            "path_or_url: the host of this URL has an @. In a password, write it as %40. Nothing was opened."
+            "path_or_url: this URL has more than one @. In a password, write it as %40. Nothing was opened."
         )
-    return url
+    try:
+        return make_url(text)
+    except (ValueError, ArgumentError):  # SQLAlchemy takes whatever follows the colon for the number of a port
+        raise ValueError(
+            "path_or_url: this URL cannot be read. Nothing was opened. Write postgresql+psycopg://USER@HOST/DATABASE; "
+            "several hosts as postgresql+psycopg://USER@/DATABASE?host=HOST1:5432&host=HOST2:5432"
+        ) from None
 
 
 def public_url(url: URL) -> URL:

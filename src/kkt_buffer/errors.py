@@ -193,9 +193,9 @@ class OutcomeUnknownError(BufferStorageError):
         self.problem = problem
         about = f" Receipts: {', '.join(self.receipt_ids)}." if self.receipt_ids else ""
         super().__init__(
-            f"{buffer}: a commit was sent, and then {problem}: this operation may be stored or not. What was "
-            "acknowledged before is safe. Try again: a receipt with the same id and exist_ok=True is stored once; "
-            f"otherwise look first.{about}"
+            f"{buffer}: a commit was sent, but {problem}: this operation may be stored or not. What was acknowledged "
+            "before is safe. Try again: a receipt with the same id and exist_ok=True is stored once; otherwise look "
+            f"first.{about}"
         )
 
 

@@ -20,7 +20,13 @@ from typing import Any, Generic, TypeVar
 from sqlalchemy.exc import SQLAlchemyError
 
 from kkt_buffer.bell import Bell
-from kkt_buffer.errors import BufferStorageError, DuplicateReceiptError, OutcomeUnknownError, ReceiptBufferError
+from kkt_buffer.errors import (
+    BufferBusyError,
+    BufferStorageError,
+    DuplicateReceiptError,
+    OutcomeUnknownError,
+    ReceiptBufferError,
+)
 from kkt_buffer.transaction import NOT_STORED, PAUSES_SECONDS, NotTogetherError, Transaction, Transactions
 
 POLL_SECONDS = 0.05  # in case a wake-up was lost
@@ -54,7 +60,7 @@ class _Member:
         self.argument = argument
         self.result: Any = None
         self.error: Exception | None = None
-        self.unknown: OutcomeUnknownError | None = None  # it was tried, and may be stored
+        self.unknown: ReceiptBufferError | None = None  # it was tried, and may be stored
         self.is_committing = False
         self.is_done = False
         self.bell = Bell()
@@ -119,16 +125,18 @@ class GroupCommit:
         try:
             try:
                 self._commit_together(tx, members)
+            except BufferBusyError:
+                raise  # each of them would wait for the lock once more
             except _RETRY_ONE_BY_ONE as error:
                 if len(members) == 1 and not isinstance(error, _REPEAT):
                     raise
                 self._commit_one_by_one(tx, members, error)
         except (ReceiptBufferError, SQLAlchemyError) as error:
             for member in members[1:]:
-                member.error = member.unknown or _copy_for_thread(tx.explain(error))
+                member.error = member.unknown or _own_error(tx, member, error)
                 member.finish()
-            if leader.unknown is not None:
-                raise leader.unknown from error
+            if leader.unknown is not None or isinstance(error, OutcomeUnknownError):
+                raise leader.unknown or _own_error(tx, leader, error) from error
             raise
         finally:
             with contextlib.suppress(IndexError):
@@ -219,7 +227,7 @@ def _note_unknown(tx: Transaction, members: list[_Member], error: Exception) -> 
     if isinstance(error, OutcomeUnknownError):
         for member in members:
             if member.is_committing and member.error is None:
-                member.unknown = OutcomeUnknownError(tx.backend, [str(member.argument[0])], error.problem)
+                member.unknown = _own_error(tx, member, error)
 
 
 def _one_by_one(tx: Transaction, members: list[_Member]) -> None:
@@ -240,14 +248,17 @@ def _one_by_one(tx: Transaction, members: list[_Member]) -> None:
                 member.result = member.work.one(tx, argument)
                 member.error = None
         except (ReceiptBufferError, SQLAlchemyError) as error:
-            if tx.connection.invalidated or isinstance(error, _REPEAT):
+            if tx.connection.invalidated or isinstance(error, (*_REPEAT, BufferBusyError)):
                 raise
             if member.unknown is None or isinstance(error, DuplicateReceiptError):
                 member.error = tx.explain(error)
 
 
-def _copy_for_thread(error: Exception) -> ReceiptBufferError:
-    """A copy of the error for another thread: two threads must not raise the same exception object."""
+def _own_error(tx: Transaction, member: _Member, cause: Exception) -> ReceiptBufferError:
+    """The error for one of the operations: two threads must not raise the same object, nor learn each other's ids."""
+    error = tx.explain(cause)
+    if isinstance(error, OutcomeUnknownError):
+        return OutcomeUnknownError(tx.backend, [str(member.argument[0])], error.problem)
     if isinstance(error, ReceiptBufferError):
         own = copy.copy(error)
     else:

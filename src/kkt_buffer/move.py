@@ -21,7 +21,7 @@ from sqlalchemy.exc import DBAPIError
 from kkt_buffer.backend import READ_ONLY, backend_of
 from kkt_buffer.config import MOVED_AT, MOVED_TO
 from kkt_buffer.errors import BufferDamagedError, BufferMovedError, BufferStorageError
-from kkt_buffer.migrate import RELEASE_KEY, require, upgrade
+from kkt_buffer.migrate import RELEASE_KEY, current, require, upgrade
 from kkt_buffer.models import metadata
 from kkt_buffer.operations.settings import VALUE
 from kkt_buffer.progress import progress
@@ -152,6 +152,8 @@ def move(source: Engine, target: Engine) -> Moved:
             _refuse_damaged(source)
             for part in _PARTS:
                 part.refuse_unfit(here)
+        elif _setting(here, MOVED_AT) is not None:
+            _refuse_if_gone(source, target, move_id)
     upgrade(target)
     _refuse_inserts(target)
     try:
@@ -159,17 +161,10 @@ def move(source: Engine, target: Engine) -> Moved:
             there.execute(_LOCK)
             with _reading(source) as here:
                 move_id = _move_of(here, name)  # another run may have begun meanwhile
-                is_complete = _setting(here, MOVED_AT) is not None
             is_repeated = move_id is not None and move_id == _setting(there, MOVE_ID)
             if is_repeated:
                 backend_of(target).confirm(there)
                 rows = {part.name: part.count(there) for part in _PARTS}
-            elif is_complete:
-                raise BufferStorageError(
-                    f"{backend_of(source)} was moved to {name}, all of it, and is not there any more. Nothing was "
-                    "changed. Restore the server: what it has delivered since is not in the file, and would be sent "
-                    "again."
-                )
             elif not there.scalar(_IS_EMPTY):
                 raise BufferStorageError(
                     f"{name} is not empty: it holds another buffer than {backend_of(source)}, or did so. Nothing was "
@@ -192,8 +187,8 @@ def move(source: Engine, target: Engine) -> Moved:
     return Moved(rows, time.monotonic() - began, is_repeated=is_repeated)
 
 
-def _reading(source: Engine) -> Connection:
-    return source.connect().execution_options(**{READ_ONLY: True})
+def _reading(engine: Engine) -> Connection:
+    return engine.connect().execution_options(**{READ_ONLY: True})
 
 
 @contextmanager
@@ -234,6 +229,18 @@ def _refuse_damaged(source: Engine) -> None:
             f"{backend_of(source)} is damaged ({textwrap.shorten(str(report), 200)}). Nothing was changed or moved. "
             "Run `kkt-buffer verify PATH`, and restore a backup."
         )
+
+
+def _refuse_if_gone(source: Engine, target: Engine, move_id: str) -> None:
+    if current(target) is not None:
+        with _reading(target) as there:
+            if move_id == _setting(there, MOVE_ID):
+                return
+    raise BufferStorageError(
+        f"{backend_of(source)} was moved to {backend_of(target)} completely, and is not there any more. Nothing was "
+        "changed. Restore the server from its backup: the file does not know what was delivered since, and would send "
+        "it again."
+    )
 
 
 def _close(source: Engine, name: str) -> None:

@@ -57,7 +57,6 @@ class Transaction:
         self.backend = backend
         self.write = write
         self.receipt_ids: list[str] = []  # added or changed here, for an outcome that is not known
-        self.is_to_confirm = False  # the caller is told of what others have stored
         self.connection: Connection
         self.session: Session  # set in the caller's `transaction()` or `reading()`
         self._clock = now
@@ -92,18 +91,12 @@ class Transaction:
         """Use this connection from now on, and forget the time and the settings."""
         self.connection = connection
         self.receipt_ids.clear()
-        self.is_to_confirm = False
         self.is_begun = True
         self._now = self._settings = None
 
     def changed(self, *receipt_ids: str) -> None:
         """Note that receipts are added or changed here."""
         self.receipt_ids += receipt_ids
-
-    def confirm(self) -> None:
-        """Note that the caller will be told of what others have stored: it must be durable by then."""
-        self.is_to_confirm = self.backend.is_server
-        self.backend.confirm(self.connection)
 
     def forget_settings(self) -> None:
         """Read the settings again at their next use."""
@@ -317,9 +310,9 @@ class Transactions:
                         f"{self.backend}: the database had to roll the transaction back (see the error before this "
                         "one). Nothing in it was stored; what was acknowledged before is safe. Try again."
                     ) from error
-        except Exception as error:
-            if tx.is_to_confirm and not one_statement and not isinstance(error, BufferStorageError):
-                # The transaction was rolled back, so nothing has waited for the replicas.
+        except DuplicateReceiptError:
+            # It says that the receipt is stored. But its transaction was rolled back, and has not waited for replicas.
+            if self.backend.is_server and not one_statement:
                 with self._connection(write=True, one_statement=True) as connection:
                     self.backend.confirm(connection)
             raise

@@ -54,9 +54,12 @@ class TestRefused:
         """What was moved, all of it, and is not there any more is not moved once more: it may be delivered already."""
         moved(used, server_buffer)
         schema = make_url(server_buffer).query["options"].partition("=")[2]
-        server.execute(f"DROP SCHEMA {schema} CASCADE; CREATE SCHEMA {schema}")
-        with pytest.raises(BufferStorageError, match="is not there any more.+Restore the server"):
-            moved(used, server_buffer)
+        for emptied in (f"DELETE FROM {schema}.config", f"DROP SCHEMA {schema} CASCADE; CREATE SCHEMA {schema}"):
+            server.execute(emptied)
+            before = everything(server_buffer)
+            with pytest.raises(BufferStorageError, match="is not there any more.+Restore the server"):
+                moved(used, server_buffer)
+            assert before == everything(server_buffer)
 
     def test_not_owner(self, server, server_buffer, used, moved):
         """Who may not switch off the triggers of the target is told so at once."""

@@ -25,7 +25,7 @@ def test_unconfirmed(used, moved):
                 run = executor.submit(moved, used, url)
                 [(process,)] = wait_until(lambda: cluster.primary.execute(WAITING))
                 cluster.primary.execute(f"SELECT pg_cancel_backend({process})")
-                with pytest.raises(ConnectionLostError, match="no replica has confirmed a commit"):
+                with pytest.raises(ConnectionLostError, match="the confirmation of a replica is missing"):
                     run.result(30)
         assert moved(used, cluster.url()).is_repeated  # what is demanded does not change the place
         assert rows_of(used) == rows_of(cluster.primary.url())

@@ -5,7 +5,7 @@ import multiprocessing
 import pytest
 from builders import new_receipt
 
-from kkt_buffer import ReceiptRepository
+from kkt_buffer import BufferStorageError, ReceiptRepository
 
 FORK = multiprocessing.get_context("fork")
 
@@ -21,22 +21,35 @@ def in_child(engine, answer):
     answer.send((backend_pid(engine), repository.insert_receipt(new_receipt())))
 
 
-def ends_in_child(engine):
-    engine.dispose()
+def in_transaction_of_parent(repository, answer):
+    try:
+        repository.insert_receipt(new_receipt())
+    except BufferStorageError as error:
+        answer.send(str(error))
+    repository.close()
+
+
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded")
+def test_inside_a_transaction(server_engine):
+    """A child that is born inside a transaction cannot add to it, nor end it: its parent decides that."""
+    repository = ReceiptRepository(server_engine)
+    ours, theirs = FORK.Pipe()
+    with repository.transaction():
+        first = repository.insert_receipt(new_receipt())
+        child = FORK.Process(target=in_transaction_of_parent, args=(repository, theirs))
+        child.start()
+        child.join()
+        second = repository.insert_receipt(new_receipt())
+    assert ours.poll(0)
+    assert "it belongs to the parent process" in ours.recv()
+    assert [first, second] == [receipt.id for receipt in repository.get_pending_receipts()]
 
 
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded")
 def test_end_of_child(server_engine):
     """A child that closes its buffer ends no session of its parent."""
-    repository = ReceiptRepository(server_engine)
-    repository.insert_receipt(new_receipt())
     before = backend_pid(server_engine)
-    with repository.transaction():  # one connection in use, none idle
-        child = FORK.Process(target=ends_in_child, args=(server_engine,))
-        child.start()
-        child.join()
-        repository.insert_receipt(new_receipt())
-    child = FORK.Process(target=ends_in_child, args=(server_engine,))
+    child = FORK.Process(target=server_engine.dispose)
     child.start()
     child.join()
     assert before == backend_pid(server_engine)

@@ -14,7 +14,7 @@ from postgresql.proxy import Proxy
 from servers import Server
 from sqlalchemy import make_url, text
 
-from kkt_buffer import BufferStorageError, DuplicateReceiptError, OutcomeUnknownError
+from kkt_buffer import BufferBusyError, BufferStorageError, DuplicateReceiptError, OutcomeUnknownError
 
 WAITING = "SELECT pid FROM pg_stat_activity WHERE wait_event = 'SyncRep'"
 NO_ACKNOWLEDGEMENT = (BufferStorageError, OutcomeUnknownError)
@@ -133,6 +133,7 @@ class TestSettings:
         change(lone_server, "SET synchronous_standby_names = 'absent'")
         repository = open_repository(lone_buffer, require_replicas=1)
         assert "0 of 1 replicas are connected" == repository.why_refused()
+        assert repository.check_integrity().is_sound  # no difference that somebody should undo
         assert open_repository(lone_buffer).why_refused() is None
 
     def test_connected(self, repository):
@@ -282,7 +283,11 @@ class TestWait:
         repository = open_repository(cluster.url(), require_replicas=1, answer_timeout=1, busy_timeout=0.1)
         repository.insert_receipt(new_receipt())
         with frozen(*cluster.standbys):
-            with pytest.raises(NO_ACKNOWLEDGEMENT, match="no answer for 1 s: it stands still, or waits for a replica"):
+            with pytest.raises(
+                OutcomeUnknownError, match="no answer for 1 s: it stands still, is busy, or waits for a replica"
+            ):
+                repository.insert_receipt(new_receipt())
+            with pytest.raises(BufferBusyError):  # the first one is still waiting, with its lock
                 repository.insert_receipt(new_receipt())
 
 
@@ -312,6 +317,7 @@ class TestTransaction:
             repository.insert_receipt(new_receipt())
         with pytest.raises(BufferStorageError, match="the isolation level is not read committed"):
             repository.insert_receipt(new_receipt())
+        assert "the isolation level is not read committed" == repository.why_refused()
 
 
 class TestLeader:

@@ -17,6 +17,7 @@ from servers import a_free_port
 from sqlalchemy import event
 
 from kkt_buffer import (
+    BufferBusyError,
     BufferFullError,
     BufferStorageError,
     ConnectionLostError,
@@ -135,6 +136,26 @@ class TestInsert:
         failure.result()
         assert 1 == undisturbed.get_receipt_by_id(claimed.id).retry_count
 
+    def test_group_that_waits(self, undisturbed, server_buffer, open_repository):
+        """Threads that share a commit wait for the lock together, not one after another."""
+        repository = open_repository(server_buffer, busy_timeout=0.3)
+        repository.get_buffer_status()
+        waits = []
+
+        def note(_connection, _cursor, statement, *_):
+            waits.append(statement)
+
+        event.listen(repository.engine, "before_cursor_execute", note)
+
+        def insert(_):
+            with pytest.raises(BufferBusyError):
+                repository.insert_receipt(new_receipt())
+
+        with undisturbed.transaction() as session:
+            backend_of(undisturbed.engine).lock(session.connection())
+            together(8, insert)
+        assert len(waits) <= 3  # the first one alone, then those that had queued meanwhile
+
     def test_leader_interrupted(self, repository, proxy, undisturbed, commit_together):
         """Who repeats the commit is interrupted: the others do not take their own receipts for those of somebody."""
         inserts = []
@@ -150,7 +171,9 @@ class TestInsert:
         port = proxy.server_port
         futures, _ = commit_together(receipts)
         proxy.server_port = port
-        interrupted, other = (future.exception() for future in futures)
+        other, interrupted = sorted(
+            (future.exception() for future in futures), key=lambda error: isinstance(error, KeyboardInterrupt)
+        )
         assert isinstance(interrupted, KeyboardInterrupt)
         assert isinstance(other, BufferStorageError)
         assert "may be stored or not" in str(other)

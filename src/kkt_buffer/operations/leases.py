@@ -115,7 +115,7 @@ def claim(tx: Transaction, wanted: Claim) -> list[Receipt]:
     claimed = tx.connection.execute(CLAIM[wanted.pos_id is not None, wanted.retries_last], parameters)
     found: list[Receipt] = tx.load(CLAIMED, token=wanted.token)
     if found and not claimed.rowcount:  # only on PostgreSQL: the first try was committed
-        tx.confirm()
+        tx.backend.confirm(tx.connection)
     tx.changed(*(receipt.id for receipt in found))
 
     def place(receipt: Receipt) -> tuple[int, int, int]:

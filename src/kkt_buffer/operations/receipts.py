@@ -128,10 +128,10 @@ def insert_one(tx: Transaction, receipt: NewReceipt) -> str:
         except RefusedError as refused:
             try:
                 if _is_replay(tx, receipt):
-                    tx.confirm()
+                    tx.backend.confirm(tx.connection)
                     return receipt.id
             except DuplicateReceiptError:
-                tx.confirm()  # it says that the receipt is stored
+                tx.backend.confirm(tx.connection)  # it says that the receipt is stored
                 raise
             tx.forget_settings()  # the server has read the capacity just now
             refuse_if_full(tx, 1)
@@ -156,10 +156,10 @@ def insert_unknown(tx: Transaction, many: list[NewReceipt]) -> list[str]:
     try:
         new = _new_only(tx, many)
     except DuplicateReceiptError:
-        tx.confirm()
+        tx.backend.confirm(tx.connection)
         raise
     if len(new) < len(many):
-        tx.confirm()
+        tx.backend.confirm(tx.connection)
     refuse_if_full(tx, len(new))
     if new:
         try:

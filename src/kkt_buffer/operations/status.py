@@ -140,7 +140,7 @@ def why_refused(tx: Transaction) -> str | None:
     """Why the buffer takes no receipts at all, in words; None if it takes them."""
     moved = tx.connection.execute(MOVED).one_or_none()
     if moved is None:
-        return tx.backend.unsafe(tx.connection)
+        return tx.backend.why_refused(tx.connection)
     target, is_complete = moved
     if is_complete:
         return f"it was moved to {target}, and is only a copy"

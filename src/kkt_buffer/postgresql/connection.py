@@ -16,7 +16,7 @@ from psycopg.pq import Format, TransactionStatus
 
 from kkt_buffer.backend import READ_ONLY
 from kkt_buffer.errors import BufferStorageError
-from kkt_buffer.postgresql.errors import UNCONFIRMED, UNSAFE, unsafe_settings
+from kkt_buffer.postgresql.errors import UNCONFIRMED, UNSAFE, UNSAFE_SETTINGS, first_line
 
 R = TypeVar("R")
 
@@ -98,7 +98,9 @@ class ServerConnection(psycopg.Connection[Any]):
     not_confirmed: str | None = None  # why no replica has confirmed the last commit
 
     def wait(self, gen: PQGen[R], interval: float = 0.1, timeout: float | None = None) -> R:
-        """Wait for the server's answer, for a limited time: the server may stand still, or wait for a replica."""
+        """Send, and wait for the answer, for a limited time: the server may stand still, or wait for a replica."""
+        if self.pid not in {0, os.getpid()}:  # a forked child
+            raise psycopg.OperationalError("it belongs to the parent process")
         if timeout is None and self.is_limited:
             timeout = self.answer_timeout
         try:
@@ -107,7 +109,7 @@ class ServerConnection(psycopg.Connection[Any]):
             if self.pgconn.transaction_status == TransactionStatus.ACTIVE:
                 self.pgconn.finish()  # an answer that comes later must not be taken for that of another statement
                 if "timeout" in str(error):
-                    waited = f"no answer for {timeout:g} s: it stands still, or waits for a replica"
+                    waited = f"no answer for {timeout:g} s: it stands still, is busy, or waits for a replica"
                     raise psycopg.OperationalError(waited) from error
             raise
 
@@ -141,7 +143,7 @@ class ServerConnection(psycopg.Connection[Any]):
             raise psycopg.errors.ReadOnlySqlTransaction("it is in recovery")
         if problem:
             self.rollback()
-            raise unsafe_settings(self.buffer, problem)
+            raise UNSAFE_SETTINGS.as_error(self.buffer, problem)
 
     def commit(self) -> None:
         """Commit. Fails if the server has rolled back, or if a replica that must confirm did not."""
@@ -177,7 +179,7 @@ class ServerConnection(psycopg.Connection[Any]):
             try:
                 [cause] = self.execute(f"SELECT {unsafe_commit(self.replicas)}".encode()).fetchone() or [None]
             except psycopg.Error as error:
-                cause = str(error).split("\n", 1)[0]
+                cause = f"the connection was lost before it could be asked: {first_line(error)}"
         if cause is not None:
             raise UNCONFIRMED.as_error(self.buffer, cause)
 

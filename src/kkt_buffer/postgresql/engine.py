@@ -72,9 +72,10 @@ def create(
     whole_number("require_replicas", require_replicas, 0)
     if busy_timeout >= answer_timeout:
         raise ValueError(f"answer_timeout={answer_timeout:g}: expected more than busy_timeout ({busy_timeout:g})")
+    url = url.set(drivername="postgresql+psycopg")
     server = Server(url, lock_timeout=busy_timeout, answer_timeout=answer_timeout, replicas=require_replicas)
     engine = create_engine(
-        url.set(drivername="postgresql+psycopg"),
+        url,
         execution_options={**options.pop("execution_options", {}), OPTION: server, READ_ONLY: read_only},
         **options,
     )
@@ -262,13 +263,16 @@ class Server(Backend):
     def checks(self) -> Mapping[str, Callable[[Connection], list[str]]]:
         """The check of the settings, and of what may be switched off: triggers, indexes, constraints."""
         return {
-            "safety of commits": lambda connection: [problem] if (problem := self.unsafe(connection)) else [],
+            "safety of commits": lambda connection: [*filter(None, [self._ask(connection, "unsafe_commit")])],
             "schema": lambda connection: list(connection.scalars(OFF)),
         }
 
-    def unsafe(self, connection: Connection) -> str | None:
-        """What makes commits unsafe; or that a move into this buffer has begun."""
-        found: str | None = connection.scalar(text(f"SELECT kkt_why_refused({self._replicas})"))
+    def why_refused(self, connection: Connection) -> str | None:
+        """What makes commits unsafe or impossible; or that a move into this buffer has begun."""
+        return self._ask(connection, "why_refused")
+
+    def _ask(self, connection: Connection, what: str) -> str | None:
+        found: str | None = connection.scalar(text(f"SELECT kkt_{what}({self._replicas})"))
         return found
 
     def refuse_backup(self) -> NoReturn:

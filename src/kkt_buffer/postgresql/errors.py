@@ -35,9 +35,14 @@ _UNREACHABLE = Fault(
     "no connection can be opened",
     "Nothing was done here. Does the server run? Check host, port, database, user, password, and its max_connections.",
 )
+UNSAFE_SETTINGS = Fault(
+    BufferStorageError,
+    "a commit would not be safe here",
+    f"{_SAFE} Correct this setting of the server, the role or the session, and try again.",
+)
 UNCONFIRMED = Fault(
     ConnectionLostError,
-    "no replica has confirmed a commit",
+    "the confirmation of a replica is missing",
     "It may be on the primary alone, and is lost if that fails now. Try again.",
 )
 _DAMAGED = Fault(
@@ -68,17 +73,8 @@ _FAULTS = {
     MOVING: Fault(
         BufferStorageError, "it takes no receipts yet", "Nothing was stored. Let the move end, or run it again."
     ),
-    UNSAFE: Fault(
-        BufferStorageError,
-        "a commit would not be safe here",
-        f"{_SAFE} Correct this setting of the server, the role or the session, and try again.",
-    ),
+    UNSAFE: UNSAFE_SETTINGS,
 }
-
-
-def unsafe_settings(buffer: object, problem: str) -> BufferStorageError:
-    """The error for settings with which a commit would not be safe."""
-    return _FAULTS[UNSAFE].as_error(buffer, problem)
 
 
 def storage_error(
@@ -119,5 +115,5 @@ def statement_error(buffer: object, error: DBAPIError) -> ReceiptBufferError | N
 
 
 def first_line(error: BaseException | None) -> str:
-    """The message without the lines that quote a statement or the values of a row."""
+    """The message, without the lines that quote a statement or a row."""
     return str(error).split("\n", 1)[0]
