@@ -34,11 +34,15 @@ except BufferStorageError as error:
     print("refused", error)
 """
 
+MEASURED = dict(os.environ)  # only there is a mounted file
+
 
 def sold(*names):
     """What processes that sell at one moment print, one process for each name of the buffer."""
     with contextlib.ExitStack() as stack:
-        processes = [stack.enter_context(start_python(SELL, name, INSERTS, stdin=-1, stderr=-3)) for name in names]
+        processes = [
+            stack.enter_context(start_python(SELL, name, INSERTS, stdin=-1, stderr=-3, env=MEASURED)) for name in names
+        ]
         assert all(process.stdout.readline() == "ready\n" for process in processes)
         for process in processes:
             process.stdin.write("\n")

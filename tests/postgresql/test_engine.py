@@ -6,7 +6,7 @@ import sys
 import pytest
 from builders import new_receipt
 from postgresql.cluster import wait_until
-from sqlalchemy import event, make_url
+from sqlalchemy import event, make_url, text
 from sqlalchemy.exc import DBAPIError
 
 from kkt_buffer import (
@@ -178,6 +178,14 @@ class TestStatements:
             connection.exec_driver_sql("ALTER FUNCTION kkt_insert_receipts RENAME TO kkt_other")
         with pytest.raises(SchemaError, match="was changed by hand"):
             repository.insert_receipt(new_receipt())
+
+    def test_warning(self, server_engine):
+        """A warning of somebody's trigger says nothing about replicas."""
+        repository = ReceiptRepository(server_engine)
+        with repository.transaction() as session:
+            session.execute(text("DO $$ BEGIN RAISE WARNING 'paper is low'; END $$"))
+            repository.insert_receipt(new_receipt())
+        assert 1 == repository.get_buffer_status().pending
 
     def test_no_patience(self, server_engine, server_buffer, open_engine):
         """With `busy_timeout=0`, who would have to wait is refused at once."""

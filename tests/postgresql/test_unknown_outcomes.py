@@ -76,33 +76,77 @@ class TestInsert:
         assert [own] == stored(undisturbed)
 
     @pytest.fixture
-    def commit_together(self, repository, undisturbed, proxy):
+    def pool(self):
+        with ThreadPoolExecutor(8) as pool:
+            yield pool
+
+    @pytest.fixture
+    def queued(self, repository, undisturbed, pool):
+        """Insert these receipts, so that they share a commit after another one; returns the futures."""
+
+        def queued(receipts):
+            with undisturbed.transaction() as session:  # keeps the first one waiting, so that the others queue
+                backend_of(undisturbed.engine).lock(session.connection())
+                first = pool.submit(repository.insert_receipt, new_receipt())
+                waiting = "SELECT COUNT(*) FROM pg_locks WHERE locktype = 'advisory' AND NOT granted"
+                wait_until(lambda: session.connection().exec_driver_sql(waiting).scalar_one())
+                futures = [pool.submit(repository.insert_receipt, receipt) for receipt in receipts]
+                time.sleep(0.2)
+            first.result()
+            return futures
+
+        return queued
+
+    @pytest.fixture
+    def commit_together(self, proxy, pool, queued):
         """
         Insert these receipts in one commit, whose answer is cut off; the server is out of reach then. Meanwhile,
         `meanwhile` is submitted. Returns the futures; the caller lets the server be reached again.
         """
-        with ThreadPoolExecutor(8) as pool:
 
-            def commit_together(receipts, *meanwhile):
-                later = []
+        def commit_together(receipts, *meanwhile):
+            later = []
 
-                def lose_the_server():
-                    proxy.server_port = a_free_port()
-                    later.extend(pool.submit(call) for call in meanwhile)
+            def lose_the_server():
+                proxy.server_port = a_free_port()
+                later.extend(pool.submit(call) for call in meanwhile)
 
-                proxy.cut(receipts[0]["id"], Cut.AFTER, lose_the_server)
-                with undisturbed.transaction() as session:  # keeps the first one waiting, so that the others queue
-                    backend_of(undisturbed.engine).lock(session.connection())
-                    first = pool.submit(repository.insert_receipt, new_receipt())
-                    waiting = "SELECT COUNT(*) FROM pg_locks WHERE locktype = 'advisory' AND NOT granted"
-                    wait_until(lambda: session.connection().exec_driver_sql(waiting).scalar_one())
-                    futures = [pool.submit(repository.insert_receipt, receipt) for receipt in receipts]
-                    time.sleep(0.2)
-                first.result()
-                wait_until(lambda: proxy.cuts)
-                return futures, later
+            proxy.cut(receipts[0]["id"], Cut.AFTER, lose_the_server)
+            futures = queued(receipts)
+            wait_until(lambda: proxy.cuts)
+            return futures, later
 
-            yield commit_together
+        return commit_together
+
+    def test_group_with_refused(self, repository, proxy, undisturbed, queued):
+        """One of a group is refused, and then the answer to the commit is cut off: that one is still refused."""
+        known, receipt = new_receipt(id=an_id()), new_receipt(id=an_id())
+        undisturbed.insert_receipt(known)
+        savepoints = []
+
+        def cut(_connection, name):
+            savepoints.append(name)
+            if len(savepoints) == 1:
+                proxy.cut(receipt["id"], Cut.AFTER)
+
+        event.listen(repository.engine, "savepoint", cut)
+        stored_one, refused = queued([receipt, known])
+        assert receipt["id"] == stored_one.result()
+        assert isinstance(refused.exception(), DuplicateReceiptError)
+        assert 1 == proxy.cuts
+
+    def test_batch_without_server(self, repository, proxy, undisturbed):
+        """The server does not come back: whether the batch is stored is not known, and all of it is named."""
+        ids = [an_id() for _ in range(3)]
+
+        def lose_the_server():
+            proxy.server_port = a_free_port()
+
+        proxy.cut(ids[1], Cut.AFTER, lose_the_server)
+        with pytest.raises(OutcomeUnknownError) as raised:
+            repository.insert_receipts(new_receipt(id=own) for own in ids)
+        assert ids == list(raised.value.receipt_ids)
+        assert sorted(ids) == stored(undisturbed)
 
     def test_group(self, repository, proxy, undisturbed, commit_together):
         """

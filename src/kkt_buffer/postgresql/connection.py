@@ -106,12 +106,11 @@ class ServerConnection(psycopg.Connection[Any]):
         try:
             return super().wait(gen, interval, timeout)
         except psycopg.OperationalError as error:
-            if self.pgconn.transaction_status == TransactionStatus.ACTIVE:
-                self.pgconn.finish()  # an answer that comes later must not be taken for that of another statement
-                if "timeout" in str(error):
-                    waited = f"no answer for {timeout:g} s: it stands still, is busy, or waits for a replica"
-                    raise psycopg.OperationalError(waited) from error
-            raise
+            if self.pgconn.transaction_status != TransactionStatus.ACTIVE:
+                raise
+            self.pgconn.finish()  # an answer that comes later must not be taken for that of another statement
+            waited = f"no answer for {timeout or 0:g} s: it stands still, is busy, or waits for a replica"
+            raise psycopg.OperationalError(waited) from error
 
     def begin(self, options: Mapping[str, Any]) -> None:
         """
