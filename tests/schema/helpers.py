@@ -22,12 +22,12 @@ HEAD = migrate.revisions()[-1]
 ALEMBIC = (str(Path(sys.executable).with_name("alembic")),)
 
 
-def alembic(*arguments, cwd=ROOT, **environment):
-    """Run the `alembic` of this environment in the checkout."""
+def alembic(*arguments, cwd=ROOT, within=os.environ, **environment):
+    """Run the `alembic` of this environment in the checkout, with these variables beside those `within`."""
     return subprocess.run(
         [*ALEMBIC, *map(str, arguments)],
         cwd=cwd,
-        env={**os.environ, **environment},
+        env={**within, **environment},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

@@ -24,7 +24,7 @@ from kkt_buffer import BufferFullError
 ROOT = Path(__file__).parents[2]
 THREADS = 16
 PROCESSES = 4
-ROUNDS = 50 if PROOF else 2  # of those that start together
+ROUNDS = 50 if PROOF else 1  # of those that start together
 
 # Four threads insert until the buffer is full or enough is done, and print each id once it is acknowledged. The wall
 # clock of every process is another one, and jumps.

@@ -1,7 +1,7 @@
 """
 Files of random and damaged bytes: only documented errors come out, and a file that is refused is not changed.
 
-`KKT_BUFFER_PROOF=1` tries ten thousand files instead of three hundred.
+`KKT_BUFFER_PROOF=1` tries ten thousand files instead of two hundred.
 """
 
 import random
@@ -16,7 +16,7 @@ from builders import NOON, PROOF, a_receipt, new_receipt
 
 from kkt_buffer import ReceiptBufferError, ReceiptRepository, buffer, create_buffer_engine
 
-FILES = 10_000 if PROOF else 300
+FILES = 10_000 if PROOF else 200
 
 
 def flip(chance, data):

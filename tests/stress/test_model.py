@@ -15,7 +15,7 @@ from hypothesis.stateful import run_state_machine_as_test
 from stress.machine import BufferMachine
 
 # A step on a server takes several times as long.
-HISTORIES = {"sqlite": 2000 if PROOF else 40, "postgresql": 500 if PROOF else 12}
+HISTORIES = {"sqlite": 2000 if PROOF else 30, "postgresql": 500 if PROOF else 8}
 
 
 @contextlib.contextmanager
