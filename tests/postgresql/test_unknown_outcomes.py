@@ -91,7 +91,8 @@ class TestInsert:
                 waiting = "SELECT COUNT(*) FROM pg_locks WHERE locktype = 'advisory' AND NOT granted"
                 wait_until(lambda: session.connection().exec_driver_sql(waiting).scalar_one())
                 futures = [pool.submit(repository.insert_receipt, receipt) for receipt in receipts]
-                time.sleep(0.2)
+                wait_until(lambda: all(future.running() for future in futures))
+                time.sleep(0.5)  # until each of them is in the queue
             first.result()
             return futures
 
@@ -182,7 +183,7 @@ class TestInsert:
 
     def test_group_that_waits(self, undisturbed, server_buffer, open_repository):
         """Threads that share a commit wait for the lock together, not one after another."""
-        repository = open_repository(server_buffer, busy_timeout=0.3)
+        repository = open_repository(server_buffer, busy_timeout=1)
         repository.get_buffer_status()
         waits = []
 
