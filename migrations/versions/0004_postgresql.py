@@ -193,7 +193,7 @@ BEGIN
             THEN 'default_transaction_read_only is on'
             WHEN current_setting('default_transaction_isolation') <> 'read committed'
             THEN 'the isolation level is not read committed' END,
-        -- Who may not see the state of a replica sees NULL.
+        -- sync_state is NULL for a user who may not see it.
         (SELECT format('%s of %s replicas are connected', COUNT(*), replicas) FROM pg_stat_replication
         WHERE COALESCE(sync_state, 'sync') IN ('sync', 'quorum') HAVING COUNT(*) < replicas),
         (SELECT 'a move into this buffer has begun' FROM pg_trigger
@@ -217,7 +217,7 @@ DECLARE
     moment bigint;
     problem text;
 BEGIN
-    -- A cancelled wait for a replica is a warning.
+    -- The server reports a cancelled wait for a replica by a warning alone.
     PERFORM set_config('lock_timeout', patience, true), set_config('client_min_messages', 'warning', true);
     PERFORM pg_advisory_xact_lock('receipts'::regclass::oid::bigint);
     problem := COALESCE(CASE WHEN current_setting('transaction_isolation') <> 'read committed'

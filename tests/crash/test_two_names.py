@@ -34,7 +34,7 @@ except BufferStorageError as error:
     print("refused", error)
 """
 
-MEASURED = dict(os.environ)  # only there is a mounted file
+MEASURED = dict(os.environ)  # no other test opens a file that is mounted by itself
 
 
 def sold(*names):
