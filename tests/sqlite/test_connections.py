@@ -99,6 +99,20 @@ def test_long_transaction(file_repository, caplog):
     assert f"the thread {threading.current_thread().name!r} had a write transaction open for 1." in caplog.text
 
 
+def test_closed_inside_a_transaction(path, open_engine):
+    """A connection that is closed inside a transaction locks nobody out, though its cursor lives on."""
+    engine = open_engine(path, busy_timeout=0.5)
+    repository = ReceiptRepository(engine)
+    receipt = a_receipt(repository)
+    connection = engine.connect()
+    connection.begin()
+    cursor = connection.connection.cursor()
+    cursor.execute("UPDATE receipts SET last_error = 'x' RETURNING id")
+    connection.invalidate()
+    repository.insert_receipt(new_receipt())
+    assert repository.get_receipt_by_id(receipt.id).last_error is None
+
+
 def test_check_of_a_missing_table(file_repository, file_engine):
     """A check that cannot be made is a finding, and the others are made all the same."""
     with file_engine.begin() as connection:

@@ -100,6 +100,9 @@ class GuardedConnection(sqlite3.Connection if TYPE_CHECKING else object):  # typ
         if self.pid != os.getpid():
             return  # closing would write to the shared memory of the parent's WAL
         try:
+            # A closed connection keeps its transaction, and SQLite's lock, until its last cursor is garbage-collected.
+            with contextlib.suppress(self.database.driver.Error):
+                super().rollback()
             if self.database.read_only or self.is_writing:
                 super().close()
             else:
