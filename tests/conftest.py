@@ -19,6 +19,13 @@ pytest_plugins = ["not_proven"]
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Slow tests repeat what quick ones cover; measured, they would take twice as long. The demo has no quick ones."""
+    for item in items:
+        if item.get_closest_marker("slow") and item.path.name != "test_demo.py":
+            item.add_marker("no_cover")
+
+
 @pytest.fixture
 def clock(kkt_clock: Clock) -> Clock:
     return kkt_clock

@@ -46,6 +46,7 @@ def new_buffer(engine_name, request):
 
 
 @pytest.mark.one_python
+@pytest.mark.no_cover
 def test_buffer(engine_name, new_buffer):
     machine = type("Machine", (BufferMachine,), {})  # counts its own steps
     histories = HISTORIES[engine_name]
