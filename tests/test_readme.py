@@ -9,7 +9,7 @@ import pytest
 from builders import run_python
 from delivery.ofd import OfdServer
 
-from kkt_buffer import ReceiptRepository, errors
+from kkt_buffer import DeadLetter, Receipt, ReceiptRepository, errors
 from kkt_buffer.config import CONFIG_RULES
 
 ROOT = Path(__file__).parents[1]
@@ -171,6 +171,13 @@ class TestTables:
         """Every operation of the repository has its place."""
         public = [name for name in dir(ReceiptRepository) if not name.startswith("_")]
         assert [] == [name for name in public if not re.search(rf"`{name}[(`]", REFERENCE)]
+
+    @pytest.mark.parametrize("model", [Receipt, DeadLetter])
+    def test_fields(self, model):
+        """Every field of what is returned."""
+        table = REFERENCE.partition(f"| `{model.__name__}` | |\n")[2].partition("\n\n")[0]
+        first = [line.split(" | ")[0] for line in table.splitlines()]
+        assert set(model.__table__.c.keys()) == set(re.findall(r"`(\w+)`", " ".join(first)))
 
     def test_settings(self):
         """Every setting, and its default."""

@@ -93,7 +93,7 @@ class TestErrors:
     def test_missing(self, tmp_path, refused):
         """Looking at a buffer that is not there does not make it."""
         path = tmp_path / "shop" / "buffer.db"
-        expected = f"error: there is no buffer at {path}; check the path, which --db PATH or BUFFER_DB_PATH may give"
+        expected = f"error: there is no buffer at {path}; check the path (--db PATH, or BUFFER_DB_PATH)"
         assert expected == refused("status", path)
         assert [] == list(tmp_path.iterdir())
 

@@ -103,7 +103,7 @@ def existing(path: str) -> str:
         is_empty = file.stat().st_size == 0 and file.is_file()
     except FileNotFoundError as error:
         raise BufferStorageError(
-            f"there is no buffer at {path}; check the path, which --db PATH or {PATH_VARIABLE} may give"
+            f"there is no buffer at {path}; check the path (--db PATH, or {PATH_VARIABLE})"
         ) from error
     except OSError:  # whoever opens it gets this error too, and explains it
         return path
