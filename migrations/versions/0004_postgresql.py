@@ -215,6 +215,7 @@ DECLARE
     hlc bigint[];
     room bigint;
     moment bigint;
+    stored bigint;
     problem text;
 BEGIN
     -- The server reports a cancelled wait for a replica by a warning alone.
@@ -238,6 +239,10 @@ BEGIN
         document, digest, CASE WHEN hold THEN moment END
     FROM unnest(ids, pos_ids, documents, digests, held) WITH ORDINALITY
         AS given (id, pos_id, document, digest, hold, place);
+    GET DIAGNOSTICS stored = ROW_COUNT;
+    IF stored <> cardinality(ids) THEN  -- a trigger of the service's own has taken rows out
+        RAISE EXCEPTION '% of % receipts were stored', stored, cardinality(ids) USING ERRCODE = '23K02';
+    END IF;
     PERFORM set_config('kkt_buffer.is_checked', '', true);
     RETURN true;
 END $$""",

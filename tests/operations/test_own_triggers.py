@@ -2,15 +2,30 @@
 
 import pytest
 from builders import NOON, a_receipt, new_receipt
-from sqlalchemy import text
 from sqlalchemy.exc import IntegrityError
 
 from kkt_buffer import BufferDamagedError, deliver_pending
 
 
-def refuse(engine, when):
+OWN = {
+    "sqlite": ["CREATE TRIGGER own BEFORE {when} BEGIN SELECT RAISE({what}); END"],
+    "postgresql": [
+        "CREATE FUNCTION own() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN {what}; END $$",
+        "CREATE TRIGGER own BEFORE {when} FOR EACH ROW EXECUTE FUNCTION own()",
+    ],
+}
+REFUSE = {
+    "sqlite": "ABORT, 'it is closed'",
+    "postgresql": "RAISE EXCEPTION 'it is closed' USING ERRCODE = 'integrity_constraint_violation'",
+}
+IGNORE = {"sqlite": "IGNORE", "postgresql": "RETURN NULL"}
+
+
+def trigger(engine, what, when):
+    name = engine.dialect.name
     with engine.begin() as connection:
-        connection.execute(text(f"CREATE TRIGGER own BEFORE {when} BEGIN SELECT RAISE(ABORT, 'it is closed'); END"))
+        for statement in OWN[name]:
+            connection.exec_driver_sql(statement.format(when=when, what=what[name]))
 
 
 def test_record_failure(repository, engine):
@@ -18,7 +33,7 @@ def test_record_failure(repository, engine):
     repository.set_config("max_retry_attempts", 1)
     a_receipt(repository)
     [claimed] = repository.claim_pending(1)
-    refuse(engine, "INSERT ON dlq")
+    trigger(engine, REFUSE, "INSERT ON dlq")
     with pytest.raises(IntegrityError, match="it is closed"):
         repository.record_failure(claimed.id, "timeout", claimed.lease_token)
     found = repository.get_receipt_by_id(claimed.id)
@@ -32,7 +47,7 @@ def test_delivery(repository, engine):
 
     def send(receipt):
         received.append(receipt.id)
-        refuse(engine, "UPDATE ON receipts")
+        trigger(engine, REFUSE, "UPDATE ON receipts")
         return NOON
 
     with pytest.raises(IntegrityError, match="it is closed"):
@@ -43,9 +58,18 @@ def test_delivery(repository, engine):
 
 def test_ignored(repository, engine):
     """A trigger that lets a receipt vanish in silence does not get it acknowledged."""
-    with engine.begin() as connection:
-        connection.execute(text("CREATE TRIGGER own BEFORE INSERT ON receipts BEGIN SELECT RAISE(IGNORE); END"))
+    trigger(engine, IGNORE, "INSERT ON receipts")
     with pytest.raises(BufferDamagedError, match="0 of 1 receipts were stored"):
         repository.insert_receipt(new_receipt())
     with pytest.raises(BufferDamagedError, match="0 of 2 receipts were stored"):
         repository.insert_receipts([new_receipt(), new_receipt()])
+
+
+@pytest.mark.parametrize("status", ["pending", "failed"])
+def test_delivery_ignored(repository, engine, status):
+    """Nor does one that lets a delivery vanish: it is told, and no thread waits for ever."""
+    receipt = a_receipt(repository, status)
+    trigger(engine, IGNORE, "UPDATE ON receipts")
+    with pytest.raises(BufferDamagedError, match="cannot be marked as synced"):
+        repository.mark_synced(receipt.id, NOON)
+    assert status == repository.get_receipt_by_id(receipt.id).status

@@ -9,6 +9,7 @@ from sqlalchemy import Table, bindparam, insert, literal_column, null, select, t
 from kkt_buffer.arguments import NewReceipt
 from kkt_buffer.backend import RefusedError
 from kkt_buffer.errors import (
+    BufferDamagedError,
     BufferFullError,
     DuplicateReceiptError,
     InvalidTransitionError,
@@ -233,17 +234,17 @@ def mark_synced(tx: Transaction, delivery: tuple[str, int]) -> bool:
     receipt_id, server_time = delivery
     tx.changed(receipt_id)
     parameters = {"receipt_id": receipt_id, "server_time": server_time, "now": tx.now}
-    while not tx.run(MARK_SYNCED, parameters).rowcount:
+    for _ in range(2):  # twice: another worker may requeue or reject it between two of these statements
+        if tx.run(MARK_SYNCED, parameters).rowcount:
+            return True
         status = status_of(tx, receipt_id)
-        if status is None:
-            return False
-        if status is ReceiptStatus.SYNCED:
-            return True
-        if status is ReceiptStatus.FAILED:  # pragma: no branch (else it was requeued just now)
+        if status is None or status is ReceiptStatus.SYNCED:
+            return status is not None
+        if status is ReceiptStatus.FAILED:
             close_dead_letter(tx, receipt_id, "delivery", "the receipt was delivered", Resolution.DELIVERED)
-            tx.run(MARK_FAILED_SYNCED, parameters)
-            return True
-    return True
+            if tx.run(MARK_FAILED_SYNCED, parameters).rowcount:
+                return True
+    raise BufferDamagedError.found(tx.backend, f"receipt {receipt_id} is {status} and cannot be marked as synced")
 
 
 def mark_synced_together(tx: Transaction, deliveries: list[tuple[str, int]]) -> list[bool]:
