@@ -218,6 +218,9 @@ DECLARE
     stored bigint;
     problem text;
 BEGIN
+    IF pg_is_in_recovery() THEN  -- what it would answer below may be old
+        RAISE EXCEPTION 'it is in recovery' USING ERRCODE = 'read_only_sql_transaction';
+    END IF;
     -- The server reports a cancelled wait for a replica by a warning alone.
     PERFORM set_config('lock_timeout', patience, true), set_config('client_min_messages', 'warning', true);
     PERFORM pg_advisory_xact_lock('receipts'::regclass::oid::bigint);

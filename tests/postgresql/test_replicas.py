@@ -14,7 +14,13 @@ from postgresql.proxy import Proxy
 from servers import Server
 from sqlalchemy import make_url, text
 
-from kkt_buffer import BufferBusyError, BufferStorageError, DuplicateReceiptError, OutcomeUnknownError
+from kkt_buffer import (
+    BufferBusyError,
+    BufferFullError,
+    BufferStorageError,
+    DuplicateReceiptError,
+    OutcomeUnknownError,
+)
 
 WAITING = "SELECT pid FROM pg_stat_activity WHERE wait_event = 'SyncRep'"
 NO_ACKNOWLEDGEMENT = (BufferStorageError, OutcomeUnknownError)
@@ -331,20 +337,35 @@ class TestLeader:
             assert cluster.primary.port == session.scalar(text("SELECT current_setting('port')::int"))
             assert repository.get_receipt_by_id(second)
 
-    @pytest.mark.parametrize("call", ["insert", "claim", "read"])
+    @pytest.mark.parametrize("call", ["insert", "not replicated there", "replay", "full", "claim", "read"])
     def test_one_name(self, cluster, open_repository, call):
         """A name that leads to the demoted one for a while: no connection to it is kept, and nothing is read there."""
         with Proxy(cluster.primary.port).running() as proxy:
             url = cluster.url(host=f"127.0.0.1:{proxy.port}", target_session_attrs="any")
             repository = open_repository(url, require_replicas=1)
-            receipt_id = repository.insert_receipt(new_receipt(pos_id=call))
+            receipt = new_receipt(id=an_id(), pos_id=call)
+            repository.insert_receipt(receipt)
+            if call == "full":
+                repository.set_config("buffer_capacity", repository.get_buffer_status().pending)
+            demoted = cluster.primary
             cluster.demote()
+            if call not in {"insert", "claim", "read"}:
+                repository.close()  # the next connection is made to the demoted one
+            if call == "not replicated there":
+                change(demoted, "SET synchronous_standby_names = ''")
             moved = threading.Timer(0.3, setattr, [proxy, "server_port", cluster.primary.port])
             moved.start()
-            if call == "insert":
-                repository.insert_receipt(new_receipt())
-            elif call == "claim":
-                assert [receipt_id] == [receipt.id for receipt in repository.claim_pending(pos_id=call)]
+            if call == "claim":
+                assert [receipt["id"]] == [claimed.id for claimed in repository.claim_pending(pos_id=call)]
+            elif call == "read":
+                assert receipt["id"] == repository.get_receipt_by_id(receipt["id"]).id
+            elif call == "replay":
+                assert receipt["id"] == repository.insert_receipt(receipt, exist_ok=True)
+            elif call == "full":
+                with pytest.raises(BufferFullError):
+                    repository.insert_receipt(new_receipt())
             else:
-                assert receipt_id == repository.get_receipt_by_id(receipt_id).id
+                repository.insert_receipt(new_receipt())
             assert not moved.is_alive()
+            repository.set_config("buffer_capacity", 200)
+            change(demoted, "RESET synchronous_standby_names")
