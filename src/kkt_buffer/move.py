@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 _MOVING = "trg_moving"  # known to kkt_why_refused() too
 MOVE_ID = "move_id"  # key in `config`
 ROWS_AT_ONCE = 100
+_WITH_TRIGGERS = ("receipts", "dlq", "buffer_events")
 
 Row = tuple[Any, ...]
 
@@ -176,7 +177,8 @@ def move(source: Engine, target: Engine) -> Moved:
                 with _reading(source) as here:
                     rows = _copy(here, there)
                 _switch_triggers(there, "ENABLE")
-                there.execute(text(f"DROP TRIGGER {_MOVING} ON receipts"))
+                for table in _WITH_TRIGGERS:
+                    there.execute(text(f"DROP TRIGGER {_MOVING} ON {table}"))
     except (DBAPIError, backend_of(target).driver.Error) as error:
         what = str(getattr(error, "orig", None) or error).split("\n", 1)[0]
         raise BufferStorageError(
@@ -271,12 +273,13 @@ def _refuse_inserts(target: Engine) -> None:
     with target.begin() as there:
         there.execute(_LOCK)
         if there.scalar(_IS_EMPTY) and not there.scalar(_IS_MOVING):
-            there.execute(text(f"CREATE TRIGGER {_MOVING} BEFORE INSERT ON receipts FOR EACH STATEMENT {guard}"))
+            for table in _WITH_TRIGGERS:
+                there.execute(text(f"CREATE TRIGGER {_MOVING} BEFORE INSERT ON {table} FOR EACH STATEMENT {guard}"))
 
 
 def _switch_triggers(there: Connection, enable_or_disable: str) -> None:
     """Disable or enable all triggers of the target: they would write new events, and count the rows once more."""
-    for table in ("receipts", "dlq", "buffer_events"):
+    for table in _WITH_TRIGGERS:
         there.execute(text(f"ALTER TABLE {table} {enable_or_disable} TRIGGER USER"))
 
 

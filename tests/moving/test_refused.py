@@ -3,7 +3,7 @@
 import shutil
 
 import pytest
-from builders import a_receipt, everything, together
+from builders import a_receipt, everything, new_receipt, together
 from damage import damage
 from moving.rows import name_of, rows_of, stored
 from sqlalchemy import event, make_url, text
@@ -140,6 +140,15 @@ class TestInterrupted:
     def test_again(self, closed, moved, server_buffer, statement, told):
         """What has arrived is compared before it is committed. The file stays closed, and a second run moves it."""
         path = closed(statement, told)
+        assert not moved(path, server_buffer).is_repeated
+        assert rows_of(path) == rows_of(server_buffer)
+
+    @pytest.mark.parametrize("call", ["insert_receipt", "log_event"])
+    def test_used_meanwhile(self, closed, moved, server_engine, server_buffer, call):
+        """A service that uses the target before the move is complete changes nothing there, and keeps nobody out."""
+        path = closed("SELECT nothing", "the server refused to go on")
+        with pytest.raises(BufferStorageError, match="a move into this buffer has begun"):
+            getattr(ReceiptRepository(server_engine), call)(new_receipt() if call == "insert_receipt" else "hello")
         assert not moved(path, server_buffer).is_repeated
         assert rows_of(path) == rows_of(server_buffer)
 
