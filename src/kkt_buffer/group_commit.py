@@ -114,11 +114,8 @@ class GroupCommit:
 
     def _lead(self, tx: Transaction, leader: _Member) -> None:
         if leader.is_committing:
-            leader.error = BufferStorageError(
-                "the transaction that this operation shared with other threads was interrupted while it was "
-                "committed, so this operation may be stored or not. What was acknowledged before is safe. Try again: a "
-                "receipt with the same id is stored once."
-            )
+            interrupted = "the thread that sent it for this one too was interrupted"
+            leader.error = OutcomeUnknownError(tx.backend, [str(leader.argument[0])], interrupted)
             leader.is_done = True
             return
         members = [leader]

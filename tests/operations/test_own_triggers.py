@@ -6,7 +6,6 @@ from sqlalchemy.exc import IntegrityError
 
 from kkt_buffer import BufferDamagedError, deliver_pending
 
-
 OWN = {
     "sqlite": ["CREATE TRIGGER own BEFORE {when} BEGIN SELECT RAISE({what}); END"],
     "postgresql": [
