@@ -6,7 +6,9 @@ import sys
 import pytest
 from builders import new_receipt
 from postgresql.cluster import wait_until
+from psycopg import ConnectionInfo
 from sqlalchemy import event, make_url, text
+from sqlalchemy.dialects.postgresql.base import PGDialect
 from sqlalchemy.exc import DBAPIError
 
 from kkt_buffer import (
@@ -85,9 +87,12 @@ class TestOptions:
         with pytest.raises(ValueError, match=r"answer_timeout=10: expected more than busy_timeout \(10\)"):
             create_buffer_engine(server_buffer, busy_timeout=10, answer_timeout=10)
 
-    def test_isolation_level(self, server_buffer):
-        with pytest.raises(ValueError, match="READ COMMITTED"):
-            create_buffer_engine(server_buffer, isolation_level="SERIALIZABLE")
+    @pytest.mark.parametrize("level", ["SERIALIZABLE", "READ COMMITTED"])
+    def test_isolation_level(self, server_buffer, level):
+        """SQLAlchemy would begin transactions of its own, even with the same level."""
+        for options in ({"isolation_level": level}, {"execution_options": {"isolation_level": level}}):
+            with pytest.raises(ValueError, match="READ COMMITTED"):
+                create_buffer_engine(server_buffer, **options)
 
     def test_one_slash(self, tmp_path, monkeypatch):
         """A URL that lost a slash does not become a file with the password in its name."""
@@ -108,7 +113,6 @@ class TestServers:
     @pytest.mark.parametrize(
         ("answer", "told"),
         [
-            (("CockroachDB CCL v25.1", "UTF8", "public", False), "this is CockroachDB"),
             (("PostgreSQL 11.2-YB-2.25.0.0-b0", "UTF8", "public", False), "this is YugabyteDB"),
             (("PostgreSQL 15.1", "UTF8", "public", True), "this is Citus"),
             (("PostgreSQL 15.1", "LATIN1", "public", False), "its encoding is LATIN1"),
@@ -130,6 +134,13 @@ class TestServers:
 
         monkeypatch.setattr(Server, "refuse_others", refuse_others)
         with pytest.raises(BufferStorageError, match=told):
+            create_buffer_engine(server_buffer)
+
+    def test_cockroach(self, server_buffer, monkeypatch):
+        """Its version is one that SQLAlchemy cannot read."""
+        monkeypatch.setattr(ConnectionInfo, "parameter_status", lambda _info, name: "v25.1" * (name == "crdb_version"))
+        monkeypatch.setattr(PGDialect, "_get_server_version_info", None)
+        with pytest.raises(BufferStorageError, match="this is CockroachDB"):
             create_buffer_engine(server_buffer)
 
     def test_too_old(self, server_buffer, monkeypatch):

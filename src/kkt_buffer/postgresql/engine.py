@@ -43,18 +43,13 @@ WHERE contype = 'f' AND confrelid = 'receipts'::regclass"""
 )
 
 _OURS = "IN ('receipts'::regclass, 'dlq'::regclass, 'buffer_events'::regclass, 'buffer_changes'::regclass)"
-OFF = text(
-    f"""\
+OFF = f"""\
 SELECT 'the trigger ' || tgname || ' is disabled' FROM pg_trigger WHERE tgenabled <> 'O' AND tgrelid {_OURS}
 UNION ALL
 SELECT 'the index ' || indexrelid::regclass || ' is not valid' FROM pg_index WHERE NOT indisvalid AND indrelid {_OURS}
 UNION ALL
 SELECT 'the constraint ' || conname || ' is not validated' FROM pg_constraint
 WHERE NOT convalidated AND conrelid {_OURS}"""
-)
-
-# Databases that speak the same protocol, and keep other promises.
-_OTHERS = {"CockroachDB": "CockroachDB", "-YB-": "YugabyteDB"}
 
 
 def create(
@@ -67,7 +62,7 @@ def create(
     **options: Any,  # noqa: ANN401 (passed on to create_engine)
 ) -> Engine:
     """Create an engine on the first schema of `search_path`, and connect once to check that it can be used."""
-    if "isolation_level" in options:
+    if "isolation_level" in {**options, **options.get("execution_options", {})}:
         raise ValueError("isolation_level: a buffer needs READ COMMITTED, and begins its transactions itself")
     whole_number("require_replicas", require_replicas, 0)
     if busy_timeout >= answer_timeout:
@@ -141,6 +136,9 @@ class Server(Backend):
             "prepare_threshold": None,  # behind pgbouncer another session would not know a prepared statement
         }
         connection = ServerConnection.connect(*cargs, **{**defaults, **cparams, "autocommit": True})
+        if connection.info.parameter_status("crdb_version"):  # SQLAlchemy fails to read its version
+            connection.close()
+            raise self._another("CockroachDB")
         connection.buffer = self
         connection.replicas = self._replicas
         connection.lock_milliseconds = self._lock_milliseconds
@@ -181,12 +179,8 @@ class Server(Backend):
         version, encoding, schema, citus = connection.exec_driver_sql(
             f"SELECT version(), current_setting('server_encoding'), current_schema(), {has_citus}"
         ).one()
-        others = [name for sign, name in _OTHERS.items() if sign in version] + ["Citus"] * citus
-        if others:
-            raise BufferStorageError(
-                f"{self}: this is {others[0]}, on which a buffer was never tested: its locks and triggers differ. "
-                "Nothing was changed. Use PostgreSQL itself."
-            )
+        if citus or "-YB-" in version:
+            raise self._another("Citus" if citus else "YugabyteDB")
         if driver_connection(connection).pgconn.server_version < OLDEST * 10_000:
             raise BufferStorageError(f"{self}: PostgreSQL {OLDEST} or newer is needed, this is {version}.")
         if encoding != "UTF8":
@@ -196,6 +190,12 @@ class Server(Backend):
                 f"{self}: none of the schemas in search_path exists, or this user may not use it. Nothing was changed. "
                 "Create it (CREATE SCHEMA), or let the user in (GRANT USAGE ON SCHEMA)."
             )
+
+    def _another(self, name: str) -> BufferStorageError:
+        return BufferStorageError(
+            f"{self}: this is {name}, on which a buffer was never tested: its locks and triggers differ. Nothing was "
+            "changed. Use PostgreSQL itself."
+        )
 
     # Called by operations.
 
@@ -264,7 +264,7 @@ class Server(Backend):
         """The check of the settings, and of what may be switched off: triggers, indexes, constraints."""
         return {
             "safety of commits": lambda connection: [*filter(None, [self._ask(connection, "unsafe_commit")])],
-            "schema": lambda connection: list(connection.scalars(OFF)),
+            "schema": lambda connection: list(connection.scalars(text(OFF))),
         }
 
     def why_refused(self, connection: Connection) -> str | None:
