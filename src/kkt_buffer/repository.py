@@ -649,5 +649,5 @@ class ReceiptRepository:
     def _require_schema(self) -> None:
         """Raise `SchemaError` unless the schema is that of this release; checked until it was right once."""
         if not self._has_schema and self._transactions.current is None:
-            require(self.engine)
+            self._transactions.repeated(lambda: require(self.engine))
             self._has_schema = True

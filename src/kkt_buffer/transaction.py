@@ -129,7 +129,13 @@ class Transaction:
 
 # Nothing of the operation was stored, so it can be repeated.
 NOT_STORED = (ConnectionLostError, TransactionConflictError)
+Opener: TypeAlias = Callable[[], AbstractContextManager[Transaction]]
 Operation: TypeAlias = Callable[Concatenate[Transaction, P], R]
+
+
+def _once(opened: Opener, operation: Operation[P, R], *args: P.args, **options: P.kwargs) -> R:
+    with opened() as tx:
+        return operation(tx, *args, **options)
 
 
 class NotTogetherError(Exception):
@@ -186,15 +192,15 @@ class Transactions:
 
     def read(self, operation: Operation[P, R], *args: P.args, **options: P.kwargs) -> R:
         """Run an operation in a read transaction; again, if its connection was lost."""
-        return self._repeated(self.reading, lambda tx: operation(tx, *args, **options))
+        return self.repeated(lambda: _once(self.reading, operation, *args, **options))
 
     def write(self, operation: Operation[P, R], *args: P.args, **options: P.kwargs) -> R:
         """Run an operation in a write transaction; again, if nothing of it was stored."""
-        return self._repeated(self.writing, lambda tx: operation(tx, *args, **options))
+        return self.repeated(lambda: _once(self.writing, operation, *args, **options))
 
     def write_one_statement(self, operation: Operation[P, R], *args: P.args, **options: P.kwargs) -> R:
         """The same for an operation of one statement, which needs no transaction around it."""
-        return self._repeated(partial(self.writing, one_statement=True), lambda tx: operation(tx, *args, **options))
+        return self.repeated(lambda: _once(partial(self.writing, one_statement=True), operation, *args, **options))
 
     def write_idempotent(
         self, unknown: OutcomeUnknownError | None, operation: Operation[P, R], *args: P.args, **options: P.kwargs
@@ -204,23 +210,22 @@ class Transactions:
 
         `unknown`: the outcome of an earlier try. No later failure tells whether that one was stored.
         """
-        return self._repeated(
-            self.writing, lambda tx: operation(tx, *args, **options), (*NOT_STORED, OutcomeUnknownError), unknown
+        return self.repeated(
+            lambda: _once(self.writing, operation, *args, **options), (*NOT_STORED, OutcomeUnknownError), unknown
         )
 
-    def _repeated(
+    def repeated(
         self,
-        transaction: Callable[[], AbstractContextManager[Transaction]],
-        run: Callable[[Transaction], R],
+        run: Callable[[], R],
         again: tuple[type[Exception], ...] = NOT_STORED,
         unknown: OutcomeUnknownError | None = None,
     ) -> R:
+        """Run it until it meets none of the errors in `again`, but not for ever."""
         # Inside a transaction of the caller, only the caller can repeat it, as a whole.
         pauses = PAUSES_SECONDS if self.current is None else ()
         for pause in (*pauses, None):
             try:
-                with transaction() as tx:
-                    return run(tx)
+                return run()
             except DuplicateReceiptError:
                 raise
             except ReceiptBufferError as error:

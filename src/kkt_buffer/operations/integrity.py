@@ -18,7 +18,7 @@ from kkt_buffer.errors import (
     TransactionConflictError,
 )
 from kkt_buffer.models import OPEN_ONLY, ConfigEntry, Receipt, ReceiptStatus, metadata
-from kkt_buffer.transaction import Transactions
+from kkt_buffer.transaction import Transaction, Transactions
 
 # Problems with these subjects damage no receipt: a backup would not be better.
 _NO_DAMAGE = frozenset({"settings", "order of timestamps", "safety of commits", "schema"})
@@ -133,9 +133,13 @@ def check(transactions: Transactions) -> IntegrityReport:
 
 def _found(transactions: Transactions, check: Callable[[Connection], list[str]]) -> tuple[str, ...]:
     problems: list[str] = []
+
+    def run(tx: Transaction) -> None:
+        with transactions.backend.patience(tx.connection):
+            problems[:] = check(tx.connection)
+
     try:
-        with transactions.reading() as tx, transactions.backend.patience(tx.connection):
-            problems += check(tx.connection)
+        transactions.read(run)
     except (BufferBusyError, ConnectionLostError, TransactionConflictError):
         raise  # it tells nothing about the rows
     except (ReceiptBufferError, SQLAlchemyError, ValueError) as error:

@@ -6,6 +6,7 @@ The file does not get smaller: SQLite reuses the freed pages for new rows, so th
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from sqlalchemy import text
 
@@ -57,23 +58,29 @@ Parameters = Mapping[str, int]
 
 def prune(transactions: Transactions) -> PruneReport:
     """Delete what is older than its retention, in short transactions, so that writers do not wait."""
-    with transactions.reading() as tx:
-        ages = {what: tx.number(f"retention_{what}_days") * SECONDS_PER_DAY for what in ("synced", "dlq", "events")}
-        now = tx.now
-        by_dlq_only, unreferenced = _unreferenced(tx, but="dlq"), _unreferenced(tx)
+    now, ages = transactions.read(_now_and_ages)
+    by_dlq_only, unreferenced = transactions.read(_unreferenced, but="dlq"), transactions.read(_unreferenced)
     cutoffs = {"synced": now - ages["synced"], "closed": now - ages["dlq"]}
     letters = _delete(transactions, _HISTORY, cutoffs)
     resolved_letters, resolved = _prune_resolved(transactions, f"{_RESOLVED} AND {by_dlq_only} LIMIT {BATCH}", cutoffs)
     free = f"SELECT id FROM receipts WHERE {_DELIVERED} AND {unreferenced} LIMIT {BATCH}"
     delivered = _delete(transactions, f"DELETE FROM receipts WHERE id IN ({free})", cutoffs)
-    with transactions.reading() as tx:
-        kept = tx.connection.scalar(text(f"SELECT COUNT(*) FROM receipts WHERE {_DELIVERED}"), cutoffs) or 0
+    [kept] = transactions.read(_ask, f"SELECT COUNT(*) FROM receipts WHERE {_DELIVERED}", cutoffs)
     return PruneReport(
         receipts=delivered + resolved,
         dead_letters=letters + resolved_letters,
         events=_prune_events(transactions, {"events": now - ages["events"], "events_age": ages["events"]}),
         kept_receipts=kept,
     )
+
+
+def _now_and_ages(tx: Transaction) -> tuple[int, dict[str, int]]:
+    return tx.now, {what: tx.number(f"retention_{what}_days") * SECONDS_PER_DAY for what in ("synced", "dlq", "events")}
+
+
+def _ask(tx: Transaction, query: str, parameters: Parameters) -> list[Any]:
+    """The first column."""
+    return list(tx.connection.scalars(text(query), parameters))
 
 
 def _unreferenced(tx: Transaction, but: str = "") -> str:
@@ -105,18 +112,21 @@ def _delete_batch(tx: Transaction, statement: str, parameters: Parameters) -> in
 def _prune_resolved(transactions: Transactions, resolved: str, parameters: Parameters) -> tuple[int, int]:
     letters = receipts = 0
     while True:
-        with transactions.writing() as tx:
-            found = tx.connection.execute(text(resolved), parameters).all()
-            for (receipt_id,) in found:
-                of_this = {"id": receipt_id}
-                letters += tx.connection.execute(
-                    text("DELETE FROM dlq WHERE original_receipt_id = :id"), of_this
-                ).rowcount
-                tx.connection.execute(text("DELETE FROM receipts WHERE id = :id AND status = 'failed'"), of_this)
-            tx.backend.pruned(tx.connection)
-        receipts += len(found)
-        if len(found) < BATCH:
+        of_these, batch = transactions.write(_delete_resolved, resolved, parameters)
+        letters += of_these
+        receipts += batch
+        if batch < BATCH:
             return letters, receipts
+
+
+def _delete_resolved(tx: Transaction, resolved: str, parameters: Parameters) -> tuple[int, int]:
+    letters, found = 0, _ask(tx, resolved, parameters)
+    for receipt_id in found:
+        of_this = {"id": receipt_id}
+        letters += tx.connection.execute(text("DELETE FROM dlq WHERE original_receipt_id = :id"), of_this).rowcount
+        tx.connection.execute(text("DELETE FROM receipts WHERE id = :id AND status = 'failed'"), of_this)
+    tx.backend.pruned(tx.connection)
+    return letters, len(found)
 
 
 def _prune_events(transactions: Transactions, parameters: Parameters) -> int:
@@ -124,13 +134,15 @@ def _prune_events(transactions: Transactions, parameters: Parameters) -> int:
     deleted = 0
     old = _EVENTS.format(unix_time=transactions.backend.unix_time, batch=BATCH)
     while True:
-        with transactions.reading() as tx:
-            found = tx.connection.scalars(text(old), parameters).all()
+        found = transactions.read(_ask, old, parameters)
         if found:
-            with transactions.writing() as tx:
-                tx.connection.execute(
-                    text("DELETE FROM buffer_events WHERE id = :number"), [{"number": number} for number in found]
-                )
+            transactions.write(_delete_events, found)
         deleted += len(found)
         if len(found) < BATCH:
             return deleted
+
+
+def _delete_events(tx: Transaction, found: list[int]) -> None:
+    tx.connection.execute(
+        text("DELETE FROM buffer_events WHERE id = :number"), [{"number": number} for number in found]
+    )
