@@ -141,8 +141,8 @@ class GroupCommit:
 
     def _commit_together(self, tx: Transaction, members: list[_Member]) -> None:
         if tx.backend.is_server:
-            self._gather(members)
-            if all(member.work.one_statement and member.work is members[0].work for member in members):
+            self._gather(tx, members)
+            if members[0].work.one_statement:
                 self._commit(tx, members, _in_one_statement, one_statement=True)
                 return
         self._commit(tx, members, self._all_together)
@@ -180,7 +180,7 @@ class GroupCommit:
                     member.is_committing = True
         finally:
             if not is_begun:
-                self._gather(members)  # they would meet the same error
+                self._gather(tx, members)  # they would meet the same error
         self._is_shared = len(members) > 1
         for member in members:
             member.finish()
@@ -188,20 +188,30 @@ class GroupCommit:
     def _all_together(self, tx: Transaction, members: list[_Member]) -> None:
         """Run the leader's operation and all queued ones, those queued meanwhile included."""
         done = 0
-        self._gather(members)
+        self._gather(tx, members)
         while done < len(members):
             batch, done = members[done:], len(members)
             for _, group in groupby(batch, key=lambda member: member.work):
                 _in_one_statement(tx, list(group))
             if self._is_shared or len(members) > 1:
                 time.sleep(0)  # yields the GIL: threads that the last commit has woken may call again already
-            self._gather(members)
+            self._gather(tx, members)
 
-    def _gather(self, members: list[_Member]) -> None:
+    def _gather(self, tx: Transaction, members: list[_Member]) -> None:
+        """
+        Add what is queued to what the leader commits.
+
+        On a server, inserts or other calls: the lock of inserts would be held while the network carries the statements
+        of the others.
+        """
+        others = []
         while self._waiting and len(members) < MAX_BATCH:
             member = self._waiting.popleft()
-            if member is not members[0] and not member.is_done:
+            if tx.backend.is_server and member.work.one_statement != members[0].work.one_statement:
+                others.append(member)
+            elif member is not members[0] and not member.is_done:
                 members.append(member)
+        self._waiting.extendleft(reversed(others))
 
 
 _REPEAT = (*NOT_STORED, OutcomeUnknownError)

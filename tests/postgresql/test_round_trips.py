@@ -4,8 +4,14 @@ How often a call crosses the network, where the database is on another machine.
 The lock that all inserts take is not held meanwhile: one receipt, or one batch, is one statement in autocommit.
 """
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 from builders import an_id, new_receipt
+from postgresql.cluster import wait_until
+from sqlalchemy import event, text
+
+from kkt_buffer.postgresql.engine import ONE_STATEMENT
 
 BATCH = 64
 
@@ -55,3 +61,28 @@ def test_round_trips(operations, proxy, name):
     before = proxy.round_trips
     operations[name]()
     assert BUDGETS[name] == proxy.round_trips - before
+
+
+def test_mixed(repository, server_engine):
+    """Inserts that wait for their turn among deliveries are stored with one statement, outside of a transaction."""
+    known = repository.insert_receipts(new_receipt() for _ in range(4))
+    is_alone = []
+
+    def note(connection, _cursor, statement, *_):
+        if "kkt_insert_receipts" in statement:
+            is_alone.append(connection.get_execution_options().get(ONE_STATEMENT))
+
+    event.listen(repository.engine, "before_cursor_execute", note)
+    with ThreadPoolExecutor(9) as pool:
+        with server_engine.begin() as connection:
+            connection.execute(text("SELECT kkt_lock_buffer()"))
+            calls = [pool.submit(repository.insert_receipt, new_receipt())]
+            wait_until(lambda: is_alone)
+            for receipt_id in known:
+                calls.append(pool.submit(repository.mark_synced, receipt_id, 5))
+                calls.append(pool.submit(repository.insert_receipt, new_receipt()))
+            wait_until(lambda: len(repository._group._waiting) == 8)
+        for call in calls:
+            assert call.result()
+    assert {True} == set(is_alone)
+    assert (5, 4) == (repository.get_buffer_status().pending, repository.get_buffer_status().synced)
