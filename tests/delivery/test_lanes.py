@@ -222,18 +222,3 @@ class TestEnd:
         with pytest.raises(OSError, match="no answer"):
             deliver_pending(repository, send, concurrency=2)
         assert {a: "pending", b: "synced"} == {one: repository.get_receipt_by_id(one).status for one in (a, b)}
-
-
-@pytest.mark.slow
-def test_fast(repository):
-    """Eight senders to an OFD that takes 50 ms deliver at least six times as fast as one."""
-
-    def seconds(concurrency):
-        sold(repository, "abcdefgh" * 8)
-        worker = DeliveryWorker(repository, Ofd(0.05), concurrency=concurrency)
-        began = time.monotonic()
-        while repository.get_buffer_status().pending:
-            worker.tick()
-        return time.monotonic() - began
-
-    assert seconds(1) / seconds(8) >= 6
