@@ -114,7 +114,7 @@ class GroupCommit:
 
     def _lead(self, tx: Transaction, leader: _Member) -> None:
         if leader.is_committing:
-            interrupted = "the thread that sent it for this one too was interrupted"
+            interrupted = "the thread that committed it was interrupted"
             leader.error = OutcomeUnknownError(tx.backend, [str(leader.argument[0])], interrupted)
             leader.is_done = True
             return
@@ -141,8 +141,8 @@ class GroupCommit:
 
     def _commit_together(self, tx: Transaction, members: list[_Member]) -> None:
         if tx.backend.is_server:
-            self._gather(tx, members)
-            if members[0].work.one_statement:
+            self._gather(members)
+            if all(member.work.one_statement and member.work is members[0].work for member in members):
                 self._commit(tx, members, _in_one_statement, one_statement=True)
                 return
         self._commit(tx, members, self._all_together)
@@ -180,7 +180,7 @@ class GroupCommit:
                     member.is_committing = True
         finally:
             if not is_begun:
-                self._gather(tx, members)  # they would meet the same error
+                self._gather(members)  # they would meet the same error
         self._is_shared = len(members) > 1
         for member in members:
             member.finish()
@@ -188,30 +188,20 @@ class GroupCommit:
     def _all_together(self, tx: Transaction, members: list[_Member]) -> None:
         """Run the leader's operation and all queued ones, those queued meanwhile included."""
         done = 0
-        self._gather(tx, members)
+        self._gather(members)
         while done < len(members):
             batch, done = members[done:], len(members)
             for _, group in groupby(batch, key=lambda member: member.work):
                 _in_one_statement(tx, list(group))
             if self._is_shared or len(members) > 1:
                 time.sleep(0)  # yields the GIL: threads that the last commit has woken may call again already
-            self._gather(tx, members)
+            self._gather(members)
 
-    def _gather(self, tx: Transaction, members: list[_Member]) -> None:
-        """
-        Add what is queued to what the leader commits.
-
-        On a server, inserts or other calls: the lock of inserts would be held while the network carries the statements
-        of the others.
-        """
-        others = []
+    def _gather(self, members: list[_Member]) -> None:
         while self._waiting and len(members) < MAX_BATCH:
             member = self._waiting.popleft()
-            if tx.backend.is_server and member.work.one_statement != members[0].work.one_statement:
-                others.append(member)
-            elif member is not members[0] and not member.is_done:
+            if member is not members[0] and not member.is_done:
                 members.append(member)
-        self._waiting.extendleft(reversed(others))
 
 
 _REPEAT = (*NOT_STORED, OutcomeUnknownError)

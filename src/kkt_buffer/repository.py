@@ -74,6 +74,8 @@ class ReceiptRepository:
         self.engine = engine
         self._transactions = Transactions(engine, now)
         self._group = GroupCommit(self._transactions)
+        # On a server, inserts wait for a lock that is not held while the network carries other statements.
+        self._inserts = GroupCommit(self._transactions) if self._transactions.backend.is_server else self._group
         self._jitter = jitter
         self._has_schema = False
 
@@ -644,7 +646,7 @@ class ReceiptRepository:
 
     def _shared(self, work: Shareable[A, R], argument: A) -> R:
         self._require_schema()
-        return self._group.run(work, argument)
+        return (self._inserts if work.one_statement else self._group).run(work, argument)
 
     def _require_schema(self) -> None:
         """Raise `SchemaError` unless the schema is that of this release; checked until it was right once."""

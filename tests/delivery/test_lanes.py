@@ -8,7 +8,7 @@ from collections import defaultdict
 import pytest
 from builders import NOON, new_receipt
 
-from kkt_buffer import DeliveryUnavailable, DeliveryWorker, Outcome, ReceiptRepository, deliver_pending
+from kkt_buffer import DeliveryUnavailable, Outcome, ReceiptRepository, deliver_pending
 
 
 @pytest.fixture

@@ -145,7 +145,7 @@ class TestInterrupted:
 
     @pytest.mark.parametrize("call", ["insert_receipt", "log_event"])
     def test_used_meanwhile(self, closed, moved, server_engine, server_buffer, call):
-        """A service that uses the target before the move is complete changes nothing there, and keeps nobody out."""
+        """A service that uses the target of an unfinished move is refused, and the move can be completed."""
         path = closed("SELECT nothing", "the server refused to go on")
         with pytest.raises(BufferStorageError, match="a move into this buffer has begun"):
             getattr(ReceiptRepository(server_engine), call)(new_receipt() if call == "insert_receipt" else "hello")

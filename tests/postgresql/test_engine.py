@@ -218,11 +218,11 @@ class TestStatements:
     def test_slow_check(self, server, server_engine, server_buffer, open_engine):
         """A check of a large buffer may take longer than any other answer."""
         with server_engine.begin() as connection:
-            slow = "CROSS JOIN (SELECT pg_sleep(0.9)) AS slow"
+            slow = "CROSS JOIN (SELECT pg_sleep(1.2)) AS slow"
             connection.exec_driver_sql(
                 f"CREATE OR REPLACE VIEW buffer_state AS SELECT s.* FROM kkt_state() AS s {slow}"
             )
-        repository = ReceiptRepository(open_engine(server_buffer, busy_timeout=0.1, answer_timeout=0.6))
+        repository = ReceiptRepository(open_engine(server_buffer, busy_timeout=0.3, answer_timeout=0.8))
         assert {} == {what: found for what, found in repository.check_integrity().findings.items() if found}
         with pytest.raises(ConnectionLostError):
             repository.get_buffer_status()

@@ -16,5 +16,5 @@ def test_not_seen(server, server_engine, name, is_new):
     """It is done on a new connection, and the caller does not notice; also by a repository that is used first then."""
     repository = ReceiptRepository(server_engine)
     known = prepared(repository)
-    server.execute(END_ALL)
+    assert server.execute(END_ALL)
     OPERATIONS[name].call(ReceiptRepository(server_engine) if is_new else repository, known)

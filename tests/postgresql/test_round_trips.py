@@ -9,9 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from builders import an_id, new_receipt
 from postgresql.cluster import wait_until
-from sqlalchemy import event, text
-
-from kkt_buffer.postgresql.engine import ONE_STATEMENT
+from sqlalchemy import text
 
 BATCH = 64
 
@@ -63,26 +61,14 @@ def test_round_trips(operations, proxy, name):
     assert BUDGETS[name] == proxy.round_trips - before
 
 
-def test_mixed(repository, server_engine):
-    """Inserts that wait for their turn among deliveries are stored with one statement, outside of a transaction."""
-    known = repository.insert_receipts(new_receipt() for _ in range(4))
-    is_alone = []
-
-    def note(connection, _cursor, statement, *_):
-        if "kkt_insert_receipts" in statement:
-            is_alone.append(connection.get_execution_options().get(ONE_STATEMENT))
-
-    event.listen(repository.engine, "before_cursor_execute", note)
-    with ThreadPoolExecutor(9) as pool:
+def test_delivery(repository, server, server_engine):
+    """A delivery waits neither for the lock of inserts, nor for those of its own process that wait for it."""
+    known = repository.insert_receipt(new_receipt())
+    with ThreadPoolExecutor(1) as pool:
         with server_engine.begin() as connection:
             connection.execute(text("SELECT kkt_lock_buffer()"))
-            calls = [pool.submit(repository.insert_receipt, new_receipt())]
-            wait_until(lambda: is_alone)
-            for receipt_id in known:
-                calls.append(pool.submit(repository.mark_synced, receipt_id, 5))
-                calls.append(pool.submit(repository.insert_receipt, new_receipt()))
-            wait_until(lambda: len(repository._group._waiting) == 8)
-        for call in calls:
-            assert call.result()
-    assert {True} == set(is_alone)
-    assert (5, 4) == (repository.get_buffer_status().pending, repository.get_buffer_status().synced)
+            insert = pool.submit(repository.insert_receipt, new_receipt())
+            wait_until(lambda: server.execute("SELECT 1 FROM pg_stat_activity WHERE wait_event = 'advisory'"))
+            assert repository.mark_synced(known, 5)
+            assert not insert.done()
+        assert insert.result()

@@ -104,11 +104,11 @@ def test_closed_inside_a_transaction(path, open_engine):
     engine = open_engine(path, busy_timeout=0.5)
     repository = ReceiptRepository(engine)
     receipt = a_receipt(repository)
-    connection = engine.connect()
-    connection.begin()
-    cursor = connection.connection.cursor()
-    cursor.execute("UPDATE receipts SET last_error = 'x' RETURNING id")
-    connection.invalidate()
+    with engine.connect() as connection:
+        connection.begin()
+        cursor = connection.connection.cursor()
+        cursor.execute("UPDATE receipts SET last_error = 'x' RETURNING id")
+        connection.invalidate()
     repository.insert_receipt(new_receipt())
     assert repository.get_receipt_by_id(receipt.id).last_error is None
 

@@ -234,7 +234,7 @@ def mark_synced(tx: Transaction, delivery: tuple[str, int]) -> bool:
     receipt_id, server_time = delivery
     tx.changed(receipt_id)
     parameters = {"receipt_id": receipt_id, "server_time": server_time, "now": tx.now}
-    for _ in range(2):  # twice: another worker may requeue or reject it between two of these statements
+    for _ in range(2):  # twice: an operator may requeue it between the two statements
         if tx.run(MARK_SYNCED, parameters).rowcount:
             return True
         status = status_of(tx, receipt_id)
@@ -244,7 +244,10 @@ def mark_synced(tx: Transaction, delivery: tuple[str, int]) -> bool:
             close_dead_letter(tx, receipt_id, "delivery", "the receipt was delivered", Resolution.DELIVERED)
             if tx.run(MARK_FAILED_SYNCED, parameters).rowcount:
                 return True
-    raise BufferDamagedError.found(tx.backend, f"receipt {receipt_id} is {status} and cannot be marked as synced")
+    raise BufferDamagedError(
+        f"{tx.backend}: receipt {receipt_id} is {status} and cannot be marked as synced: a trigger that is not ours "
+        "undoes it. Nothing was changed. Remove that trigger, and try again."
+    )
 
 
 def mark_synced_together(tx: Transaction, deliveries: list[tuple[str, int]]) -> list[bool]:
