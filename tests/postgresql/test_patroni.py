@@ -82,6 +82,7 @@ def test_load(nodes, url, tmp_path, event):
     """Nothing acknowledged is lost, nothing is there twice, everything is delivered, and the load goes on."""
     with Load(url, tmp_path, require_replicas=1).running() as load:
         load.wait_for(500)
+        nodes.wait_until_whole()  # Patroni names a synchronous standby some seconds after its start
         event(nodes, load)
         nodes.wait_until_whole()
         load.wait_for(500)
