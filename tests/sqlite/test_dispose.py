@@ -1,12 +1,28 @@
 """What a disposed engine leaves behind."""
 
-from builders import a_receipt, everything, open_files
+import contextlib
+
+import pytest
+from builders import a_receipt, everything, open_files, start_python
 from sqlalchemy import text
 
 from kkt_buffer import (
     ReceiptRepository,
 )
 
+# Opens and closes the buffer for some seconds, and tells how often.
+OPEN_AND_CLOSE = """
+import sys, time
+from kkt_buffer import create_buffer_engine
+
+until, times = time.monotonic() + 5, 0
+while time.monotonic() < until:
+    engine = create_buffer_engine(sys.argv[1])
+    engine.connect().close()
+    engine.dispose()
+    times += 1
+print(times)
+"""
 COUNT = text("SELECT COUNT(*) FROM receipts")
 
 
@@ -35,3 +51,11 @@ class TestDispose:
             connection.execute(COUNT)
             own.dispose()
         assert any("till-1" in line for line in everything(path))
+
+
+@pytest.mark.slow
+def test_beside_others(path):
+    """The last one that closes deletes the WAL: nobody who opens the buffer at that moment takes it for replaced."""
+    with contextlib.ExitStack() as stack:
+        processes = [stack.enter_context(start_python(OPEN_AND_CLOSE, path)) for _ in range(3)]
+        assert all(int(process.stdout.read() or 0) for process in processes)

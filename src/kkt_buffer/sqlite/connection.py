@@ -153,13 +153,13 @@ class Files:
     program has truncated a file, acknowledged receipts are lost.
     """
 
-    def __init__(self, path: str, database: Identity, known: Sizes, driver: ModuleType) -> None:
+    def __init__(self, path: str, database: Identity, known: Sizes, driver: ModuleType, *, has_wal: bool) -> None:
         self._path = path
         self._wal_path = f"{path}-wal"
         self._database = database
         self._wal: Identity | None = None
-        with contextlib.suppress(FileNotFoundError):
-            wal = os.stat(self._wal_path)  # noqa: PTH116 (here and below: in every transaction)
+        # Before this connection has opened the WAL, another process may close the buffer and delete it.
+        if has_wal and (wal := _stat(self._wal_path)) is not None:
             self._wal = (wal.st_dev, wal.st_ino)
         self._known = known
         self._driver = driver
@@ -207,7 +207,7 @@ class Files:
 
 def _stat(name: str) -> os.stat_result | None:
     try:
-        return os.stat(name)  # noqa: PTH116
+        return os.stat(name)  # noqa: PTH116 (in every transaction)
     except FileNotFoundError:
         return None
 

@@ -129,18 +129,18 @@ class Database(Backend):
     def _configure(self, connection: GuardedConnection, _record: object) -> None:
         """Apply the PRAGMAs and read them back. For the pool's `connect` event."""
         with storage_errors(self, self.driver):
-            if (files := self._files()) is not None:
+            if (files := self._files(has_wal=False)) is not None:
                 files.before(connection, write=False)  # first: SQLite would make a new database of an emptied file
             for pragma in (*self._journal(connection), *self.pragmas):
                 self._set(connection, pragma)
             # The first read opens the WAL; from now on the WAL must not be replaced.
             connection.execute("SELECT COUNT(*) FROM sqlite_master").fetchone()
-            connection.files = self._files()
+            connection.files = self._files(has_wal=True)
 
-    def _files(self) -> Files | None:
+    def _files(self, *, has_wal: bool) -> Files | None:
         if self.path is None or self.identity is None:
             return None
-        return Files(str(self.path), self.identity, self._sizes, self.driver)
+        return Files(str(self.path), self.identity, self._sizes, self.driver, has_wal=has_wal)
 
     def _journal(self, connection: GuardedConnection) -> tuple[Pragma, ...]:
         if self.path is None:
