@@ -74,7 +74,7 @@ class ReceiptRepository:
         self.engine = engine
         self._transactions = Transactions(engine, now)
         self._group = GroupCommit(self._transactions)
-        # On a server, inserts wait for a lock that is not held while the network carries other statements.
+        # On a server inserts have their own queue: their lock must not be held while other statements are on their way.
         self._inserts = GroupCommit(self._transactions) if self._transactions.backend.is_server else self._group
         self._jitter = jitter
         self._has_schema = False

@@ -220,7 +220,7 @@ class Transactions:
         again: tuple[type[Exception], ...] = NOT_STORED,
         unknown: OutcomeUnknownError | None = None,
     ) -> R:
-        """Run it until it meets none of the errors in `again`, but not for ever."""
+        """Run it; if it raises one of the errors in `again`, run it again, a few times."""
         # Inside a transaction of the caller, only the caller can repeat it, as a whole.
         pauses = PAUSES_SECONDS if self.current is None else ()
         for pause in (*pauses, None):

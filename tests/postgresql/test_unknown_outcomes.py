@@ -218,6 +218,8 @@ class TestInsert:
         proxy.server_port = port
         told = {receipt["id"]: future.exception() for receipt, future in zip(receipts, futures, strict=True)}
         [[own, other]] = [pair for pair in told.items() if not isinstance(pair[1], KeyboardInterrupt)]
+        assert isinstance(other, OutcomeUnknownError)
+        assert "may be stored or not" in str(other)
         assert (own,) == other.receipt_ids
 
     @EVERYWHERE

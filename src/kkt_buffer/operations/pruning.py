@@ -58,8 +58,7 @@ Parameters = Mapping[str, int]
 
 def prune(transactions: Transactions) -> PruneReport:
     """Delete what is older than its retention, in short transactions, so that writers do not wait."""
-    now, ages = transactions.read(_now_and_ages)
-    by_dlq_only, unreferenced = transactions.read(_unreferenced, but="dlq"), transactions.read(_unreferenced)
+    now, ages, by_dlq_only, unreferenced = transactions.read(_limits)
     cutoffs = {"synced": now - ages["synced"], "closed": now - ages["dlq"]}
     letters = _delete(transactions, _HISTORY, cutoffs)
     resolved_letters, resolved = _prune_resolved(transactions, f"{_RESOLVED} AND {by_dlq_only} LIMIT {BATCH}", cutoffs)
@@ -74,12 +73,14 @@ def prune(transactions: Transactions) -> PruneReport:
     )
 
 
-def _now_and_ages(tx: Transaction) -> tuple[int, dict[str, int]]:
-    return tx.now, {what: tx.number(f"retention_{what}_days") * SECONDS_PER_DAY for what in ("synced", "dlq", "events")}
+def _limits(tx: Transaction) -> tuple[int, dict[str, int], str, str]:
+    """The time, the retentions in seconds, and what no row refers to: none but a dead letter, and none at all."""
+    ages = {what: tx.number(f"retention_{what}_days") * SECONDS_PER_DAY for what in ("synced", "dlq", "events")}
+    return tx.now, ages, _unreferenced(tx, but="dlq"), _unreferenced(tx)
 
 
 def _ask(tx: Transaction, query: str, parameters: Parameters) -> list[Any]:
-    """The first column."""
+    """The values of the first column."""
     return list(tx.connection.scalars(text(query), parameters))
 
 
